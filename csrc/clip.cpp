@@ -1,0 +1,234 @@
+#include "clip.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/tensor.h>
+
+#include "checks.h"
+#include "dispatch.h"
+
+#if defined(GRADFUSE_CUDA)
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+namespace gradfuse {
+namespace {
+
+ClipResult make_result(const GradList& grads, at::Device device) {
+  const auto wide = at::TensorOptions().dtype(at::kDouble).device(device);
+  ClipResult r;
+  r.norm = at::empty({}, wide.dtype(grads.any_double ? at::kDouble : at::kFloat));
+  r.totals = at::empty({kTotals}, wide);
+  r.table = at::empty({static_cast<int64_t>(grads.tensors.size()), kTableColumns}, wide);
+  return r;
+}
+
+void write_norm(const at::Tensor& norm, double value) {
+  if (norm.scalar_type() == at::kDouble) *norm.mutable_data_ptr<double>() = value;
+  else *norm.mutable_data_ptr<float>() = static_cast<float>(value);
+}
+
+// Raises if the plan is to refuse. On CUDA this waits for the device.
+void check_refused(const ClipResult& result, NormSpec spec, NonFinite policy) {
+  if (policy != NonFinite::Error) return;
+  const at::Tensor totals = result.totals.cpu();
+  const double* t = totals.const_data_ptr<double>();
+  if (t[3] == static_cast<double>(Action::Refuse))
+    fail<std::runtime_error>(
+        "gradients: expected a finite total norm of order ", spec.p, ", got ", t[0],
+        "; nothing was written (nonfinite=\"propagate\" or \"zero\" would go on, and a "
+        "GradReport names the layer)");
+}
+
+// Rows without a gradient: zeros, and -1 elements.
+void mark_absent(const GradList& grads, double* table) {
+  for (size_t i = 0; i < grads.tensors.size(); ++i)
+    if (!grads.tensors[i].defined()) write_table_row(Stats{}, -1.0, table + i * kTableColumns);
+}
+
+// Stats of one CPU group, its table rows written.
+Stats cpu_stats(const DeviceGroup& group, NormSpec spec, double* table) {
+  std::vector<Stats> per_grad;
+  const Stats total = cpu::stats(group.refs, spec, per_grad);
+  for (size_t i = 0; i < group.refs.size(); ++i)
+    write_table_row(per_grad[i], static_cast<double>(group.refs[i].numel),
+                    table + group.rows[i] * kTableColumns);
+  return total;
+}
+
+#if defined(GRADFUSE_CUDA)
+// Runs f(stream) on the device's current stream.
+template <class F>
+void on_device(at::Device device, F f) {
+  const c10::cuda::CUDAGuard guard(device);
+  f(c10::cuda::getCurrentCUDAStream().stream());
+}
+
+at::Tensor device_bytes(int64_t bytes, at::Device device) {
+  return at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device));
+}
+
+// Stats of one CUDA group: totals for (max_norm, policy) and table rows, all on the device.
+void cuda_stats(const DeviceGroup& group, NormSpec spec, double max_norm, NonFinite policy,
+                const ClipResult& out) {
+  on_device(group.device, [&](cudaStream_t stream) {
+    const at::Tensor scratch = device_bytes(cuda::stats_scratch_bytes(group.refs), group.device);
+    cuda::stats(group.refs, group.rows, out.table.size(0), spec, max_norm, policy,
+                scratch.mutable_data_ptr(), out.table.mutable_data_ptr<double>(),
+                out.totals.mutable_data_ptr<double>(), out.norm.mutable_data_ptr(),
+                out.norm.scalar_type() == at::kDouble, stream);
+  });
+}
+#endif
+
+// Gradients on several devices: each group's sum comes to the host, is combined there, and the plan
+// goes back. This waits for every CUDA device.
+ClipResult stats_on_all(const GradList& grads, double max_norm, NormSpec spec, NonFinite policy) {
+  ClipResult host = make_result(grads, at::kCPU);
+  double* table = host.table.mutable_data_ptr<double>();
+  mark_absent(grads, table);
+  ScaledSum total = {};
+  for (const DeviceGroup& group : grads.groups) {
+    ScaledSum sum = {};
+    if (group.device.is_cpu()) {
+      sum = sum_of(cpu_stats(group, spec, table), spec);
+    } else {
+#if defined(GRADFUSE_CUDA)
+      const ClipResult part = make_result(grads, group.device);
+      cuda_stats(group, spec, max_norm, policy, part);
+      const at::Tensor totals = part.totals.cpu();
+      const at::Tensor rows = part.table.cpu();
+      const double* t = totals.const_data_ptr<double>();
+      sum = {t[4], static_cast<int32_t>(t[5])};
+      for (int64_t row : group.rows)
+        std::copy_n(rows.const_data_ptr<double>() + row * kTableColumns, kTableColumns,
+                    table + row * kTableColumns);
+#endif
+    }
+    total = combine(total, sum, spec);
+  }
+  const ClipPlan plan = clip_plan(norm_of(total, spec), max_norm, policy);
+  write_totals(plan, total, host.totals.mutable_data_ptr<double>());
+  write_norm(host.norm, plan.norm);
+  const at::Device first = grads.groups.front().device;
+  return {host.norm.to(first), host.totals.to(first), host.table.to(first)};
+}
+
+ClipResult stats_with_plan(const GradList& grads, double max_norm, NormSpec spec, NonFinite policy) {
+#if defined(GRADFUSE_CUDA)
+  if (grads.groups.size() == 1 && grads.groups[0].device.is_cuda()) {
+    const ClipResult out = make_result(grads, grads.groups[0].device);
+    cuda_stats(grads.groups[0], spec, max_norm, policy, out);
+    return out;
+  }
+#endif
+  if (grads.groups.size() > 1) return stats_on_all(grads, max_norm, spec, policy);
+  ClipResult out = make_result(grads, at::kCPU);
+  double* table = out.table.mutable_data_ptr<double>();
+  mark_absent(grads, table);
+  const ScaledSum total =
+      grads.groups.empty() ? ScaledSum{} : sum_of(cpu_stats(grads.groups[0], spec, table), spec);
+  const ClipPlan plan = clip_plan(norm_of(total, spec), max_norm, policy);
+  write_totals(plan, total, out.totals.mutable_data_ptr<double>());
+  write_norm(out.norm, plan.norm);
+  return out;
+}
+
+// Does to every gradient what the totals say. CUDA groups read them on the device; only a CPU group
+// makes the host wait for totals that lie on one.
+void apply_plan(GradList& grads, const at::Tensor& totals) {
+  bool any_cpu = totals.is_cpu();
+  for (const DeviceGroup& group : grads.groups) any_cpu |= group.device.is_cpu();
+  const at::Tensor host = any_cpu ? totals.cpu() : at::Tensor();
+  const double* t = any_cpu ? host.const_data_ptr<double>() : nullptr;
+  const Action action = any_cpu ? static_cast<Action>(static_cast<int>(t[3])) : Action::Scale;
+  if (action == Action::Keep) return;
+  grads.prepare_write();
+  for (const DeviceGroup& group : grads.groups) {
+    if (group.device.is_cpu()) {
+      if (action == Action::Zero) cpu::zero(group.refs);
+      else cpu::scale(group.refs, t[1]);
+    } else {
+#if defined(GRADFUSE_CUDA)
+      const at::Tensor here = totals.to(group.device);
+      on_device(group.device, [&](cudaStream_t stream) {
+        cuda::apply(group.refs, here.const_data_ptr<double>(), stream);
+      });
+#endif
+    }
+  }
+}
+
+// The plan for a given norm, on the norm's device.
+at::Tensor totals_for(const at::Tensor& total_norm, double max_norm) {
+  const at::Tensor norm = total_norm.to(at::kDouble).contiguous();
+  const at::Tensor totals = at::empty({kTotals}, norm.options());
+#if defined(GRADFUSE_CUDA)
+  if (norm.is_cuda()) {
+    on_device(norm.device(), [&](cudaStream_t stream) {
+      cuda::plan(norm.const_data_ptr<double>(), max_norm, totals.mutable_data_ptr<double>(), stream);
+    });
+    return totals;
+  }
+#endif
+  const double value = *norm.const_data_ptr<double>();
+  write_totals(clip_plan({value, 0}, max_norm, NonFinite::Propagate), {value, 0},
+               totals.mutable_data_ptr<double>());
+  return totals;
+}
+
+}  // namespace
+
+ClipResult grad_stats(const GradList& grads, NormSpec spec, NonFinite policy) {
+  const ClipResult result = stats_with_plan(grads, INFINITY, spec, policy);
+  check_refused(result, spec, policy);
+  return result;
+}
+
+ClipResult clip_by_norm(GradList& grads, double max_norm, NormSpec spec, NonFinite policy) {
+  const ClipResult result = stats_with_plan(grads, max_norm, spec, policy);
+  check_refused(result, spec, policy);
+  apply_plan(grads, result.totals);
+  return result;
+}
+
+void scale_by_norm(GradList& grads, double max_norm, const at::Tensor& total_norm) {
+  if (total_norm.numel() != 1 || !device_is_supported(total_norm.device().type()) ||
+      total_norm.is_complex())
+    fail<std::invalid_argument>("clip_grads_with_norm_: total_norm must be one real number, got ",
+                                total_norm.sizes(), " of ", total_norm.scalar_type(), " on ",
+                                total_norm.device());
+  apply_plan(grads, totals_for(total_norm, max_norm));
+}
+
+void clip_by_value(GradList& grads, double clip_value) {
+  grads.prepare_write();
+  for (const DeviceGroup& group : grads.groups) {
+    if (group.device.is_cpu()) {
+      cpu::clamp(group.refs, clip_value);
+    } else {
+#if defined(GRADFUSE_CUDA)
+      on_device(group.device,
+                [&](cudaStream_t stream) { cuda::clamp(group.refs, clip_value, stream); });
+#endif
+    }
+  }
+}
+
+void clip_adaptively(UnitList& params, double clip_factor, double eps, NormSpec spec) {
+  params.grads.prepare_write();
+  for (size_t i = 0; i < params.grads.groups.size(); ++i) {
+    const std::vector<UnitRef> units = params.refs(i);
+    if (params.grads.groups[i].device.is_cpu()) {
+      cpu::clip_units(units, clip_factor, eps, spec);
+    } else {
+#if defined(GRADFUSE_CUDA)
+      on_device(params.grads.groups[i].device, [&](cudaStream_t stream) {
+        cuda::clip_units(units, clip_factor, eps, spec, stream);
+      });
+#endif
+    }
+  }
+}
+
+}  // namespace gradfuse

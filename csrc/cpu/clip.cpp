@@ -1,0 +1,196 @@
+// Traversal of gradients on the CPU: cuts them into chunks, hands the chunks to threads, combines
+// the results in chunk order.
+//
+// Chunk borders depend on the sizes alone and each chunk's result has a slot of its own, so the
+// bits do not depend on the threads. The second sweep runs backwards: the end of the first one is
+// what the caches still hold.
+
+#include <pthread.h>
+
+#include <cstring>
+#include <memory>
+
+#include "kernels.h"
+#include "parallel.h"
+#include "strided.h"
+
+namespace gradfuse::cpu {
+
+namespace {
+
+bool g_forked = false;
+[[maybe_unused]] const int g_fork_hook = pthread_atfork(nullptr, nullptr, [] { g_forked = true; });
+
+constexpr int64_t kChunk = 32768;       // elements of a chunk, unless that makes too many
+constexpr int64_t kMaxChunks = 16384;   // bounds the slots' memory
+constexpr int64_t kItem = 16384;        // least elements of an item of work
+constexpr int64_t kBuffer = 2048;       // elements gathered at a time
+
+struct Chunk {
+  int64_t grad;
+  int64_t start;
+  int64_t length;
+};
+
+// All chunks in order, and the items of work: item i is chunks [items[i], items[i + 1]).
+struct Work {
+  std::vector<Chunk> chunks;
+  std::vector<int64_t> items;
+
+  explicit Work(const std::vector<GradRef>& grads) {
+    int64_t total = 0;
+    for (const GradRef& g : grads) total += g.numel;
+    int64_t chunk = kChunk;
+    while (total / chunk > kMaxChunks) chunk *= 2;
+    chunks.reserve(grads.size() + total / chunk);
+    int64_t pending = kItem;
+    for (size_t g = 0; g < grads.size(); ++g) {
+      for (int64_t start = 0; start < grads[g].numel; start += chunk) {
+        if (pending >= kItem) {
+          items.push_back(static_cast<int64_t>(chunks.size()));
+          pending = 0;
+        }
+        const int64_t length = std::min(chunk, grads[g].numel - start);
+        chunks.push_back({static_cast<int64_t>(g), start, length});
+        pending += length;
+      }
+    }
+    items.push_back(static_cast<int64_t>(chunks.size()));
+  }
+
+  // Calls f(slot, chunk) for every chunk.
+  template <class F>
+  void for_each(bool backwards, F f) const {
+    const int64_t n = static_cast<int64_t>(items.size()) - 1;
+    for_each_item(n, [&](int64_t i) {
+      const int64_t item = backwards ? n - 1 - i : i;
+      for (int64_t k = items[item]; k < items[item + 1]; ++k) f(k, chunks[k]);
+    });
+  }
+};
+
+char* at(const GradRef& g, int64_t element) {
+  return static_cast<char*>(g.data) + element * element_bytes(g.dtype) * (g.is_complex ? 2 : 1);
+}
+
+// Stats of elements [start, start + n) of g. Strided and complex ones pass through a buffer.
+Stats run_stats(const GradRef& g, int64_t start, int64_t n, NormSpec spec) {
+  const ClipKernels& kernels = clip_kernels();
+  if (!g.layout && !g.is_complex) return kernels.stats(at(g, start), g.dtype, n, spec);
+  alignas(64) char gathered[kBuffer * 16];
+  alignas(64) double modulus[kBuffer];
+  const int64_t bytes = element_bytes(g.dtype) * (g.is_complex ? 2 : 1);
+  Stats total = {};
+  for (int64_t i = 0; i < n; i += kBuffer) {
+    const int64_t m = std::min(kBuffer, n - i);
+    const void* dense = at(g, start + i);
+    if (g.layout) {
+      copy_strided(g.data, *g.layout, bytes, start + i, m, gathered, true);
+      dense = gathered;
+    }
+    DType dtype = g.dtype;
+    if (g.is_complex) {
+      if (dtype == DType::Float) moduli<float>(dense, m, modulus);
+      else moduli<double>(dense, m, modulus);
+      dense = modulus;
+      dtype = DType::Double;
+    }
+    total = merge(total, kernels.stats(dense, dtype, m, spec), spec.p);
+  }
+  return total;
+}
+
+// Applies f(pointer, elements) to dense runs that hold elements [start, start + n) of g, parts of
+// complex numbers counted singly, and writes them back where they were gathered.
+template <class F>
+void update_run(const GradRef& g, int64_t start, int64_t n, F f) {
+  const int64_t parts = g.is_complex ? 2 : 1;
+  if (!g.layout) return f(at(g, start), n * parts);
+  alignas(64) char gathered[kBuffer * 16];
+  const int64_t bytes = element_bytes(g.dtype) * parts;
+  for (int64_t i = 0; i < n; i += kBuffer) {
+    const int64_t m = std::min(kBuffer, n - i);
+    copy_strided(g.data, *g.layout, bytes, start + i, m, gathered, true);
+    f(gathered, m * parts);
+    copy_strided(g.data, *g.layout, bytes, start + i, m, gathered, false);
+  }
+}
+
+template <class F>
+void update(const std::vector<GradRef>& grads, bool backwards, F f) {
+  Work(grads).for_each(backwards, [&](int64_t, const Chunk& c) {
+    const GradRef& g = grads[c.grad];
+    update_run(g, c.start, c.length, [&](void* x, int64_t n) { f(x, g.dtype, n); });
+  });
+}
+
+}  // namespace
+
+bool forked() { return g_forked; }
+
+const char* isa() { return clip_kernels().isa; }
+
+Stats stats(const std::vector<GradRef>& grads, NormSpec spec, std::vector<Stats>& per_grad) {
+  const Work work(grads);
+  const std::unique_ptr<Stats[]> slots(new Stats[work.chunks.size()]);
+  work.for_each(false, [&](int64_t slot, const Chunk& c) {
+    slots[slot] = run_stats(grads[c.grad], c.start, c.length, spec);
+  });
+  per_grad.assign(grads.size(), Stats{});
+  for (size_t slot = 0; slot < work.chunks.size(); ++slot) {
+    Stats& s = per_grad[work.chunks[slot].grad];
+    s = merge(s, slots[slot], spec.p);
+  }
+  Stats total = {};
+  for (const Stats& s : per_grad) total = merge(total, s, spec.p);
+  return total;
+}
+
+void scale(const std::vector<GradRef>& grads, double coefficient) {
+  update(grads, true, [=](void* x, DType dtype, int64_t n) {
+    clip_kernels().scale(x, dtype, n, coefficient);
+  });
+}
+
+void zero(const std::vector<GradRef>& grads) {
+  update(grads, true, [](void* x, DType dtype, int64_t n) {
+    std::memset(x, 0, n * element_bytes(dtype));
+  });
+}
+
+void clamp(const std::vector<GradRef>& grads, double bound) {
+  update(grads, false, [=](void* x, DType dtype, int64_t n) {
+    clip_kernels().clamp(x, dtype, n, bound);
+  });
+}
+
+void clip_units(const std::vector<UnitRef>& units, double clip_factor, double eps, NormSpec spec) {
+  // Items are runs of whole units of about kItem elements.
+  struct Item {
+    int64_t param, first, last;
+  };
+  std::vector<Item> items;
+  for (size_t u = 0; u < units.size(); ++u) {
+    const int64_t step = std::max<int64_t>(1, kItem / units[u].grad.numel);
+    for (int64_t first = 0; first < units[u].rows; first += step)
+      items.push_back({static_cast<int64_t>(u), first, std::min(units[u].rows, first + step)});
+  }
+  for_each_item(static_cast<int64_t>(items.size()), [&](int64_t i) {
+    const UnitRef& u = units[items[i].param];
+    for (int64_t row = items[i].first; row < items[i].last; ++row) {
+      GradRef weight = u.weight, grad = u.grad;
+      weight.data = at(u.weight, row * u.weight_stride);
+      grad.data = at(u.grad, row * u.grad_stride);
+      const Stats w = run_stats(weight, 0, weight.numel, spec);
+      const Stats g = run_stats(grad, 0, grad.numel, spec);
+      const double c = unit_coefficient(norm_of(sum_of(w, spec), spec),
+                                        norm_of(sum_of(g, spec), spec), clip_factor, eps);
+      if (c == 1.0) continue;
+      update_run(grad, 0, grad.numel, [&](void* x, int64_t n) {
+        clip_kernels().scale(x, grad.dtype, n, c);
+      });
+    }
+  });
+}
+
+}  // namespace gradfuse::cpu

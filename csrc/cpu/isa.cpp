@@ -1,0 +1,36 @@
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace gradfuse::cpu {
+namespace {
+
+const ClipKernels& choose() {
+  const char* forced = std::getenv("GRADFUSE_ISA");
+  const std::string name = forced ? forced : "";
+  if (name == "baseline") return kClipBaseline;
+#if defined(__x86_64__)
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("f16c");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                          __builtin_cpu_supports("avx512vl");
+  if (has_avx512 && (name.empty() || name == "avx512")) return kClipAvx512;
+  if (has_avx2 && (name.empty() || name == "avx2")) return kClipAvx2;
+#endif
+  if (name.empty()) return kClipBaseline;
+  if (name == "avx2" || name == "avx512")
+    throw std::invalid_argument("GRADFUSE_ISA: this machine does not run " + name);
+  throw std::invalid_argument("GRADFUSE_ISA: expected baseline, avx2 or avx512, got " + name);
+}
+
+}  // namespace
+
+const ClipKernels& clip_kernels() {
+  static const ClipKernels& chosen = choose();
+  return chosen;
+}
+
+}  // namespace gradfuse::cpu

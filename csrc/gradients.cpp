@@ -1,0 +1,223 @@
+#include "gradients.h"
+
+#include <Python.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/object_ptr.h>
+
+#include <ATen/MemoryOverlap.h>
+
+#include "checks.h"
+#include "dispatch.h"
+
+namespace gradfuse {
+namespace {
+
+// A set of addresses, for finding gradients that come twice. Open addressing: a std::unordered_set
+// costs more than the kernels do on thousands of small tensors.
+class AddressSet {
+ public:
+  explicit AddressSet(size_t n) : shift_(64) {
+    size_t size = 1;
+    while (size < 2 * n + 1) size *= 2, --shift_;
+    slots_.assign(size, nullptr);
+  }
+  bool insert(const void* p) {
+    const size_t mask = slots_.size() - 1;
+    size_t i = shift_ == 64 ? 0 : (reinterpret_cast<uint64_t>(p) * 0x9e3779b97f4a7c15u) >> shift_;
+    for (; slots_[i]; i = (i + 1) & mask)
+      if (slots_[i] == p) return false;
+    slots_[i] = p;
+    return true;
+  }
+
+ private:
+  std::vector<const void*> slots_;
+  int shift_;
+};
+
+// The fewest dimensions that describe the same elements, outermost first, for a cheap walk.
+StridedLayout coalesced_layout(const at::Tensor& t) {
+  std::vector<std::pair<int64_t, int64_t>> dims;  // (stride, size)
+  for (int64_t d = 0; d < t.dim(); ++d)
+    if (t.size(d) != 1) dims.emplace_back(t.stride(d), t.size(d));
+  std::stable_sort(dims.begin(), dims.end(),
+                   [](const auto& a, const auto& b) { return a.first > b.first; });
+  StridedLayout layout;
+  for (const auto& [stride, size] : dims) {
+    if (!layout.sizes.empty() && layout.strides.back() == stride * size) {
+      layout.sizes.back() *= size;
+      layout.strides.back() = stride;
+    } else {
+      layout.sizes.push_back(size);
+      layout.strides.push_back(stride);
+    }
+  }
+  return layout;
+}
+
+// Refuses what has no plain memory behind it, or less than its shape says.
+void check_storage(const char* op, const at::Tensor& t, size_t index) {
+  using K = c10::DispatchKey;
+  constexpr c10::DispatchKeySet wrappers(
+      {K::Python, K::Functionalize, K::FuncTorchBatched, K::FuncTorchGradWrapper, K::ZeroTensor});
+  const at::TensorImpl* impl = t.unsafeGetTensorImpl();
+  if (t.layout() != at::kStrided)
+    fail<TypeError>(op, ": expected dense gradients, got layout ", t.layout(), " for tensor ", index,
+                    "; convert it with .to_dense() or clip it apart");
+  if (!device_is_supported(t.device().type()))
+    fail<TypeError>(op, ": expected gradients on cpu or a cuda device this build supports, got ",
+                    t.device(), " for tensor ", index);
+  if (impl->key_set().has_any(wrappers) || !impl->has_storage())
+    fail<TypeError>(op, ": expected plain tensors, got a wrapper without memory of its own for tensor ",
+                    index, "; unwrap it first");
+  if (t.numel() == 0) return;
+  int64_t last = t.storage_offset();
+  for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+  const uint64_t needed = (static_cast<uint64_t>(last) + 1) * t.element_size();
+  if (impl->unsafe_storage().nbytes() < needed || !impl->unsafe_storage().data())
+    fail<std::runtime_error>(op, ": expected storage of at least ", needed, " bytes, got ",
+                             impl->unsafe_storage().nbytes(), " for tensor ", index,
+                             "; was it resized or freed?");
+}
+
+GradRef make_ref(const char* op, const at::Tensor& t, size_t index) {
+  const std::optional<DType> dtype = dtype_of(t.scalar_type());
+  if (!dtype)
+    fail<TypeError>(op, ": expected float16, bfloat16, float32, float64, complex64 or complex128, got ",
+                    t.scalar_type(), " for tensor ", index);
+  check_storage(op, t, index);
+  return {t.numel() ? const_cast<void*>(t.const_data_ptr()) : nullptr, t.numel(), *dtype,
+          t.is_complex(), nullptr};
+}
+
+DeviceGroup& group_of(std::vector<DeviceGroup>& groups, at::Device device, size_t capacity) {
+  for (DeviceGroup& g : groups)
+    if (g.device == device) return g;
+  groups.push_back({device, {}, {}});
+  groups.back().refs.reserve(capacity);
+  groups.back().rows.reserve(capacity);
+  return groups.back();
+}
+
+}  // namespace
+
+std::vector<at::Tensor> read_tensors(const char* op, PyObject* iterable, bool of_grad) {
+  std::vector<at::Tensor> out;
+  auto take = [&](PyObject* item) {
+    if (!THPVariable_Check(item))
+      fail<TypeError>(op, ": expected tensors, got ", Py_TYPE(item)->tp_name, " for tensor ", out.size());
+    const at::Tensor& t = THPVariable_Unpack(item);
+    // Not t.grad(), which warns about tensors that are no leaves.
+    if (of_grad) out.push_back(t.unsafeGetTensorImpl()->grad());
+    else out.push_back(t);
+  };
+  if (THPVariable_Check(iterable)) {
+    take(iterable);
+    return out;
+  }
+  PyObject* sequence = PySequence_Fast(iterable, "");
+  if (!sequence) {
+    if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw python_error();
+    PyErr_Clear();
+    fail<TypeError>(op, ": expected a tensor or an iterable of tensors, got ", Py_TYPE(iterable)->tp_name);
+  }
+  const THPObjectPtr owner(sequence);
+  const Py_ssize_t n = PySequence_Fast_GET_SIZE(sequence);
+  out.reserve(n);
+  for (Py_ssize_t i = 0; i < n; ++i) take(PySequence_Fast_GET_ITEM(sequence, i));
+  return out;
+}
+
+void GradList::prepare_write() {
+  for (DeviceGroup& group : groups) {
+    for (size_t i = 0; i < group.refs.size(); ++i) {
+      const at::Tensor& t = tensors[group.rows[i]];
+      if (t.numel()) group.refs[i].data = t.mutable_data_ptr();
+      if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+    }
+  }
+}
+
+GradList check_gradients(const char* op, std::vector<at::Tensor> tensors, bool writes) {
+  GradList list;
+  AddressSet seen(tensors.size());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    at::Tensor& t = tensors[i];
+    if (!t.defined()) continue;
+    GradRef ref = make_ref(op, t, i);
+    if (writes && !seen.insert(t.unsafeGetTensorImpl())) {
+      t.reset();
+      continue;
+    }
+    if (!t.is_non_overlapping_and_dense()) {
+      if (writes && at::has_internal_overlap(t) == at::MemOverlap::Yes)
+        fail<std::runtime_error>(op, ": expected gradients with an element per memory location, got an "
+                                 "expanded one for tensor ", i, "; .clone() it first");
+      if (ref.numel) {
+        list.layouts.push_back(coalesced_layout(t));
+        ref.layout = &list.layouts.back();
+      }
+    }
+    DeviceGroup& group = group_of(list.groups, t.device(), tensors.size());
+    group.refs.push_back(ref);
+    group.rows.push_back(static_cast<int64_t>(i));
+    list.any_double |= ref.dtype == DType::Double;
+  }
+  list.tensors = std::move(tensors);
+  return list;
+}
+
+namespace {
+
+// The layout of one unit of a parameter, or null if a unit is one dense run.
+const StridedLayout* unit_layout(const at::Tensor& unit, std::deque<StridedLayout>& layouts) {
+  if (unit.is_non_overlapping_and_dense()) return nullptr;
+  layouts.push_back(coalesced_layout(unit));
+  return &layouts.back();
+}
+
+}  // namespace
+
+UnitList check_units(const char* op, std::vector<at::Tensor> weights, std::vector<at::Tensor> grads) {
+  for (size_t i = 0; i < weights.size(); ++i) {
+    if (!grads[i].defined()) {
+      weights[i].reset();
+    } else if (!weights[i].sizes().equals(grads[i].sizes()) ||
+               weights[i].device() != grads[i].device()) {
+      fail<std::invalid_argument>(op, ": expected a gradient of the parameter's shape and device, got ",
+                                  grads[i].sizes(), " on ", grads[i].device(), " for ",
+                                  weights[i].sizes(), " on ", weights[i].device(), ", parameter ", i);
+    }
+  }
+  UnitList list;
+  list.grads = check_gradients(op, std::move(grads), true);
+  for (size_t i = 0; i < weights.size(); ++i)
+    if (!list.grads.tensors[i].defined()) weights[i].reset();
+  list.weights = check_gradients(op, std::move(weights), false);
+  return list;
+}
+
+std::vector<UnitRef> UnitList::refs(size_t group) {
+  const DeviceGroup& g = grads.groups[group];
+  const DeviceGroup& w = weights.groups[group];
+  std::vector<UnitRef> units;
+  for (size_t i = 0; i < g.refs.size(); ++i) {
+    const at::Tensor& grad = grads.tensors[g.rows[i]];
+    const at::Tensor& weight = weights.tensors[w.rows[i]];
+    if (grad.numel() == 0) continue;
+    UnitRef unit = {w.refs[i], g.refs[i], 1, 0, 0};
+    if (grad.dim() > 1) {
+      unit.rows = grad.size(0);
+      unit.weight_stride = weight.stride(0);
+      unit.grad_stride = grad.stride(0);
+      unit.weight.numel = unit.grad.numel = grad.numel() / grad.size(0);
+      unit.weight.layout = unit_layout(weight.select(0, 0), weights.layouts);
+      unit.grad.layout = unit_layout(grad.select(0, 0), grads.layouts);
+    }
+    units.push_back(unit);
+  }
+  return units;
+}
+
+}  // namespace gradfuse

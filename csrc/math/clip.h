@@ -1,0 +1,159 @@
+// Arithmetic of gradient clipping for host and device alike: overflow-safe sums, the norm, the
+// coefficient. No tensors, no launches, no loops over memory.
+//
+// A sum of p-th powers is kept as value * 2^(p * exponent) (after Blue 1978, "A portable Fortran
+// program to find the Euclidean norm of a vector"), so that no gradient of finite values overflows
+// or vanishes. float32 and narrower need no exponent in float64; float64 does.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define GRADFUSE_HD __host__ __device__ inline
+#else
+#define GRADFUSE_HD inline
+#endif
+
+namespace gradfuse {
+
+enum class DType : int32_t { Half, BFloat16, Float, Double };
+
+enum class NormKind : int32_t { L2, L1, Inf, P };
+
+struct NormSpec {
+  NormKind kind;
+  double p;  // the order; infinity for Inf
+};
+
+GRADFUSE_HD NormSpec norm_spec(double p) {
+  if (p == 2.0) return {NormKind::L2, p};
+  if (p == 1.0) return {NormKind::L1, p};
+  return {std::isinf(p) ? NormKind::Inf : NormKind::P, p};
+}
+
+// value * 2^(p * exponent), where p is the power the sum was taken of.
+struct ScaledSum {
+  double value;
+  int32_t exponent;
+};
+
+GRADFUSE_HD ScaledSum add(ScaledSum a, ScaledSum b, double p) {
+  if (a.exponent == b.exponent) return {a.value + b.value, a.exponent};
+  if (b.value == 0.0) return a;
+  if (a.value == 0.0) return b;
+  const ScaledSum& high = a.exponent > b.exponent ? a : b;
+  const ScaledSum& low = a.exponent > b.exponent ? b : a;
+  return {high.value + low.value * std::exp2(p * (low.exponent - high.exponent)), high.exponent};
+}
+
+// The larger of two magnitudes; NaN if either is.
+GRADFUSE_HD double max_abs(double a, double b) { return (a >= b || a != a) ? a : b; }
+
+// What one read of a chunk, a tensor or all of them yields.
+struct Stats {
+  ScaledSum l2;       // sum of |x|^2
+  ScaledSum lp;       // sum of |x|^p for L1 and P; untouched zero otherwise
+  double amax;        // largest |x|, NaN if any x is
+  int64_t nonfinite;  // count of NaN and inf
+  int64_t zeros;      // count of exact zeros
+};
+
+GRADFUSE_HD Stats merge(const Stats& a, const Stats& b, double p) {
+  return {add(a.l2, b.l2, 2.0), add(a.lp, b.lp, p), max_abs(a.amax, b.amax),
+          a.nonfinite + b.nonfinite, a.zeros + b.zeros};
+}
+
+// Squares of float32 values may be summed in float32 if the largest magnitude lies in this range:
+// 2^15 squares do not overflow, and what underflows is below 2^-34 of the largest square.
+constexpr float kSafeFloatMin = 0x1p-57f;
+constexpr float kSafeFloatMax = 0x1p+56f;
+// The same for float64 squares, with room for 2^63 of them.
+constexpr double kSafeDoubleMin = 0x1p-480;
+constexpr double kSafeDoubleMax = 0x1p+480;
+
+// The exponent to scale a chunk by before raising to a power; 0 for zero and non-finite maxima.
+GRADFUSE_HD int32_t scale_exponent(double amax) {
+  return (amax > 0.0 && std::isfinite(amax)) ? std::ilogb(amax) : 0;
+}
+
+// x * 2^exponent in two steps, so that neither factor leaves the range of float64.
+struct PowerOfTwo {
+  double first, second;
+};
+GRADFUSE_HD PowerOfTwo power_of_two(int32_t exponent) {
+  const int32_t half = exponent / 2;
+  return {std::ldexp(1.0, half), std::ldexp(1.0, exponent - half)};
+}
+
+// A norm, value * 2^exponent.
+struct ScaledNorm {
+  double value;
+  int32_t exponent;
+};
+
+// The sum, or for Inf the maximum, whose root is the norm.
+GRADFUSE_HD ScaledSum sum_of(const Stats& s, NormSpec spec) {
+  if (spec.kind == NormKind::L2) return s.l2;
+  if (spec.kind == NormKind::Inf) return {s.amax, 0};
+  return s.lp;
+}
+
+GRADFUSE_HD ScaledSum combine(ScaledSum a, ScaledSum b, NormSpec spec) {
+  if (spec.kind == NormKind::Inf) return {max_abs(a.value, b.value), 0};
+  return add(a, b, spec.p);
+}
+
+GRADFUSE_HD ScaledNorm norm_of(ScaledSum sum, NormSpec spec) {
+  if (spec.kind == NormKind::L2) return {std::sqrt(sum.value), sum.exponent};
+  if (spec.kind == NormKind::P) return {std::pow(sum.value, 1.0 / spec.p), sum.exponent};
+  return {sum.value, sum.exponent};
+}
+
+GRADFUSE_HD double to_double(ScaledNorm norm) {
+  return norm.exponent == 0 ? norm.value : std::ldexp(norm.value, norm.exponent);
+}
+
+enum class NonFinite : int32_t { Propagate, Error, Zero };
+// Refuse: the policy is Error and the norm is not finite, so the caller raises.
+enum class Action : int32_t { Keep, Scale, Zero, Refuse };
+
+// What a step does to the gradients.
+struct ClipPlan {
+  double norm;
+  double coefficient;
+  double clipped_norm;
+  Action action;
+};
+
+// Pascanu, Mikolov, Bengio 2013, Algorithm 1, in torch's form min(1, max_norm / (norm + 1e-6)),
+// except that a finite norm <= max_norm leaves the gradients alone.
+GRADFUSE_HD ClipPlan clip_plan(ScaledNorm norm, double max_norm, NonFinite policy) {
+  const double wide = to_double(norm);
+  if (std::isfinite(norm.value)) {
+    if (wide <= max_norm) return {wide, 1.0, wide, Action::Keep};
+    const double coefficient =
+        std::ldexp(max_norm / (norm.value + std::ldexp(1e-6, -norm.exponent)), -norm.exponent);
+    return {wide, coefficient, std::ldexp(norm.value * coefficient, norm.exponent), Action::Scale};
+  }
+  if (policy == NonFinite::Zero) return {wide, 0.0, 0.0, Action::Zero};
+  if (policy == NonFinite::Error) return {wide, 1.0, wide, Action::Refuse};
+  const double ratio = max_norm / (wide + 1e-6);
+  const double coefficient = ratio > 1.0 ? 1.0 : ratio;
+  return {wide, coefficient, wide * coefficient, Action::Scale};
+}
+
+// Adaptive gradient clipping of one unit (Brock et al. 2021, eq. 3): the factor for its gradient,
+// 1 where it is to be left alone. Non-finite gradient norms give the 0 or NaN that timm's agc gives.
+GRADFUSE_HD double unit_coefficient(ScaledNorm weight, ScaledNorm grad, double clip_factor,
+                                    double eps) {
+  const double weight_norm = to_double(weight);
+  const double limit = clip_factor * (weight_norm < eps ? eps : weight_norm);
+  const double grad_norm = to_double(grad);
+  if (grad_norm <= limit) return 1.0;
+  if (std::isfinite(grad.value) && std::isinf(grad_norm))
+    return std::ldexp(limit / grad.value, -grad.exponent);
+  return limit / (grad_norm < 1e-6 ? 1e-6 : grad_norm);
+}
+
+}  // namespace gradfuse

@@ -1,0 +1,117 @@
+// The native contract: every entry point of the kernels, CPU and CUDA twins on adjacent lines, and
+// the torch-facing functions above them. Raw pointers and sizes only; no torch headers.
+//
+// Counts are 64-bit. The same input gives the same bits whatever the threads and their timing.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "math/clip.h"
+
+#if defined(GRADFUSE_CUDA)
+#include <cuda_runtime_api.h>
+#endif
+
+namespace gradfuse {
+
+// Dimensions of a tensor that is not one dense run, outermost first, strides in elements.
+struct StridedLayout {
+  std::vector<int64_t> sizes;
+  std::vector<int64_t> strides;
+};
+
+// One gradient. For a complex tensor, `data` points to (real, imaginary) pairs, numel counts pairs
+// and stats are of the modulus; dtype is that of each part.
+struct GradRef {
+  void* data;
+  int64_t numel;
+  DType dtype;
+  bool is_complex;
+  const StridedLayout* layout;  // null for one dense run of numel elements
+};
+
+// One unit-wise clipped parameter: `rows` units, each of a weight and a gradient run.
+struct UnitRef {
+  GradRef weight;  // numel is that of one unit; `data` that of the first
+  GradRef grad;
+  int64_t rows;
+  int64_t weight_stride;  // elements between units
+  int64_t grad_stride;
+};
+
+// Columns of the per-gradient table.
+constexpr int64_t kTableColumns = 5;  // L2 norm, largest |g|, non-finite count, zero count, elements
+// The totals: norm, coefficient, norm after clipping, Action, then the sum or maximum that the norm
+// is the root of, as value and exponent.
+constexpr int64_t kTotals = 6;
+
+GRADFUSE_HD void write_table_row(const Stats& s, double numel, double* row) {
+  row[0] = to_double(norm_of(s.l2, {NormKind::L2, 2.0}));
+  row[1] = s.amax;
+  row[2] = static_cast<double>(s.nonfinite);
+  row[3] = static_cast<double>(s.zeros);
+  row[4] = numel;
+}
+
+GRADFUSE_HD void write_totals(const ClipPlan& plan, ScaledSum sum, double* totals) {
+  totals[0] = plan.norm;
+  totals[1] = plan.coefficient;
+  totals[2] = plan.clipped_norm;
+  totals[3] = static_cast<double>(plan.action);
+  totals[4] = sum.value;
+  totals[5] = sum.exponent;
+}
+
+namespace cpu {
+
+// Stats of each gradient, and of all of them as one vector. Reads each gradient once.
+Stats stats(const std::vector<GradRef>& grads, NormSpec spec,
+            std::vector<Stats>& per_grad);  // [grads.size()], written
+// g *= coefficient, or g = 0. Reads and writes each gradient once.
+void scale(const std::vector<GradRef>& grads, double coefficient);
+void zero(const std::vector<GradRef>& grads);
+// g = clamp(g, -bound, bound). Reads each gradient once, writes the blocks that change.
+void clamp(const std::vector<GradRef>& grads, double bound);
+// Clips each unit of each gradient against its weight. Writes the clipped units only.
+void clip_units(const std::vector<UnitRef>& units, double clip_factor, double eps, NormSpec spec);
+// Name of the instruction set in use.
+const char* isa();
+
+}  // namespace cpu
+
+#if defined(GRADFUSE_CUDA)
+// Everything below enqueues on `stream` of the current device, reads and writes device memory, never
+// waits for the host, and can be captured in a CUDA graph. Throws std::runtime_error if a launch fails.
+namespace cuda {
+
+// Bytes of scratch that stats() needs.
+int64_t stats_scratch_bytes(const std::vector<GradRef>& grads);
+// The table rows, the totals of the plan for (max_norm, policy), and the norm.
+void stats(const std::vector<GradRef>& grads,
+           const std::vector<int64_t>& rows,  // [grads.size()], ascending
+           int64_t table_rows,                // rows not in `rows` are marked absent
+           NormSpec spec, double max_norm, NonFinite policy,
+           void* scratch,   // stats_scratch_bytes(grads), 256-byte aligned
+           double* table,   // [table_rows, kTableColumns]
+           double* totals,  // [kTotals]
+           void* norm,      // [], float64 if norm_is_double, else float32
+           bool norm_is_double, cudaStream_t stream);
+// The totals of the plan for a norm that is already there.
+void plan(const double* norm,  // []
+          double max_norm,
+          double* totals,  // [kTotals]
+          cudaStream_t stream);
+// g *= coefficient or g = 0, as the totals say; returns before touching memory if they say Keep.
+void apply(const std::vector<GradRef>& grads,
+           const double* totals,  // [kTotals]
+           cudaStream_t stream);
+// g = clamp(g, -bound, bound). Stores only the 16-byte words that change.
+void clamp(const std::vector<GradRef>& grads, double bound, cudaStream_t stream);
+// Clips each unit of each gradient against its weight. Stores the clipped units only.
+void clip_units(const std::vector<UnitRef>& units, double clip_factor, double eps, NormSpec spec,
+                cudaStream_t stream);
+
+}  // namespace cuda
+#endif
+}  // namespace gradfuse

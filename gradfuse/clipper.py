@@ -1,0 +1,141 @@
+"""GradClipper: clipping for a training loop, with a report of every step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradfuse._native import backend
+from gradfuse.ops.clip import NONFINITE, check_nonfinite, check_nonnegative, check_norm_type
+from gradfuse.report import GradReport
+
+__all__ = ["GradClipper"]
+
+
+class GradClipper:
+    """Clips the gradients of a fixed set of parameters by their global norm.
+
+    Holds the parameters on the C++ side, so that a call walks no Python list: for thousands of
+    small tensors that is most of the time. Gradients may be set to None, replaced, or change dtype
+    or device between calls.
+
+    Args:
+        parameters: iterable of Tensors, or of (name, Tensor) as from model.named_parameters(), or one
+            Tensor. Unnamed ones are called "0", "1", ... A parameter given twice is held once.
+        max_norm: upper bound of the norm, >= 0; inf only measures. May be changed between steps.
+        norm_type: p > 0, or inf.
+        nonfinite: "propagate" | "error" | "zero", as in clip_grad_norm_.
+
+    Raises:
+        ValueError: an argument is out of range.
+        TypeError: an item is neither a Tensor nor a (name, Tensor) pair.
+
+    Source: Pascanu, Mikolov, Bengio 2013, "On the difficulty of training recurrent neural
+    networks", Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        parameters: Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]],
+        max_norm: float,
+        norm_type: float = 2.0,
+        nonfinite: str = "propagate",
+    ) -> None:
+        self.max_norm = max_norm
+        self._norm_type = check_norm_type("GradClipper", norm_type)
+        check_nonfinite("GradClipper", nonfinite)
+        self._nonfinite = nonfinite
+        self._names: list[str] = []
+        self._parameters: list[Tensor] = []
+        self._held: set[int] = set()
+        self._list = backend.ParameterList()
+        items: Iterable[Any] = [parameters] if isinstance(parameters, Tensor) else parameters
+        for item in items:
+            if isinstance(item, Tensor):
+                self.add(item)
+            elif isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Tensor):
+                self.add(item[1], str(item[0]))
+            else:
+                raise TypeError(
+                    "GradClipper: parameters must be Tensors or (name, Tensor) pairs, got "
+                    + type(item).__name__
+                )
+
+    @property
+    def max_norm(self) -> float:
+        """Upper bound of the norm."""
+        return self._max_norm
+
+    @max_norm.setter
+    def max_norm(self, value: float) -> None:
+        self._max_norm = check_nonnegative("GradClipper", "max_norm", value)
+
+    @property
+    def norm_type(self) -> float:
+        """Order of the norm."""
+        return self._norm_type
+
+    @property
+    def nonfinite(self) -> str:
+        """What a NaN or inf gradient does."""
+        return self._nonfinite
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the parameters, in order."""
+        return list(self._names)
+
+    def add(self, parameter: Tensor, name: str | None = None) -> None:
+        """Adds a parameter, e.g. of a layer that was unfrozen. One that is there already is left."""
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"GradClipper.add: expected a Tensor, got {type(parameter).__name__}")
+        if id(parameter) in self._held:
+            return
+        self._held.add(id(parameter))
+        # A new list each time: reports made earlier keep the names of their own step.
+        self._names = [*self._names, str(len(self._names)) if name is None else name]
+        self._parameters.append(parameter)
+        self._list.add(parameter)
+
+    def clip_(self) -> GradReport:
+        """Clips the gradients in place, as clip_grad_norm_ does, and reports what it saw.
+
+        Raises:
+            RuntimeError: nonfinite="error" and a gradient is NaN or inf; nothing was written. Or a
+                gradient is expanded, so that several elements share memory.
+            TypeError: a gradient is sparse, of an integer dtype or on an unsupported device.
+        """
+        policy = NONFINITE[self._nonfinite]
+        names = self._names
+        if torch.compiler.is_compiling():
+            grads = [p.grad for p in self._parameters if p.grad is not None]
+            names = [
+                name
+                for name, p in zip(names, self._parameters, strict=True)
+                if p.grad is not None
+            ]
+            result = torch.ops.gradfuse.clip_grads_(grads, self._max_norm, self._norm_type, policy)
+        else:
+            result = self._list.clip_(self._max_norm, self._norm_type, policy)
+        return GradReport(names, *result, self._max_norm, self._norm_type, self._nonfinite)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        del state["_list"], state["_held"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._held = {id(p) for p in self._parameters}
+        self._list = backend.ParameterList()
+        for p in self._parameters:
+            self._list.add(p)
+
+    def __repr__(self) -> str:
+        return (
+            f"GradClipper({len(self._names)} parameters, max_norm={self._max_norm:g}, "
+            f"norm_type={self._norm_type:g}, nonfinite={self._nonfinite!r})"
+        )

@@ -1,0 +1,1 @@
+"""One file per op: its functional form and its registration with torch."""

@@ -1,0 +1,308 @@
+"""Gradient clipping: torch.nn.utils' functions, right over the whole range of every dtype."""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from gradfuse._native import backend, define_op
+
+__all__ = [
+    "adaptive_clip_grad_",
+    "clip_grad_norm_",
+    "clip_grad_value_",
+    "clip_grads_with_norm_",
+    "get_total_norm",
+]
+
+NONFINITE = {"propagate": 0, "error": 1, "zero": 2}
+
+
+def check_nonnegative(op: str, name: str, value: float) -> float:
+    """value as a float; ValueError if it is negative or NaN."""
+    value = float(value)
+    if not value >= 0.0:
+        raise ValueError(f"{op}: {name} must be >= 0, got {value}")
+    return value
+
+
+def check_norm_type(op: str, norm_type: float) -> float:
+    """norm_type as a float; ValueError unless it is positive or inf."""
+    norm_type = float(norm_type)
+    if not norm_type > 0.0:
+        raise ValueError(f"{op}: norm_type must be > 0 or inf, got {norm_type}")
+    return norm_type
+
+
+def check_nonfinite(op: str, nonfinite: str) -> int:
+    """The policy's code; ValueError if there is no such policy."""
+    if nonfinite not in NONFINITE:
+        raise ValueError(
+            f"{op}: nonfinite must be 'propagate', 'error' or 'zero', got {nonfinite!r}"
+        )
+    return NONFINITE[nonfinite]
+
+
+def _as_sequence(parameters: Tensor | Iterable[Tensor]) -> Sequence[Tensor]:
+    """The parameters as what can be walked twice. Warns of an exhausted generator, as torch does."""
+    if isinstance(parameters, Tensor):
+        return [parameters]
+    if isinstance(parameters, (list, tuple)):
+        return parameters
+    is_generator = isinstance(parameters, types.GeneratorType)
+    try:
+        listed = list(parameters)
+    except TypeError:
+        raise TypeError(
+            f"gradfuse: expected a tensor or an iterable of tensors, got {type(parameters).__name__}"
+        ) from None
+    if is_generator and not listed:
+        warnings.warn(
+            "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=3
+        )
+    return listed
+
+
+def _grads(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+def get_total_norm(
+    tensors: Tensor | Iterable[Tensor],
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """Norm of all tensors, taken as one vector.
+
+    Right over the whole finite range of every dtype: accumulated in float64 across blocks, with
+    a power-of-two scale where a square would overflow or vanish.
+
+    Args:
+        tensors: iterable of Tensors or one, any shapes and strides; float16, bfloat16, float32,
+            float64, complex64 or complex128, any mix of dtypes and devices.
+        norm_type: p > 0, or inf. Strings such as "inf" are converted, as in torch.
+        error_if_nonfinite: raise instead of returning nan or inf. On CUDA this waits for the device.
+        foreach: accepted for torch's signature; all paths are fused.
+
+    Returns:
+        0-d float32 Tensor (float64 if any input is), on the first tensor's device. Unit: that of
+        the inputs. A norm beyond float32 is returned as inf though it is used in full for clipping.
+
+    Raises:
+        RuntimeError: error_if_nonfinite is set and the norm is nan or inf.
+        ValueError: norm_type is not > 0.
+        TypeError: an input is no tensor, is sparse, of an integer dtype or on another device.
+
+    Source: Pascanu, Mikolov, Bengio 2013, "On the difficulty of training recurrent neural
+    networks", Algorithm 1; Blue 1978, "A portable Fortran program to find the Euclidean norm of a
+    vector".
+    """
+    norm_type = check_norm_type("get_total_norm", norm_type)
+    policy = NONFINITE["error" if error_if_nonfinite else "propagate"]
+    tensors = _as_sequence(tensors)
+    if torch.compiler.is_compiling():
+        norm: Tensor = torch.ops.gradfuse.grad_stats(list(tensors), norm_type, policy)[0]
+        return norm
+    norm = backend.stats(tensors, False, norm_type, policy)[0]
+    return norm
+
+
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    *,
+    nonfinite: str = "propagate",
+) -> Tensor:
+    """Scales the gradients in place so that their norm, as one vector, is at most max_norm.
+
+    The factor is min(1, max_norm / (norm + 1e-6)), from the float64 norm. Where the norm is at
+    most max_norm every gradient is read once and none is written; else there is one more read and
+    one write. A gradient that appears twice (tied parameters) counts and is scaled once.
+
+    Args:
+        parameters: iterable of Tensors or one, whose .grad is clipped; None gradients are skipped.
+        max_norm: upper bound of the norm, >= 0; inf only measures.
+        norm_type: p > 0, or inf.
+        error_if_nonfinite: the same as nonfinite="error".
+        foreach: accepted for torch's signature; all paths are fused.
+        nonfinite: what a NaN or inf gradient does. "propagate": as in torch, the gradients become
+            NaN or 0. "error": RuntimeError, nothing is written. "zero": all gradients become 0.
+
+    Returns:
+        The norm before clipping, as get_total_norm returns it.
+
+    Raises:
+        RuntimeError: nonfinite="error" and the norm is nan or inf; or a gradient is expanded, so
+            that several elements share memory.
+        ValueError: max_norm is negative or NaN, norm_type is not > 0, nonfinite is unknown, or
+            error_if_nonfinite contradicts it.
+        TypeError: as get_total_norm.
+
+    Source: Pascanu, Mikolov, Bengio 2013, "On the difficulty of training recurrent neural
+    networks", Algorithm 1.
+    """
+    op = "clip_grad_norm_"
+    max_norm = check_nonnegative(op, "max_norm", max_norm)
+    norm_type = check_norm_type(op, norm_type)
+    policy = check_nonfinite(op, nonfinite)
+    if error_if_nonfinite:
+        if nonfinite == "zero":
+            raise ValueError(f"{op}: error_if_nonfinite contradicts nonfinite='zero'; pass only one")
+        policy = NONFINITE["error"]
+    parameters = _as_sequence(parameters)
+    norm: Tensor
+    if torch.compiler.is_compiling():
+        norm = torch.ops.gradfuse.clip_grads_(_grads(parameters), max_norm, norm_type, policy)[0]
+        return norm
+    norm = backend.clip_(parameters, True, max_norm, norm_type, policy)[0]
+    return norm
+
+
+def clip_grads_with_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    total_norm: Tensor,
+    foreach: bool | None = None,
+) -> None:
+    """Scales the gradients in place by min(1, max_norm / (total_norm + 1e-6)).
+
+    Writes nothing if total_norm <= max_norm. Prefer clip_grad_norm_ where norms may leave float32:
+    a float32 total_norm of inf scales by 0.
+
+    Args:
+        parameters: iterable of Tensors or one, whose .grad is scaled; None gradients are skipped.
+        max_norm: upper bound of the norm, >= 0.
+        total_norm: one real number as a Tensor, the norm of all gradients.
+        foreach: accepted for torch's signature; all paths are fused.
+
+    Raises:
+        ValueError: max_norm is negative or NaN, or total_norm is not one real number.
+        TypeError, RuntimeError: as clip_grad_norm_.
+
+    Source: Pascanu, Mikolov, Bengio 2013, Algorithm 1.
+    """
+    max_norm = check_nonnegative("clip_grads_with_norm_", "max_norm", max_norm)
+    total_norm = torch.as_tensor(total_norm)
+    parameters = _as_sequence(parameters)
+    if torch.compiler.is_compiling():
+        torch.ops.gradfuse.scale_grads_(_grads(parameters), max_norm, total_norm)
+    else:
+        backend.scale_(parameters, True, max_norm, total_norm)
+
+
+def clip_grad_value_(
+    parameters: Tensor | Iterable[Tensor], clip_value: float, foreach: bool | None = None
+) -> None:
+    """Clamps every gradient in place to [-clip_value, clip_value]. NaN stays NaN.
+
+    Reads every gradient once and writes only blocks in which a value changes.
+
+    Args:
+        parameters: iterable of Tensors or one, whose .grad is clamped; None gradients are skipped.
+        clip_value: the bound, >= 0, rounded to each gradient's dtype.
+        foreach: accepted for torch's signature; all paths are fused.
+
+    Raises:
+        ValueError: clip_value is negative or NaN.
+        TypeError: as get_total_norm, or a gradient is complex.
+        RuntimeError: a gradient is expanded.
+
+    Source: torch.nn.utils.clip_grad_value_.
+    """
+    clip_value = check_nonnegative("clip_grad_value_", "clip_value", clip_value)
+    parameters = _as_sequence(parameters)
+    if torch.compiler.is_compiling():
+        torch.ops.gradfuse.clamp_grads_(_grads(parameters), clip_value)
+    else:
+        backend.clamp_(parameters, True, clip_value)
+
+
+def adaptive_clip_grad_(
+    parameters: Tensor | Iterable[Tensor],
+    clip_factor: float = 0.01,
+    eps: float = 1e-3,
+    norm_type: float = 2.0,
+) -> None:
+    """Adaptive gradient clipping: bounds each unit's gradient by its weight.
+
+    A unit is a row along the first dimension, or the whole of a vector or scalar, as in timm's agc.
+    Its gradient is scaled to a norm of at most clip_factor * max(norm of the weights, eps). Weights
+    and gradients are read once; only the units that are clipped are read again and written.
+
+    Args:
+        parameters: iterable of Tensors or one; those without gradient are skipped.
+        clip_factor: largest ratio of gradient norm to weight norm, >= 0.
+        eps: least weight norm, >= 0, so that zero weights can learn.
+        norm_type: p > 0, or inf.
+
+    Raises:
+        ValueError: an argument is out of range, or a gradient has another shape than its parameter.
+        TypeError, RuntimeError: as clip_grad_norm_.
+
+    Source: Brock, De, Smith, Simonyan 2021, "High-Performance Large-Scale Image Recognition
+    Without Normalization", equation 3.
+    """
+    op = "adaptive_clip_grad_"
+    clip_factor = check_nonnegative(op, "clip_factor", clip_factor)
+    eps = check_nonnegative(op, "eps", eps)
+    norm_type = check_norm_type(op, norm_type)
+    parameters = _as_sequence(parameters)
+    if torch.compiler.is_compiling():
+        owners = [p for p in parameters if p.grad is not None]
+        torch.ops.gradfuse.adaptive_clip_grads_(
+            [p.detach() for p in owners], _grads(owners), clip_factor, eps, norm_type
+        )
+    else:
+        backend.adaptive_clip_(parameters, None, clip_factor, eps, norm_type)
+
+
+def _fake_result(grads: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    device = grads[0].device if grads else torch.device("cpu")
+    wide = any(g.dtype in (torch.float64, torch.complex128) for g in grads)
+    return (
+        torch.empty((), dtype=torch.float64 if wide else torch.float32, device=device),
+        torch.empty(6, dtype=torch.float64, device=device),
+        torch.empty(len(grads), 5, dtype=torch.float64, device=device),
+    )
+
+
+define_op(
+    "grad_stats(Tensor[] grads, float norm_type, int nonfinite) -> (Tensor, Tensor, Tensor)",
+    lambda grads, norm_type, nonfinite: backend.stats(grads, False, norm_type, nonfinite),
+    lambda grads, norm_type, nonfinite: _fake_result(grads),
+)
+define_op(
+    "clip_grads_(Tensor(a!)[] grads, float max_norm, float norm_type, int nonfinite)"
+    " -> (Tensor, Tensor, Tensor)",
+    lambda grads, max_norm, norm_type, nonfinite: backend.clip_(
+        grads, False, max_norm, norm_type, nonfinite
+    ),
+    lambda grads, max_norm, norm_type, nonfinite: _fake_result(grads),
+)
+define_op(
+    "scale_grads_(Tensor(a!)[] grads, float max_norm, Tensor total_norm) -> ()",
+    lambda grads, max_norm, total_norm: backend.scale_(grads, False, max_norm, total_norm),
+    lambda grads, max_norm, total_norm: None,
+)
+define_op(
+    "clamp_grads_(Tensor(a!)[] grads, float clip_value) -> ()",
+    lambda grads, clip_value: backend.clamp_(grads, False, clip_value),
+    lambda grads, clip_value: None,
+)
+define_op(
+    "adaptive_clip_grads_(Tensor[] weights, Tensor(a!)[] grads, float clip_factor, float eps,"
+    " float norm_type) -> ()",
+    lambda weights, grads, clip_factor, eps, norm_type: backend.adaptive_clip_(
+        weights, grads, clip_factor, eps, norm_type
+    ),
+    lambda weights, grads, clip_factor, eps, norm_type: None,
+)
+

@@ -1,0 +1,269 @@
+"""The pure-torch meaning of every op: the fallback without the compiled module, the tests' oracle.
+
+The functions at the end have the names and arguments of gradfuse._C. Everything is computed in
+float64 after dividing by the largest magnitude, so that no finite gradient overflows or vanishes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+KEEP, SCALE, ZERO, REFUSE = range(4)
+PROPAGATE, ERROR, ZERO_GRADIENTS = range(3)
+_DTYPES = {
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.complex64,
+    torch.complex128,
+}
+
+Result = tuple[Tensor, Tensor, Tensor]
+
+
+def magnitudes(x: Tensor) -> Tensor:
+    """|x| as float64, of the same shape."""
+    return x.to(torch.complex128 if x.is_complex() else torch.float64).abs()
+
+
+def scaled_norm(x: Tensor, p: float) -> tuple[float, float]:
+    """(s, v) such that the p-norm of x is s * v, with s the largest magnitude or 1."""
+    a = magnitudes(x)
+    amax = float(a.max()) if a.numel() else 0.0
+    if amax == 0.0 or not math.isfinite(amax) or math.isinf(p):
+        return 1.0, amax
+    return amax, float(torch.linalg.vector_norm(a / amax, p))
+
+
+def combine_norms(norms: list[tuple[float, float]], p: float) -> tuple[float, float]:
+    """The norm of the concatenation, from the norms of the parts."""
+    top = max((s for s, v in norms if v != 0.0), default=1.0)
+    parts = torch.tensor([s / top * v for s, v in norms], dtype=torch.float64)
+    s, v = scaled_norm(parts, p)
+    return top, s * v
+
+
+def clip_plan(
+    norm: tuple[float, float], max_norm: float, policy: int
+) -> tuple[float, float, float, int]:
+    """(norm, coefficient, norm after clipping, action): min(1, max_norm / (norm + 1e-6)).
+
+    A finite norm <= max_norm leaves the gradients alone.
+    """
+    s, v = norm
+    wide = s * v
+    if math.isfinite(v):
+        if wide <= max_norm:
+            return wide, 1.0, wide, KEEP
+        coefficient = max_norm / s / (v + 1e-6 / s)
+        return wide, coefficient, coefficient * s * v, SCALE
+    if policy == ZERO_GRADIENTS:
+        return wide, 0.0, 0.0, ZERO
+    if policy == ERROR:
+        return wide, 1.0, wide, REFUSE
+    ratio = max_norm / (wide + 1e-6)
+    coefficient = 1.0 if ratio > 1.0 else ratio
+    return wide, coefficient, wide * coefficient, SCALE
+
+
+def scale_tensor_(x: Tensor, coefficient: float) -> None:
+    """x *= coefficient, computed in float64 and rounded once."""
+    wide = torch.complex128 if x.is_complex() else torch.float64
+    x.copy_(x.to(wide) * coefficient)
+
+
+def unit_norms(x: Tensor, p: float) -> Tensor:
+    """Norm of each unit: rows along the first dimension, or the whole of a vector.
+
+    float64, of shape [N, 1, ...] or [1]; Brock et al. 2021, section 4.1.
+    """
+    a = magnitudes(x.reshape(1, -1) if x.ndim <= 1 else x.reshape(x.shape[0], -1))
+    top = a.amax(dim=1, keepdim=True)
+    scale = torch.where((top > 0) & top.isfinite(), top, torch.ones_like(top))
+    norm = torch.linalg.vector_norm(a / scale, p, dim=1, keepdim=True) * scale
+    return norm.reshape(-1, *[1] * (x.ndim - 1)) if x.ndim > 1 else norm.reshape(())
+
+
+def adaptive_clip_tensor_(weight: Tensor, grad: Tensor, factor: float, eps: float, p: float) -> None:
+    """Scales each unit of grad to a norm of at most factor * max(norm of the weight's unit, eps)."""
+    if grad.numel() == 0:
+        return
+    limit = unit_norms(weight, p).clamp(min=eps) * factor
+    norm = unit_norms(grad, p)
+    scaled = grad.to(torch.complex128 if grad.is_complex() else torch.float64) * (
+        limit / norm.clamp(min=1e-6)
+    )
+    grad.copy_(torch.where(norm <= limit, grad, scaled.to(grad.dtype)))
+
+
+def read_tensors(op: str, tensors: Tensor | Iterable[Tensor], of_grad: bool) -> list[Tensor | None]:
+    """The tensors, or their gradients, None where there is none."""
+    try:
+        items = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    except TypeError:
+        got = type(tensors).__name__
+        raise TypeError(f"{op}: expected a tensor or an iterable of tensors, got {got}") from None
+    for i, t in enumerate(items):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: expected tensors, got {type(t).__name__} for tensor {i}")
+    return [t.grad if of_grad else t for t in items]
+
+
+def check_gradients(
+    op: str, tensors: list[Tensor | None], writes: bool
+) -> list[tuple[int, Tensor]]:
+    """(row, gradient) of every gradient, a repeated one once if it may be written."""
+    found: list[tuple[int, Tensor]] = []
+    seen: set[int] = set()
+    for i, t in enumerate(tensors):
+        if t is None or (writes and id(t) in seen):
+            continue
+        seen.add(id(t))
+        if t.dtype not in _DTYPES:
+            raise TypeError(
+                f"{op}: expected float16, bfloat16, float32, float64, complex64 or complex128, "
+                f"got {t.dtype} for tensor {i}"
+            )
+        if t.layout != torch.strided:
+            raise TypeError(
+                f"{op}: expected dense gradients, got layout {t.layout} for tensor {i}; "
+                "convert it with .to_dense() or clip it apart"
+            )
+        if t.device.type == "meta":
+            raise TypeError(f"{op}: expected gradients with memory, got meta for tensor {i}")
+        if writes and any(n > 1 and s == 0 for n, s in zip(t.shape, t.stride(), strict=True)):
+            raise RuntimeError(
+                f"{op}: expected gradients with an element per memory location, got an expanded one "
+                f"for tensor {i}; .clone() it first"
+            )
+        found.append((i, t))
+    return found
+
+
+@torch.no_grad()
+def _result(
+    tensors: list[Tensor | None], grads: list[tuple[int, Tensor]], max_norm: float, p: float, policy: int
+) -> tuple[Result, float, int]:
+    """The result, the coefficient and the action."""
+    device = grads[0][1].device if grads else torch.device("cpu")
+    any_double = any(g.dtype in (torch.float64, torch.complex128) for _, g in grads)
+    table = [[0.0, 0.0, 0.0, 0.0, -1.0] for _ in tensors]
+    for row, g in grads:
+        s, v = scaled_norm(g, 2.0)
+        a = magnitudes(g)
+        table[row] = [
+            s * v,
+            float(a.max()) if a.numel() else 0.0,
+            float((~a.isfinite()).sum()),
+            float((a == 0).sum()),
+            float(g.numel()),
+        ]
+    norm = combine_norms([scaled_norm(g, p) for _, g in grads], p)
+    wide, coefficient, clipped, action = clip_plan(norm, max_norm, policy)
+    if action == REFUSE:
+        raise RuntimeError(
+            f"gradients: expected a finite total norm of order {p:g}, got {wide}; nothing was written "
+            '(nonfinite="propagate" or "zero" would go on, and a GradReport names the layer)'
+        )
+    totals = torch.tensor(
+        [wide, coefficient, clipped, action, norm[1], 0.0], dtype=torch.float64, device=device
+    )
+    total_norm = totals[0].to(torch.float64 if any_double else torch.float32)
+    rows = torch.tensor(table, dtype=torch.float64, device=device).reshape(-1, 5)
+    return (total_norm, totals, rows), coefficient, action
+
+
+def _apply(grads: list[tuple[int, Tensor]], coefficient: float, action: int) -> None:
+    for _, g in grads:
+        if action == ZERO:
+            g.zero_()
+        elif action == SCALE:
+            scale_tensor_(g, coefficient)
+
+
+def stats(tensors: Iterable[Tensor], of_grad: bool, norm_type: float, nonfinite: int) -> Result:
+    listed = read_tensors("get_total_norm", tensors, of_grad)
+    grads = check_gradients("get_total_norm", listed, writes=False)
+    return _result(listed, grads, math.inf, norm_type, nonfinite)[0]
+
+
+@torch.no_grad()
+def clip_(
+    tensors: Iterable[Tensor], of_grad: bool, max_norm: float, norm_type: float, nonfinite: int
+) -> Result:
+    listed = read_tensors("clip_grad_norm_", tensors, of_grad)
+    grads = check_gradients("clip_grad_norm_", listed, writes=True)
+    result, coefficient, action = _result(listed, grads, max_norm, norm_type, nonfinite)
+    _apply(grads, coefficient, action)
+    return result
+
+
+@torch.no_grad()
+def scale_(tensors: Iterable[Tensor], of_grad: bool, max_norm: float, total_norm: Tensor) -> None:
+    op = "clip_grads_with_norm_"
+    grads = check_gradients(op, read_tensors(op, tensors, of_grad), writes=True)
+    if total_norm.numel() != 1 or total_norm.is_complex():
+        raise ValueError(
+            f"{op}: total_norm must be one real number, got {list(total_norm.shape)} of "
+            f"{total_norm.dtype} on {total_norm.device}"
+        )
+    plan = clip_plan((1.0, float(total_norm)), max_norm, PROPAGATE)
+    _apply(grads, plan[1], plan[3])
+
+
+@torch.no_grad()
+def clamp_(tensors: Iterable[Tensor], of_grad: bool, clip_value: float) -> None:
+    op = "clip_grad_value_"
+    grads = check_gradients(op, read_tensors(op, tensors, of_grad), writes=True)
+    for i, g in grads:
+        if g.is_complex():
+            raise TypeError(
+                f"{op}: expected real gradients, which have an order, got {g.dtype} for tensor {i}"
+            )
+    for _, g in grads:
+        g.clamp_(-clip_value, clip_value)
+
+
+@torch.no_grad()
+def adaptive_clip_(
+    weights: Iterable[Tensor],
+    grads: Iterable[Tensor] | None,
+    clip_factor: float,
+    eps: float,
+    norm_type: float,
+) -> None:
+    op = "adaptive_clip_grad_"
+    listed_weights = read_tensors(op, weights, False)
+    listed = read_tensors(op, listed_weights if grads is None else grads, grads is None)  # type: ignore[arg-type]
+    pairs = check_gradients(op, listed, writes=True)
+    for i, g in pairs:
+        w = listed_weights[i]
+        assert w is not None
+        if w.shape != g.shape or w.device != g.device:
+            raise ValueError(
+                f"{op}: expected a gradient of the parameter's shape and device, got "
+                f"{list(g.shape)} on {g.device} for {list(w.shape)} on {w.device}, parameter {i}"
+            )
+    check_gradients(op, [listed_weights[i] for i, _ in pairs], writes=False)
+    for i, g in pairs:
+        w = listed_weights[i]
+        assert w is not None
+        adaptive_clip_tensor_(w, g, clip_factor, eps, norm_type)
+
+
+class ParameterList:
+    """Parameters held between calls."""
+
+    def __init__(self) -> None:
+        self._parameters: list[Tensor] = []
+
+    def add(self, parameter: Tensor) -> None:
+        self._parameters.append(parameter)
+
+    def clip_(self, max_norm: float, norm_type: float, nonfinite: int) -> Result:
+        return clip_(self._parameters, True, max_norm, norm_type, nonfinite)

@@ -1,0 +1,156 @@
+"""What one clipping step saw: the norm, the coefficient, and a row for every parameter."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+__all__ = ["GradReport", "ParameterGrad"]
+
+
+class ParameterGrad(NamedTuple):
+    """One parameter's gradient, before clipping."""
+
+    name: str
+    norm: float  # L2
+    largest: float  # largest |g|; NaN if any is
+    nonfinite: int  # count of NaN and inf
+    zeros: int  # count of exact zeros
+    numel: int
+
+
+class GradReport:
+    """The outcome of one clipping step, filled from the same read as the norm.
+
+    The figures stay on the gradients' device until one is read: on CUDA, reading is what waits.
+
+    Attributes:
+        max_norm, norm_type, nonfinite: the settings of the step.
+    """
+
+    def __init__(
+        self,
+        names: list[str],
+        norm: Tensor,
+        totals: Tensor,
+        table: Tensor,
+        max_norm: float,
+        norm_type: float,
+        nonfinite: str,
+    ) -> None:
+        self._names = names
+        self._norm = norm
+        self._totals = totals
+        self._table = table
+        self.max_norm = max_norm
+        self.norm_type = norm_type
+        self.nonfinite = nonfinite
+        self._values: list[float] | None = None
+        self._rows: list[ParameterGrad] | None = None
+
+    def _total(self, index: int) -> float:
+        if self._values is None:
+            self._values = self._totals.tolist()
+        return self._values[index]
+
+    @property
+    def norm_tensor(self) -> Tensor:
+        """The norm as clip_grad_norm_ returns it, on the device; reading it waits for nothing."""
+        return self._norm
+
+    @property
+    def total_norm(self) -> float:
+        """Norm of all gradients before clipping, in float64."""
+        return self._total(0)
+
+    @property
+    def coefficient(self) -> float:
+        """What the gradients were multiplied by; 1.0 if they were left alone."""
+        return self._total(1)
+
+    @property
+    def clipped_norm(self) -> float:
+        """Norm of all gradients after clipping."""
+        return self._total(2)
+
+    @property
+    def clipped(self) -> bool:
+        """Whether the gradients were written."""
+        return self._total(3) in (1.0, 2.0)
+
+    @property
+    def void(self) -> bool:
+        """Whether a non-finite gradient made nonfinite="zero" set all gradients to 0."""
+        return self._total(3) == 2.0
+
+    @property
+    def parameters(self) -> list[ParameterGrad]:
+        """A row for every parameter that had a gradient, in the order they were given."""
+        if self._rows is None:
+            self._rows = [
+                ParameterGrad(name, norm, largest, int(nonfinite), int(zeros), int(numel))
+                for name, (norm, largest, nonfinite, zeros, numel) in zip(
+                    self._names, self._table.tolist(), strict=True
+                )
+                if numel >= 0
+            ]
+        return self._rows
+
+    def worst(self, n: int = 5) -> list[ParameterGrad]:
+        """The n parameters of largest gradient norm, non-finite ones first."""
+        return sorted(self.parameters, key=lambda p: (-(p.nonfinite > 0), -p.norm))[:n]
+
+    def first_nonfinite(self) -> ParameterGrad | None:
+        """The first parameter with a NaN or inf gradient, or None."""
+        return next((p for p in self.parameters if p.nonfinite), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain Python values, for logging or JSON."""
+        return {
+            "total_norm": self.total_norm,
+            "coefficient": self.coefficient,
+            "clipped_norm": self.clipped_norm,
+            "clipped": self.clipped,
+            "void": self.void,
+            "max_norm": self.max_norm,
+            "norm_type": self.norm_type,
+            "nonfinite": self.nonfinite,
+            "parameters": [p._asdict() for p in self.parameters],
+        }
+
+    def _verdict(self) -> str:
+        if self.void:
+            return "void: all gradients set to 0"
+        if not self.clipped:
+            return "left alone"
+        return f"scaled by {self.coefficient:.3g} to {self.clipped_norm:.4g}"
+
+    def __str__(self) -> str:
+        order = "inf" if math.isinf(self.norm_type) else f"{self.norm_type:g}"
+        lines = [
+            f"gradient norm (L{order}) {self.total_norm:.6g}, max_norm {self.max_norm:g}: "
+            + self._verdict()
+        ]
+        worst = self.worst(10)
+        if worst:
+            width = max(9, *(len(p.name) for p in worst))
+            lines.append(
+                f"{'parameter':<{width}}  {'L2 norm':>10}  {'largest':>10}  {'nonfinite':>9}  {'zeros':>6}"
+            )
+            for p in worst:
+                share = f"{100 * p.zeros / p.numel:.0f}%" if p.numel else "-"
+                lines.append(
+                    f"{p.name:<{width}}  {p.norm:>10.4g}  {p.largest:>10.4g}  {p.nonfinite:>9}  {share:>6}"
+                )
+        hidden = len(self.parameters) - len(worst)
+        if hidden > 0:
+            lines.append(f"... and {hidden} more of smaller norm")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return (
+            f"GradReport(total_norm={self.total_norm:.6g}, coefficient={self.coefficient:.6g}, "
+            f"parameters={len(self.parameters)})"
+        )

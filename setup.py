@@ -1,0 +1,116 @@
+"""Builds gradfuse._C: the CPU kernels always, the CUDA kernels where torch and nvcc allow.
+
+Environment:
+    GRADFUSE_CUDA         auto (default) | 0 | 1. auto: CUDA if torch is a CUDA build and nvcc is found.
+    GRADFUSE_NATIVE       0 installs the pure-torch package, without the compiled module.
+    GRADFUSE_SANITIZE     1 builds with AddressSanitizer and UndefinedBehaviorSanitizer.
+    TORCH_CUDA_ARCH_LIST  architectures, by default those of DEFAULT_ARCHS.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+DEFAULT_ARCHS = "7.5;8.0;8.6;9.0;10.0;12.0+PTX"
+
+
+def nvcc_version(cuda_home):
+    """(major, minor) of nvcc under cuda_home, or None."""
+    nvcc = Path(cuda_home or "", "bin", "nvcc")
+    if not cuda_home or not nvcc.exists():
+        return None
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def wants_cuda(torch, cuda_home):
+    """Whether to build the CUDA kernels. Never asks for a GPU: builders have none."""
+    choice = os.environ.get("GRADFUSE_CUDA", "auto")
+    if choice not in ("auto", "0", "1"):
+        sys.exit(f"gradfuse: GRADFUSE_CUDA: expected auto, 0 or 1, got {choice!r}")
+    nvcc = nvcc_version(cuda_home)
+    if choice == "0" or (choice == "auto" and (torch.version.cuda is None or nvcc is None)):
+        return False
+    if torch.version.cuda is None:
+        sys.exit("gradfuse: GRADFUSE_CUDA=1 needs a CUDA build of torch, got " + torch.__version__)
+    if nvcc is None:
+        sys.exit("gradfuse: GRADFUSE_CUDA=1 needs nvcc on PATH or under CUDA_HOME, found none")
+    if nvcc[0] != int(torch.version.cuda.split(".")[0]):
+        sys.exit(
+            f"gradfuse: expected nvcc of torch's CUDA {torch.version.cuda}, got {nvcc[0]}.{nvcc[1]}; "
+            "install that toolkit, or set GRADFUSE_CUDA=0 for the CPU kernels alone"
+        )
+    return True
+
+
+def extension():
+    import torch
+    from torch.utils import cpp_extension
+
+    if not shutil.which(os.environ.get("CXX", "c++")):
+        sys.exit(
+            "gradfuse: expected a C++ compiler (c++ on PATH, or CXX), found none; install one, or set "
+            "GRADFUSE_NATIVE=0 for the pure-torch package"
+        )
+    cuda = wants_cuda(torch, cpp_extension.CUDA_HOME)
+    archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS) if cuda else ""
+    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp"))
+    macros = [
+        ("GRADFUSE_TORCH_VERSION", f'"{torch.__version__}"'),
+        ("GRADFUSE_CUDA_VERSION", f'"{torch.version.cuda if cuda else ""}"'),
+        ("GRADFUSE_CUDA_ARCHS", f'"{archs}"'),
+    ]
+    # OpenMP is compiled in but not linked: its symbols then resolve to the runtime that torch
+    # loaded, so that both share one thread pool.
+    cxx = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+    link = []
+    if os.environ.get("GRADFUSE_SANITIZE") == "1":
+        sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+        cxx += [*sanitize, "-g", "-O1", "-fno-omit-frame-pointer"]
+        link += sanitize
+    if cuda:
+        sources += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cu"))
+        macros.append(("GRADFUSE_CUDA", "1"))
+        nvcc = ["-O3", "-lineinfo", "--threads=2", "--expt-relaxed-constexpr"]
+        return cpp_extension.CUDAExtension(
+            "gradfuse._C",
+            sources,
+            define_macros=macros,
+            extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+            extra_link_args=link,
+        )
+    return cpp_extension.CppExtension(
+        "gradfuse._C",
+        sources,
+        define_macros=macros,
+        extra_compile_args={"cxx": cxx},
+        extra_link_args=link,
+    )
+
+
+def build_command():
+    import torch
+    from torch.utils.cpp_extension import BuildExtension
+
+    class BuildInTree(BuildExtension):
+        """Keeps objects in build/, apart for each torch and flavour, so that a rebuild is one file."""
+
+        def finalize_options(self):
+            super().finalize_options()
+            flavour = "-sanitize" if os.environ.get("GRADFUSE_SANITIZE") == "1" else ""
+            self.build_temp = str(ROOT / "build" / f"objects-{torch.__version__}{flavour}")
+
+    return BuildInTree
+
+
+if os.environ.get("GRADFUSE_NATIVE") == "0":
+    setup()
+else:
+    setup(ext_modules=[extension()], cmdclass={"build_ext": build_command()})
