@@ -20,28 +20,36 @@ ROOT = Path(__file__).parent
 DEFAULT_ARCHS = "7.5;8.0;8.6;9.0;10.0;12.0+PTX"
 
 
-def nvcc_version(cuda_home):
-    """(major, minor) of nvcc under cuda_home, or None."""
-    nvcc = Path(cuda_home or "", "bin", "nvcc")
-    if not cuda_home or not nvcc.exists():
-        return None
-    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"release (\d+)\.(\d+)", text)
-    return (int(found[1]), int(found[2])) if found else None
+def find_toolkit(guess):
+    """(root, (major, minor)) of the CUDA toolkit, or (None, None).
+
+    nvcc itself says where it lives: the one on PATH may be a wrapper far from its headers.
+    """
+    nvcc = os.path.join(guess, "bin", "nvcc") if guess else "nvcc"
+    nvcc = shutil.which(nvcc) or shutil.which("nvcc")
+    if not nvcc:
+        return None, None
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", version)
+    dry = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", dry, re.MULTILINE)
+    root = Path(top[1]).resolve() if top else Path(nvcc).resolve().parent.parent
+    if not found or not any(root.rglob("cuda_runtime_api.h")):
+        return None, None
+    return str(root), (int(found[1]), int(found[2]))
 
 
-def wants_cuda(torch, cuda_home):
+def wants_cuda(torch, nvcc):
     """Whether to build the CUDA kernels. Never asks for a GPU: builders have none."""
     choice = os.environ.get("GRADFUSE_CUDA", "auto")
     if choice not in ("auto", "0", "1"):
         sys.exit(f"gradfuse: GRADFUSE_CUDA: expected auto, 0 or 1, got {choice!r}")
-    nvcc = nvcc_version(cuda_home)
     if choice == "0" or (choice == "auto" and (torch.version.cuda is None or nvcc is None)):
         return False
     if torch.version.cuda is None:
         sys.exit("gradfuse: GRADFUSE_CUDA=1 needs a CUDA build of torch, got " + torch.__version__)
     if nvcc is None:
-        sys.exit("gradfuse: GRADFUSE_CUDA=1 needs nvcc on PATH or under CUDA_HOME, found none")
+        sys.exit("gradfuse: GRADFUSE_CUDA=1 needs nvcc and its headers, found none on PATH or CUDA_HOME")
     if nvcc[0] != int(torch.version.cuda.split(".")[0]):
         sys.exit(
             f"gradfuse: expected nvcc of torch's CUDA {torch.version.cuda}, got {nvcc[0]}.{nvcc[1]}; "
@@ -59,7 +67,10 @@ def extension():
             "gradfuse: expected a C++ compiler (c++ on PATH, or CXX), found none; install one, or set "
             "GRADFUSE_NATIVE=0 for the pure-torch package"
         )
-    cuda = wants_cuda(torch, cpp_extension.CUDA_HOME)
+    toolkit, nvcc_version = find_toolkit(cpp_extension.CUDA_HOME)
+    cuda = wants_cuda(torch, nvcc_version)
+    if cuda:
+        cpp_extension.CUDA_HOME = toolkit
     archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS) if cuda else ""
     sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp"))
     macros = [
@@ -78,7 +89,7 @@ def extension():
     if cuda:
         sources += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cu"))
         macros.append(("GRADFUSE_CUDA", "1"))
-        nvcc = ["-O3", "-lineinfo", "--threads=2", "--expt-relaxed-constexpr"]
+        nvcc = ["-O3", "--threads=2", "--expt-relaxed-constexpr"]
         return cpp_extension.CUDAExtension(
             "gradfuse._C",
             sources,

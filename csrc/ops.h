@@ -40,6 +40,16 @@ struct UnitRef {
   int64_t grad_stride;
 };
 
+// Gradients are reduced in chunks of this many elements, more where that would make too many: the
+// memory for the chunks' results stays bounded. Depends on sizes alone.
+inline int64_t chunk_elements(const std::vector<GradRef>& grads) {
+  int64_t total = 0;
+  for (const GradRef& g : grads) total += g.numel;
+  int64_t chunk = 32768;
+  while (total / chunk > 16384) chunk *= 2;
+  return chunk;
+}
+
 // Columns of the per-gradient table.
 constexpr int64_t kTableColumns = 5;  // L2 norm, largest |g|, non-finite count, zero count, elements
 // The totals: norm, coefficient, norm after clipping, Action, then the sum or maximum that the norm

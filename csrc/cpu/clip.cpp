@@ -21,10 +21,8 @@ namespace {
 bool g_forked = false;
 [[maybe_unused]] const int g_fork_hook = pthread_atfork(nullptr, nullptr, [] { g_forked = true; });
 
-constexpr int64_t kChunk = 32768;       // elements of a chunk, unless that makes too many
-constexpr int64_t kMaxChunks = 16384;   // bounds the slots' memory
-constexpr int64_t kItem = 16384;        // least elements of an item of work
-constexpr int64_t kBuffer = 2048;       // elements gathered at a time
+constexpr int64_t kItem = 16384;   // least elements of an item of work
+constexpr int64_t kBuffer = 2048;  // elements gathered at a time
 
 struct Chunk {
   int64_t grad;
@@ -38,11 +36,8 @@ struct Work {
   std::vector<int64_t> items;
 
   explicit Work(const std::vector<GradRef>& grads) {
-    int64_t total = 0;
-    for (const GradRef& g : grads) total += g.numel;
-    int64_t chunk = kChunk;
-    while (total / chunk > kMaxChunks) chunk *= 2;
-    chunks.reserve(grads.size() + total / chunk);
+    const int64_t chunk = chunk_elements(grads);
+    chunks.reserve(grads.size());
     int64_t pending = kItem;
     for (size_t g = 0; g < grads.size(); ++g) {
       for (int64_t start = 0; start < grads[g].numel; start += chunk) {
