@@ -1,7 +1,7 @@
 """Builds gradfuse._C: the CPU kernels always, the CUDA kernels where torch and nvcc allow.
 
 Environment:
-    GRADFUSE_CUDA         auto (default) | 0 | 1. auto: CUDA if torch is a CUDA build and nvcc is found.
+    GRADFUSE_CUDA         auto (default) | 0 | 1. auto: CUDA if torch has it and nvcc is found.
     GRADFUSE_NATIVE       0 installs the pure-torch package, without the compiled module.
     GRADFUSE_SANITIZE     1 builds with AddressSanitizer and UndefinedBehaviorSanitizer.
     TORCH_CUDA_ARCH_LIST  architectures, by default those of DEFAULT_ARCHS.
@@ -49,11 +49,13 @@ def wants_cuda(torch, nvcc):
     if torch.version.cuda is None:
         sys.exit("gradfuse: GRADFUSE_CUDA=1 needs a CUDA build of torch, got " + torch.__version__)
     if nvcc is None:
-        sys.exit("gradfuse: GRADFUSE_CUDA=1 needs nvcc and its headers, found none on PATH or CUDA_HOME")
+        sys.exit(
+            "gradfuse: GRADFUSE_CUDA=1 needs nvcc and its headers, found none on PATH or CUDA_HOME"
+        )
     if nvcc[0] != int(torch.version.cuda.split(".")[0]):
         sys.exit(
-            f"gradfuse: expected nvcc of torch's CUDA {torch.version.cuda}, got {nvcc[0]}.{nvcc[1]}; "
-            "install that toolkit, or set GRADFUSE_CUDA=0 for the CPU kernels alone"
+            f"gradfuse: expected nvcc of torch's CUDA {torch.version.cuda}, got "
+            f"{nvcc[0]}.{nvcc[1]}; install that toolkit, or set GRADFUSE_CUDA=0"
         )
     return True
 
@@ -64,8 +66,8 @@ def extension():
 
     if not shutil.which(os.environ.get("CXX", "c++")):
         sys.exit(
-            "gradfuse: expected a C++ compiler (c++ on PATH, or CXX), found none; install one, or set "
-            "GRADFUSE_NATIVE=0 for the pure-torch package"
+            "gradfuse: expected a C++ compiler (c++ on PATH, or CXX), found none; install one, or "
+            "set GRADFUSE_NATIVE=0 for the pure-torch package"
         )
     toolkit, nvcc_version = find_toolkit(cpp_extension.CUDA_HOME)
     cuda = wants_cuda(torch, nvcc_version)
@@ -111,7 +113,7 @@ def build_command():
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildInTree(BuildExtension):
-        """Keeps objects in build/, apart for each torch and flavour, so that a rebuild is one file."""
+        """Keeps objects in build/, apart for each torch, so that a rebuild is one file."""
 
         def finalize_options(self):
             super().finalize_options()

@@ -18,13 +18,14 @@ ResultTuple as_tuple(ClipResult&& r) {
 }
 
 NonFinite policy_of(int code) {
-  if (code < 0 || code > 2) fail<std::invalid_argument>("nonfinite: expected 0, 1 or 2, got ", code);
+  if (code < 0 || code > 2)
+    fail<std::invalid_argument>("nonfinite: expected 0, 1 or 2, got ", code);
   return static_cast<NonFinite>(code);
 }
 
 ResultTuple stats(py::handle tensors, bool of_grad, double norm_type, int nonfinite) {
-  const GradList list =
-      check_gradients("get_total_norm", read_tensors("get_total_norm", tensors.ptr(), of_grad), false);
+  const GradList list = check_gradients(
+      "get_total_norm", read_tensors("get_total_norm", tensors.ptr(), of_grad), false);
   const py::gil_scoped_release release;
   return as_tuple(grad_stats(list, norm_spec(norm_type), policy_of(nonfinite)));
 }
@@ -36,7 +37,8 @@ ResultTuple clip_tensors(std::vector<at::Tensor> tensors, double max_norm, doubl
   return as_tuple(clip_by_norm(list, max_norm, norm_spec(norm_type), policy_of(nonfinite)));
 }
 
-ResultTuple clip_(py::handle tensors, bool of_grad, double max_norm, double norm_type, int nonfinite) {
+ResultTuple clip_(py::handle tensors, bool of_grad, double max_norm, double norm_type,
+                  int nonfinite) {
   return clip_tensors(read_tensors("clip_grad_norm_", tensors.ptr(), of_grad), max_norm, norm_type,
                       nonfinite);
 }
@@ -93,9 +95,7 @@ PYBIND11_MODULE(_C, m) {
   py::register_local_exception_translator([](std::exception_ptr p) {
     try {
       if (p) std::rethrow_exception(p);
-    } catch (const TypeError& e) {
-      PyErr_SetString(PyExc_TypeError, e.what());
-    }
+    } catch (const TypeError& e) { PyErr_SetString(PyExc_TypeError, e.what()); }
   });
   m.attr("torch_version") = GRADFUSE_TORCH_VERSION;
   m.attr("cuda_version") = GRADFUSE_CUDA_VERSION;

@@ -24,8 +24,10 @@ ClipResult make_result(const GradList& grads, at::Device device) {
 }
 
 void write_norm(const at::Tensor& norm, double value) {
-  if (norm.scalar_type() == at::kDouble) *norm.mutable_data_ptr<double>() = value;
-  else *norm.mutable_data_ptr<float>() = static_cast<float>(value);
+  if (norm.scalar_type() == at::kDouble)
+    *norm.mutable_data_ptr<double>() = value;
+  else
+    *norm.mutable_data_ptr<float>() = static_cast<float>(value);
 }
 
 // Raises if the plan is to refuse. On CUDA this waits for the device.
@@ -36,7 +38,7 @@ void check_refused(const ClipResult& result, NormSpec spec, NonFinite policy) {
   if (t[3] == static_cast<double>(Action::Refuse))
     fail<std::runtime_error>(
         "gradients: expected a finite total norm of order ", spec.p, ", got ", t[0],
-        "; nothing was written (nonfinite=\"propagate\" or \"zero\" would go on, and a "
+        "; nothing was written (nonfinite=\"propagate\" or \"zero\" would go on; a "
         "GradReport names the layer)");
 }
 
@@ -44,16 +46,6 @@ void check_refused(const ClipResult& result, NormSpec spec, NonFinite policy) {
 void mark_absent(const GradList& grads, double* table) {
   for (size_t i = 0; i < grads.tensors.size(); ++i)
     if (!grads.tensors[i].defined()) write_table_row(Stats{}, -1.0, table + i * kTableColumns);
-}
-
-// Stats of one CPU group, its table rows written.
-Stats cpu_stats(const DeviceGroup& group, NormSpec spec, double* table) {
-  std::vector<Stats> per_grad;
-  const Stats total = cpu::stats(group.refs, spec, per_grad);
-  for (size_t i = 0; i < group.refs.size(); ++i)
-    write_table_row(per_grad[i], static_cast<double>(group.refs[i].numel),
-                    table + group.rows[i] * kTableColumns);
-  return total;
 }
 
 #if defined(GRADFUSE_CUDA)
@@ -91,7 +83,7 @@ ClipResult stats_on_all(const GradList& grads, double max_norm, NormSpec spec, N
   for (const DeviceGroup& group : grads.groups) {
     ScaledSum sum = {};
     if (group.device.is_cpu()) {
-      sum = sum_of(cpu_stats(group, spec, table), spec);
+      sum = sum_of(cpu::stats(group.refs, group.rows, spec, table), spec);
     } else {
 #if defined(GRADFUSE_CUDA)
       const ClipResult part = make_result(grads, group.device);
@@ -114,7 +106,8 @@ ClipResult stats_on_all(const GradList& grads, double max_norm, NormSpec spec, N
   return {host.norm.to(first), host.totals.to(first), host.table.to(first)};
 }
 
-ClipResult stats_with_plan(const GradList& grads, double max_norm, NormSpec spec, NonFinite policy) {
+ClipResult stats_with_plan(const GradList& grads, double max_norm, NormSpec spec,
+                           NonFinite policy) {
 #if defined(GRADFUSE_CUDA)
   if (grads.groups.size() == 1 && grads.groups[0].device.is_cuda()) {
     const ClipResult out = make_result(grads, grads.groups[0].device);
@@ -126,8 +119,9 @@ ClipResult stats_with_plan(const GradList& grads, double max_norm, NormSpec spec
   ClipResult out = make_result(grads, at::kCPU);
   double* table = out.table.mutable_data_ptr<double>();
   mark_absent(grads, table);
-  const ScaledSum total =
-      grads.groups.empty() ? ScaledSum{} : sum_of(cpu_stats(grads.groups[0], spec, table), spec);
+  ScaledSum total = {};
+  for (const DeviceGroup& group : grads.groups)
+    total = sum_of(cpu::stats(group.refs, group.rows, spec, table), spec);
   const ClipPlan plan = clip_plan(norm_of(total, spec), max_norm, policy);
   write_totals(plan, total, out.totals.mutable_data_ptr<double>());
   write_norm(out.norm, plan.norm);
@@ -146,8 +140,10 @@ void apply_plan(GradList& grads, const at::Tensor& totals) {
   grads.prepare_write();
   for (const DeviceGroup& group : grads.groups) {
     if (group.device.is_cpu()) {
-      if (action == Action::Zero) cpu::zero(group.refs);
-      else cpu::scale(group.refs, t[1]);
+      if (action == Action::Zero)
+        cpu::zero(group.refs);
+      else
+        cpu::scale(group.refs, t[1]);
     } else {
 #if defined(GRADFUSE_CUDA)
       const at::Tensor here = totals.to(group.device);
@@ -166,7 +162,8 @@ at::Tensor totals_for(const at::Tensor& total_norm, double max_norm) {
 #if defined(GRADFUSE_CUDA)
   if (norm.is_cuda()) {
     on_device(norm.device(), [&](cudaStream_t stream) {
-      cuda::plan(norm.const_data_ptr<double>(), max_norm, totals.mutable_data_ptr<double>(), stream);
+      cuda::plan(norm.const_data_ptr<double>(), max_norm, totals.mutable_data_ptr<double>(),
+                 stream);
     });
     return totals;
   }

@@ -7,9 +7,10 @@
 namespace gradfuse {
 
 struct ClipResult {
-  at::Tensor norm;    // [] float32, or float64 if any gradient is; on the first gradient's device
+  at::Tensor norm;  // [] float32, or float64 if any gradient is; on the first gradient's device
   at::Tensor totals;  // [kTotals] float64, same device
-  at::Tensor table;   // [list length, kTableColumns] float64; elements is -1 in rows without gradient
+  at::Tensor
+      table;  // [list length, kTableColumns] float64; elements is -1 in rows without gradient
 };
 
 // The norm and the per-gradient table. One read, no write.

@@ -7,7 +7,11 @@
 
 #include <ATen/MemoryOverlap.h>
 
+#include <atomic>
+#include <memory>
+
 #include "checks.h"
+#include "cpu/parallel.h"
 #include "dispatch.h"
 
 namespace gradfuse {
@@ -63,32 +67,49 @@ void check_storage(const char* op, const at::Tensor& t, size_t index) {
       {K::Python, K::Functionalize, K::FuncTorchBatched, K::FuncTorchGradWrapper, K::ZeroTensor});
   const at::TensorImpl* impl = t.unsafeGetTensorImpl();
   if (t.layout() != at::kStrided)
-    fail<TypeError>(op, ": expected dense gradients, got layout ", t.layout(), " for tensor ", index,
-                    "; convert it with .to_dense() or clip it apart");
+    fail<TypeError>(op, ": expected dense gradients, got layout ", t.layout(), " for tensor ",
+                    index, "; convert it with .to_dense() or clip it apart");
   if (!device_is_supported(t.device().type()))
     fail<TypeError>(op, ": expected gradients on cpu or a cuda device this build supports, got ",
                     t.device(), " for tensor ", index);
   if (impl->key_set().has_any(wrappers) || !impl->has_storage())
-    fail<TypeError>(op, ": expected plain tensors, got a wrapper without memory of its own for tensor ",
+    fail<TypeError>(op,
+                    ": expected plain tensors, got a wrapper without memory of its own for tensor ",
                     index, "; unwrap it first");
   if (t.numel() == 0) return;
-  int64_t last = t.storage_offset();
-  for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
-  const uint64_t needed = (static_cast<uint64_t>(last) + 1) * t.element_size();
-  if (impl->unsafe_storage().nbytes() < needed || !impl->unsafe_storage().data())
+  int64_t elements = t.storage_offset() + t.numel();
+  if (!t.is_contiguous()) {
+    elements = t.storage_offset() + 1;
+    for (int64_t d = 0; d < t.dim(); ++d) elements += (t.size(d) - 1) * t.stride(d);
+  }
+  const at::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
+  const uint64_t needed = static_cast<uint64_t>(elements) * t.element_size();
+  if (storage->nbytes() < needed || !storage->data())
     fail<std::runtime_error>(op, ": expected storage of at least ", needed, " bytes, got ",
-                             impl->unsafe_storage().nbytes(), " for tensor ", index,
+                             storage->nbytes(), " for tensor ", index,
                              "; was it resized or freed?");
 }
 
 GradRef make_ref(const char* op, const at::Tensor& t, size_t index) {
   const std::optional<DType> dtype = dtype_of(t.scalar_type());
   if (!dtype)
-    fail<TypeError>(op, ": expected float16, bfloat16, float32, float64, complex64 or complex128, got ",
+    fail<TypeError>(op,
+                    ": expected float16, bfloat16, float32, float64, complex64 or complex128, got ",
                     t.scalar_type(), " for tensor ", index);
   check_storage(op, t, index);
   return {t.numel() ? const_cast<void*>(t.const_data_ptr()) : nullptr, t.numel(), *dtype,
           t.is_complex(), nullptr};
+}
+
+// What the first walk finds of a tensor, so that the second need not touch it.
+struct Checked {
+  GradRef ref;
+  at::Device device = at::kCPU;
+  bool is_dense;
+};
+
+Checked check(const char* op, const at::Tensor& t, size_t index) {
+  return {make_ref(op, t, index), t.device(), t.is_non_overlapping_and_dense()};
 }
 
 DeviceGroup& group_of(std::vector<DeviceGroup>& groups, at::Device device, size_t capacity) {
@@ -106,11 +127,14 @@ std::vector<at::Tensor> read_tensors(const char* op, PyObject* iterable, bool of
   std::vector<at::Tensor> out;
   auto take = [&](PyObject* item) {
     if (!THPVariable_Check(item))
-      fail<TypeError>(op, ": expected tensors, got ", Py_TYPE(item)->tp_name, " for tensor ", out.size());
+      fail<TypeError>(op, ": expected tensors, got ", Py_TYPE(item)->tp_name, " for tensor ",
+                      out.size());
     const at::Tensor& t = THPVariable_Unpack(item);
     // Not t.grad(), which warns about tensors that are no leaves.
-    if (of_grad) out.push_back(t.unsafeGetTensorImpl()->grad());
-    else out.push_back(t);
+    if (of_grad)
+      out.push_back(t.unsafeGetTensorImpl()->grad());
+    else
+      out.push_back(t);
   };
   if (THPVariable_Check(iterable)) {
     take(iterable);
@@ -120,7 +144,8 @@ std::vector<at::Tensor> read_tensors(const char* op, PyObject* iterable, bool of
   if (!sequence) {
     if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw python_error();
     PyErr_Clear();
-    fail<TypeError>(op, ": expected a tensor or an iterable of tensors, got ", Py_TYPE(iterable)->tp_name);
+    fail<TypeError>(op, ": expected a tensor or an iterable of tensors, got ",
+                    Py_TYPE(iterable)->tp_name);
   }
   const THPObjectPtr owner(sequence);
   const Py_ssize_t n = PySequence_Fast_GET_SIZE(sequence);
@@ -140,28 +165,44 @@ void GradList::prepare_write() {
 }
 
 GradList check_gradients(const char* op, std::vector<at::Tensor> tensors, bool writes) {
+  // Reading thousands of tensors' metadata waits for memory, so threads share it. Should a check
+  // fail, the walk below meets the first failure again and reports it.
+  const int64_t n = static_cast<int64_t>(tensors.size());
+  const std::unique_ptr<Checked[]> checked(new Checked[n]);
+  constexpr int64_t kItem = 64;
+  std::atomic<bool> failed{false};
+  cpu::for_each_item((n + kItem - 1) / kItem, [&](int64_t item) noexcept {
+    try {
+      for (int64_t i = item * kItem; i < std::min(n, (item + 1) * kItem); ++i)
+        if (tensors[i].defined()) checked[i] = check(op, tensors[i], i);
+    } catch (...) { failed = true; }
+  });
+
   GradList list;
-  AddressSet seen(tensors.size());
-  for (size_t i = 0; i < tensors.size(); ++i) {
+  AddressSet seen(writes ? n : 0);
+  for (int64_t i = 0; i < n; ++i) {
     at::Tensor& t = tensors[i];
     if (!t.defined()) continue;
-    GradRef ref = make_ref(op, t, i);
+    if (failed) check(op, t, i);
     if (writes && !seen.insert(t.unsafeGetTensorImpl())) {
       t.reset();
       continue;
     }
-    if (!t.is_non_overlapping_and_dense()) {
+    GradRef& ref = checked[i].ref;
+    if (!checked[i].is_dense) {
       if (writes && at::has_internal_overlap(t) == at::MemOverlap::Yes)
-        fail<std::runtime_error>(op, ": expected gradients with an element per memory location, got an "
-                                 "expanded one for tensor ", i, "; .clone() it first");
+        fail<std::runtime_error>(op,
+                                 ": expected gradients with an element per memory location, got an "
+                                 "expanded one for tensor ",
+                                 i, "; .clone() it first");
       if (ref.numel) {
         list.layouts.push_back(coalesced_layout(t));
         ref.layout = &list.layouts.back();
       }
     }
-    DeviceGroup& group = group_of(list.groups, t.device(), tensors.size());
+    DeviceGroup& group = group_of(list.groups, checked[i].device, n);
     group.refs.push_back(ref);
-    group.rows.push_back(static_cast<int64_t>(i));
+    group.rows.push_back(i);
     list.any_double |= ref.dtype == DType::Double;
   }
   list.tensors = std::move(tensors);
@@ -179,15 +220,17 @@ const StridedLayout* unit_layout(const at::Tensor& unit, std::deque<StridedLayou
 
 }  // namespace
 
-UnitList check_units(const char* op, std::vector<at::Tensor> weights, std::vector<at::Tensor> grads) {
+UnitList check_units(const char* op, std::vector<at::Tensor> weights,
+                     std::vector<at::Tensor> grads) {
   for (size_t i = 0; i < weights.size(); ++i) {
     if (!grads[i].defined()) {
       weights[i].reset();
     } else if (!weights[i].sizes().equals(grads[i].sizes()) ||
                weights[i].device() != grads[i].device()) {
-      fail<std::invalid_argument>(op, ": expected a gradient of the parameter's shape and device, got ",
-                                  grads[i].sizes(), " on ", grads[i].device(), " for ",
-                                  weights[i].sizes(), " on ", weights[i].device(), ", parameter ", i);
+      fail<std::invalid_argument>(
+          op, ": expected a gradient of the parameter's shape and device, got ", grads[i].sizes(),
+          " on ", grads[i].device(), " for ", weights[i].sizes(), " on ", weights[i].device(),
+          ", parameter ", i);
     }
   }
   UnitList list;

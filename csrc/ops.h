@@ -51,7 +51,8 @@ inline int64_t chunk_elements(const std::vector<GradRef>& grads) {
 }
 
 // Columns of the per-gradient table.
-constexpr int64_t kTableColumns = 5;  // L2 norm, largest |g|, non-finite count, zero count, elements
+constexpr int64_t kTableColumns =
+    5;  // L2 norm, largest |g|, non-finite count, zero count, elements
 // The totals: norm, coefficient, norm after clipping, Action, then the sum or maximum that the norm
 // is the root of, as value and exponent.
 constexpr int64_t kTotals = 6;
@@ -75,9 +76,11 @@ GRADFUSE_HD void write_totals(const ClipPlan& plan, ScaledSum sum, double* total
 
 namespace cpu {
 
-// Stats of each gradient, and of all of them as one vector. Reads each gradient once.
-Stats stats(const std::vector<GradRef>& grads, NormSpec spec,
-            std::vector<Stats>& per_grad);  // [grads.size()], written
+// Stats of all gradients as one vector, and the table row of each. Reads each gradient once.
+Stats stats(const std::vector<GradRef>& grads,
+            const std::vector<int64_t>& rows,  // [grads.size()]
+            NormSpec spec,
+            double* table);  // [above the largest row, kTableColumns]
 // g *= coefficient, or g = 0. Reads and writes each gradient once.
 void scale(const std::vector<GradRef>& grads, double coefficient);
 void zero(const std::vector<GradRef>& grads);
@@ -91,8 +94,9 @@ const char* isa();
 }  // namespace cpu
 
 #if defined(GRADFUSE_CUDA)
-// Everything below enqueues on `stream` of the current device, reads and writes device memory, never
-// waits for the host, and can be captured in a CUDA graph. Throws std::runtime_error if a launch fails.
+// Everything below enqueues on `stream` of the current device, reads and writes device memory,
+// never waits for the host, and can be captured in a CUDA graph. Throws std::runtime_error if a
+// launch fails.
 namespace cuda {
 
 // Bytes of scratch that stats() needs.
@@ -100,12 +104,12 @@ int64_t stats_scratch_bytes(const std::vector<GradRef>& grads);
 // The table rows, the totals of the plan for (max_norm, policy), and the norm.
 void stats(const std::vector<GradRef>& grads,
            const std::vector<int64_t>& rows,  // [grads.size()], ascending
-           int64_t table_rows,                // rows not in `rows` are marked absent
+           int64_t table_rows,  // rows not in `rows` are marked absent
            NormSpec spec, double max_norm, NonFinite policy,
-           void* scratch,   // stats_scratch_bytes(grads), 256-byte aligned
-           double* table,   // [table_rows, kTableColumns]
+           void* scratch,  // stats_scratch_bytes(grads), 256-byte aligned
+           double* table,  // [table_rows, kTableColumns]
            double* totals,  // [kTotals]
-           void* norm,      // [], float64 if norm_is_double, else float32
+           void* norm,  // [], float64 if norm_is_double, else float32
            bool norm_is_double, cudaStream_t stream);
 // The totals of the plan for a norm that is already there.
 void plan(const double* norm,  // []

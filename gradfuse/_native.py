@@ -39,8 +39,8 @@ backend: Any = _module if _module is not None else reference
 
 if not available and reason != "GRADFUSE_NATIVE=0":
     warnings.warn(
-        f"gradfuse runs its pure-torch path: {reason}. To cure it, reinstall with a C++ compiler at "
-        "hand: pip install --no-build-isolation --force-reinstall --no-deps gradfuse",
+        f"gradfuse runs its pure-torch path: {reason}. To cure it, reinstall where there is a C++ "
+        "compiler: pip install --no-build-isolation --force-reinstall --no-deps gradfuse",
         stacklevel=2,
     )
 

@@ -23,8 +23,8 @@ class GradClipper:
     or device between calls.
 
     Args:
-        parameters: iterable of Tensors, or of (name, Tensor) as from model.named_parameters(), or one
-            Tensor. Unnamed ones are called "0", "1", ... A parameter given twice is held once.
+        parameters: iterable of Tensors, or of (name, Tensor) as from model.named_parameters(), or
+            one Tensor. Unnamed ones are called "0", "1", ... One given twice is held once.
         max_norm: upper bound of the norm, >= 0; inf only measures. May be changed between steps.
         norm_type: p > 0, or inf.
         nonfinite: "propagate" | "error" | "zero", as in clip_grad_norm_.
@@ -89,7 +89,7 @@ class GradClipper:
         return list(self._names)
 
     def add(self, parameter: Tensor, name: str | None = None) -> None:
-        """Adds a parameter, e.g. of a layer that was unfrozen. One that is there already is left."""
+        """Adds a parameter, e.g. of a layer that was unfrozen, unless it is held already."""
         if not isinstance(parameter, Tensor):
             raise TypeError(f"GradClipper.add: expected a Tensor, got {type(parameter).__name__}")
         if id(parameter) in self._held:
@@ -113,14 +113,15 @@ class GradClipper:
         if torch.compiler.is_compiling():
             grads = [p.grad for p in self._parameters if p.grad is not None]
             names = [
-                name
-                for name, p in zip(names, self._parameters, strict=True)
-                if p.grad is not None
+                name for name, p in zip(names, self._parameters, strict=True) if p.grad is not None
             ]
             result = torch.ops.gradfuse.clip_grads_(grads, self._max_norm, self._norm_type, policy)
         else:
             result = self._list.clip_(self._max_norm, self._norm_type, policy)
-        return GradReport(names, *result, self._max_norm, self._norm_type, self._nonfinite)
+        norm, totals, table = result
+        return GradReport(
+            names, norm, totals, table, self._max_norm, self._norm_type, self._nonfinite
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()

@@ -85,12 +85,14 @@ def unit_norms(x: Tensor, p: float) -> Tensor:
     a = magnitudes(x.reshape(1, -1) if x.ndim <= 1 else x.reshape(x.shape[0], -1))
     top = a.amax(dim=1, keepdim=True)
     scale = torch.where((top > 0) & top.isfinite(), top, torch.ones_like(top))
-    norm = torch.linalg.vector_norm(a / scale, p, dim=1, keepdim=True) * scale
+    norm: Tensor = torch.linalg.vector_norm(a / scale, p, dim=1, keepdim=True) * scale
     return norm.reshape(-1, *[1] * (x.ndim - 1)) if x.ndim > 1 else norm.reshape(())
 
 
-def adaptive_clip_tensor_(weight: Tensor, grad: Tensor, factor: float, eps: float, p: float) -> None:
-    """Scales each unit of grad to a norm of at most factor * max(norm of the weight's unit, eps)."""
+def adaptive_clip_tensor_(
+    weight: Tensor, grad: Tensor, factor: float, eps: float, p: float
+) -> None:
+    """Scales each unit of grad to a norm of at most factor * max(weight norm, eps)."""
     if grad.numel() == 0:
         return
     limit = unit_norms(weight, p).clamp(min=eps) * factor
@@ -138,8 +140,8 @@ def check_gradients(
             raise TypeError(f"{op}: expected gradients with memory, got meta for tensor {i}")
         if writes and any(n > 1 and s == 0 for n, s in zip(t.shape, t.stride(), strict=True)):
             raise RuntimeError(
-                f"{op}: expected gradients with an element per memory location, got an expanded one "
-                f"for tensor {i}; .clone() it first"
+                f"{op}: expected gradients with an element per memory location, got an expanded "
+                f"one for tensor {i}; .clone() it first"
             )
         found.append((i, t))
     return found
@@ -147,7 +149,11 @@ def check_gradients(
 
 @torch.no_grad()
 def _result(
-    tensors: list[Tensor | None], grads: list[tuple[int, Tensor]], max_norm: float, p: float, policy: int
+    tensors: list[Tensor | None],
+    grads: list[tuple[int, Tensor]],
+    max_norm: float,
+    p: float,
+    policy: int,
 ) -> tuple[Result, float, int]:
     """The result, the coefficient and the action."""
     device = grads[0][1].device if grads else torch.device("cpu")
@@ -167,8 +173,8 @@ def _result(
     wide, coefficient, clipped, action = clip_plan(norm, max_norm, policy)
     if action == REFUSE:
         raise RuntimeError(
-            f"gradients: expected a finite total norm of order {p:g}, got {wide}; nothing was written "
-            '(nonfinite="propagate" or "zero" would go on, and a GradReport names the layer)'
+            f"gradients: expected a finite total norm of order {p:g}, got {wide}; nothing was "
+            'written (nonfinite="propagate" or "zero" would go on; a GradReport names the layer)'
         )
     totals = torch.tensor(
         [wide, coefficient, clipped, action, norm[1], 0.0], dtype=torch.float64, device=device

@@ -137,12 +137,14 @@ class GradReport:
         if worst:
             width = max(9, *(len(p.name) for p in worst))
             lines.append(
-                f"{'parameter':<{width}}  {'L2 norm':>10}  {'largest':>10}  {'nonfinite':>9}  {'zeros':>6}"
+                f"{'parameter':<{width}}  {'L2 norm':>10}  {'largest':>10}  "
+                f"{'nonfinite':>9}  {'zeros':>6}"
             )
             for p in worst:
                 share = f"{100 * p.zeros / p.numel:.0f}%" if p.numel else "-"
                 lines.append(
-                    f"{p.name:<{width}}  {p.norm:>10.4g}  {p.largest:>10.4g}  {p.nonfinite:>9}  {share:>6}"
+                    f"{p.name:<{width}}  {p.norm:>10.4g}  {p.largest:>10.4g}  "
+                    f"{p.nonfinite:>9}  {share:>6}"
                 )
         hidden = len(self.parameters) - len(worst)
         if hidden > 0:

@@ -53,15 +53,16 @@ struct Work {
     items.push_back(static_cast<int64_t>(chunks.size()));
   }
 
-  // Calls f(slot, chunk) for every chunk.
+  // Calls f(item, first chunk, end) for every item.
   template <class F>
   void for_each(bool backwards, F f) const {
-    const int64_t n = static_cast<int64_t>(items.size()) - 1;
+    const int64_t n = count();
     for_each_item(n, [&](int64_t i) {
       const int64_t item = backwards ? n - 1 - i : i;
-      for (int64_t k = items[item]; k < items[item + 1]; ++k) f(k, chunks[k]);
+      f(item, items[item], items[item + 1]);
     });
   }
+  int64_t count() const { return static_cast<int64_t>(items.size()) - 1; }
 };
 
 char* at(const GradRef& g, int64_t element) {
@@ -85,8 +86,10 @@ Stats run_stats(const GradRef& g, int64_t start, int64_t n, NormSpec spec) {
     }
     DType dtype = g.dtype;
     if (g.is_complex) {
-      if (dtype == DType::Float) moduli<float>(dense, m, modulus);
-      else moduli<double>(dense, m, modulus);
+      if (dtype == DType::Float)
+        moduli<float>(dense, m, modulus);
+      else
+        moduli<double>(dense, m, modulus);
       dense = modulus;
       dtype = DType::Double;
     }
@@ -113,9 +116,13 @@ void update_run(const GradRef& g, int64_t start, int64_t n, F f) {
 
 template <class F>
 void update(const std::vector<GradRef>& grads, bool backwards, F f) {
-  Work(grads).for_each(backwards, [&](int64_t, const Chunk& c) {
-    const GradRef& g = grads[c.grad];
-    update_run(g, c.start, c.length, [&](void* x, int64_t n) { f(x, g.dtype, n); });
+  const Work work(grads);
+  work.for_each(backwards, [&](int64_t, int64_t first, int64_t end) {
+    for (int64_t k = first; k < end; ++k) {
+      const Chunk& c = work.chunks[k];
+      const GradRef& g = grads[c.grad];
+      update_run(g, c.start, c.length, [&](void* x, int64_t n) { f(x, g.dtype, n); });
+    }
   });
 }
 
@@ -125,38 +132,59 @@ bool forked() { return g_forked; }
 
 const char* isa() { return clip_kernels().isa; }
 
-Stats stats(const std::vector<GradRef>& grads, NormSpec spec, std::vector<Stats>& per_grad) {
+Stats stats(const std::vector<GradRef>& grads, const std::vector<int64_t>& rows, NormSpec spec,
+            double* table) {
   const Work work(grads);
-  const std::unique_ptr<Stats[]> slots(new Stats[work.chunks.size()]);
-  work.for_each(false, [&](int64_t slot, const Chunk& c) {
-    slots[slot] = run_stats(grads[c.grad], c.start, c.length, spec);
+  const int64_t chunks = static_cast<int64_t>(work.chunks.size());
+  const std::unique_ptr<Stats[]> slots(new Stats[chunks]);  // of gradients in several chunks
+  const std::unique_ptr<Stats[]> sums(new Stats[work.count()]);
+  auto write_row = [&](int64_t grad, const Stats& s) {
+    write_table_row(s, static_cast<double>(grads[grad].numel), table + rows[grad] * kTableColumns);
+  };
+  work.for_each(false, [&](int64_t item, int64_t first, int64_t end) {
+    Stats sum = {};
+    for (int64_t k = first; k < end; ++k) {
+      const Chunk& c = work.chunks[k];
+      const GradRef& g = grads[c.grad];
+      const Stats s = run_stats(g, c.start, c.length, spec);
+      sum = merge(sum, s, spec.p);
+      if (c.length == g.numel)
+        write_row(c.grad, s);
+      else
+        slots[k] = s;
+    }
+    sums[item] = sum;
   });
-  per_grad.assign(grads.size(), Stats{});
-  for (size_t slot = 0; slot < work.chunks.size(); ++slot) {
-    Stats& s = per_grad[work.chunks[slot].grad];
-    s = merge(s, slots[slot], spec.p);
+  for (int64_t k = 0; k < chunks;) {
+    const int64_t grad = work.chunks[k].grad;
+    if (work.chunks[k].length == grads[grad].numel) {
+      ++k;
+      continue;
+    }
+    Stats sum = {};
+    for (; k < chunks && work.chunks[k].grad == grad; ++k) sum = merge(sum, slots[k], spec.p);
+    write_row(grad, sum);
   }
+  for (size_t i = 0; i < grads.size(); ++i)
+    if (grads[i].numel == 0) write_row(static_cast<int64_t>(i), Stats{});
   Stats total = {};
-  for (const Stats& s : per_grad) total = merge(total, s, spec.p);
+  for (int64_t i = 0; i < work.count(); ++i) total = merge(total, sums[i], spec.p);
   return total;
 }
 
 void scale(const std::vector<GradRef>& grads, double coefficient) {
-  update(grads, true, [=](void* x, DType dtype, int64_t n) {
-    clip_kernels().scale(x, dtype, n, coefficient);
-  });
+  update(grads, true,
+         [=](void* x, DType dtype, int64_t n) { clip_kernels().scale(x, dtype, n, coefficient); });
 }
 
 void zero(const std::vector<GradRef>& grads) {
-  update(grads, true, [](void* x, DType dtype, int64_t n) {
-    std::memset(x, 0, n * element_bytes(dtype));
-  });
+  update(grads, true,
+         [](void* x, DType dtype, int64_t n) { std::memset(x, 0, n * element_bytes(dtype)); });
 }
 
 void clamp(const std::vector<GradRef>& grads, double bound) {
-  update(grads, false, [=](void* x, DType dtype, int64_t n) {
-    clip_kernels().clamp(x, dtype, n, bound);
-  });
+  update(grads, false,
+         [=](void* x, DType dtype, int64_t n) { clip_kernels().clamp(x, dtype, n, bound); });
 }
 
 void clip_units(const std::vector<UnitRef>& units, double clip_factor, double eps, NormSpec spec) {
@@ -181,9 +209,8 @@ void clip_units(const std::vector<UnitRef>& units, double clip_factor, double ep
       const double c = unit_coefficient(norm_of(sum_of(w, spec), spec),
                                         norm_of(sum_of(g, spec), spec), clip_factor, eps);
       if (c == 1.0) continue;
-      update_run(grad, 0, grad.numel, [&](void* x, int64_t n) {
-        clip_kernels().scale(x, grad.dtype, n, c);
-      });
+      update_run(grad, 0, grad.numel,
+                 [&](void* x, int64_t n) { clip_kernels().scale(x, grad.dtype, n, c); });
     }
   });
 }

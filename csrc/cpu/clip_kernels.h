@@ -12,25 +12,35 @@
 constexpr int64_t kBlock = 4096;
 constexpr int kUnroll = 8;
 
-// Sums, largest magnitude and zero count of one block, kUnroll vectors at a time.
+// Sums, largest magnitude and zero count of one block, kUnroll vectors at a time. The unrolling
+// keeps the arrays in registers.
 template <class T, bool kL1>
 struct Accumulators {
   using Vec = typename Lanes<T>::Vec;
   using Bits = typename Lanes<T>::Bits;
-  Vec squares[kUnroll] = {};
-  Vec magnitudes[kL1 ? kUnroll : 1] = {};
-  Bits largest[kUnroll / 2] = {};  // as bits: integer order is magnitude order, NaN above all
-  Bits zeros[kUnroll / 2] = {};    // minus the count
+  Vec squares[kUnroll];
+  Vec magnitudes[kL1 ? kUnroll : 1];
+  Bits largest[kUnroll / 2];  // as bits: integer order is magnitude order, NaN above all
+  Bits zeros[kUnroll / 2];    // minus the count
 
+  Accumulators() {
+#pragma GCC unroll 8
+    for (int u = 0; u < kUnroll; ++u) squares[u] = Vec{};
+#pragma GCC unroll 8
+    for (int u = 0; u < (kL1 ? kUnroll : 1); ++u) magnitudes[u] = Vec{};
+#pragma GCC unroll 8
+    for (int u = 0; u < kUnroll / 2; ++u) largest[u] = zeros[u] = Bits{};
+  }
   inline void take(Vec v, int u) {
     const Bits bits = bit_cast<Bits>(v) & Lanes<T>::magnitude;
-    Bits& top = largest[u / 2];
+    const Bits top = largest[u / 2];
     squares[u] += v * v;
-    if (kL1) magnitudes[u] += bit_cast<Vec>(bits);
-    top = bits > top ? bits : top;
+    if constexpr (kL1) magnitudes[u] += bit_cast<Vec>(bits);
+    largest[u / 2] = bits > top ? bits : top;
     zeros[u / 2] += (bits == 0);
   }
   inline void take(const T* x) {
+#pragma GCC unroll 8
     for (int u = 0; u < kUnroll; u += 2) {
       const Pair<Vec> v = load_pair(x + u * Lanes<T>::count);
       take(v.a, u);
@@ -69,7 +79,8 @@ double scaled_sum(const T* x, int64_t n, int32_t exponent) {
     load_doubles(x + i, v);
     for (int k = 0; k < 4; ++k) {
       const DoubleVec w = v[k] * scale.first * scale.second;
-      sums[k] += kSquare ? w * w : bit_cast<DoubleVec>(bit_cast<LongVec>(w) & Lanes<double>::magnitude);
+      sums[k] +=
+          kSquare ? w * w : bit_cast<DoubleVec>(bit_cast<LongVec>(w) & Lanes<double>::magnitude);
     }
   }
   return lane_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
@@ -130,7 +141,8 @@ Stats block_stats(const T* x, int64_t n, double p) {
   }
 
   typename L::Bits largest = acc.largest[0];
-  for (int u = 1; u < kUnroll / 2; ++u) largest = acc.largest[u] > largest ? acc.largest[u] : largest;
+  for (int u = 1; u < kUnroll / 2; ++u)
+    largest = acc.largest[u] > largest ? acc.largest[u] : largest;
   const auto top = lane_max(largest);
   const int64_t padding = rest ? step - rest : 0;
   const int64_t zeros =
@@ -149,10 +161,12 @@ Stats block_stats(const T* x, int64_t n, double p) {
   const bool unsafe = s.amax < kSafeMin<T> || s.amax > kSafeMax<T>;
   const int32_t exponent = sizeof(T) == 8 ? scale_exponent(s.amax) : 0;
   if (unsafe) {
-    s.l2 = {whole_and_tail([&](const T* q, int64_t m) { return scaled_sum<T, true>(q, m, exponent); }),
-            exponent};
+    s.l2 = {
+        whole_and_tail([&](const T* q, int64_t m) { return scaled_sum<T, true>(q, m, exponent); }),
+        exponent};
     if constexpr (kL1)
-      s.lp = {whole_and_tail([&](const T* q, int64_t m) { return scaled_sum<T, false>(q, m, exponent); }),
+      s.lp = {whole_and_tail(
+                  [&](const T* q, int64_t m) { return scaled_sum<T, false>(q, m, exponent); }),
               exponent};
   }
   if constexpr (kKind == NormKind::P) {

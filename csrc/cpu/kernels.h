@@ -12,7 +12,8 @@ struct ClipKernels {
   const char* isa;
   // Stats of x[0..n). One read.
   Stats (*stats)(const void* x, DType dtype, int64_t n, NormSpec spec);
-  // x *= coefficient, rounded once from float64 (from float32 for 16-bit types where that is exact enough).
+  // x *= coefficient, rounded once from float64 (from float32 for 16-bit types where that is exact
+  // enough).
   void (*scale)(void* x, DType dtype, int64_t n, double coefficient);
   // x = min(max(x, -bound), bound); NaN stays. Stores only vectors that change.
   void (*clamp)(void* x, DType dtype, int64_t n, double bound);

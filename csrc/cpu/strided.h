@@ -42,8 +42,10 @@ template <int kBytes>
 void copy_run(char* dense, char* strided, int64_t stride, int64_t length, bool to_dense) {
   for (int64_t i = 0; i < length; ++i) {
     char* element = strided + i * stride * kBytes;
-    if (to_dense) std::memcpy(dense + i * kBytes, element, kBytes);
-    else std::memcpy(element, dense + i * kBytes, kBytes);
+    if (to_dense)
+      std::memcpy(dense + i * kBytes, element, kBytes);
+    else
+      std::memcpy(element, dense + i * kBytes, kBytes);
   }
 }
 

@@ -12,8 +12,12 @@ typedef double DoubleVec __attribute__((vector_size(GRADFUSE_VEC_BYTES)));
 typedef int64_t LongVec __attribute__((vector_size(GRADFUSE_VEC_BYTES)));
 typedef float HalfWidthFloats __attribute__((vector_size(GRADFUSE_VEC_BYTES / 2)));
 
-struct Half { uint16_t bits; };
-struct BFloat16 { uint16_t bits; };
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
 
 template <class V>
 inline V load_bytes(const void* p) {
@@ -60,8 +64,7 @@ inline UIntVec round_to_bfloat16(FloatVec v) {
   return (v != v) ? nan : rounded;
 }
 inline void store_pair(BFloat16* p, Pair<FloatVec> v) {
-  const UIntVec words =
-      (round_to_bfloat16(v.a) >> 16) | (round_to_bfloat16(v.b) & 0xffff0000u);
+  const UIntVec words = (round_to_bfloat16(v.a) >> 16) | (round_to_bfloat16(v.b) & 0xffff0000u);
   std::memcpy(p, &words, sizeof(words));
 }
 

@@ -59,9 +59,9 @@ __global__ void __launch_bounds__(kBlock, 2)
 
 template <bool kPower>
 __global__ void __launch_bounds__(kThreads)
-    strided_units(const __grid_constant__ StridedRun weight, const __grid_constant__ StridedRun grad,
-                  int64_t weight_stride, int64_t grad_stride, double clip_factor, double eps,
-                  NormSpec spec) {
+    strided_units(const __grid_constant__ StridedRun weight,
+                  const __grid_constant__ StridedRun grad, int64_t weight_stride,
+                  int64_t grad_stride, double clip_factor, double eps, NormSpec spec) {
   const int64_t weight_base = blockIdx.x * weight_stride;
   const int64_t grad_base = blockIdx.x * grad_stride;
   const int64_t n = grad.numel;
@@ -125,13 +125,14 @@ void clip_units(const std::vector<UnitRef>& units, double clip_factor, double ep
   for (const UnitRef& u : units) {
     if (is_batched(u, spec)) continue;
     if (u.rows > kMaxBlocks)
-      throw std::runtime_error("adaptive_clip_grad_: expected at most 2^31 - 1 strided units, got " +
-                               std::to_string(u.rows));
+      throw std::runtime_error(
+          "adaptive_clip_grad_: expected at most 2^31 - 1 strided units, got " +
+          std::to_string(u.rows));
     const StridedRun weight = strided_run(u.weight), grad = strided_run(u.grad);
     const unsigned grid = static_cast<unsigned>(u.rows);
     if (spec.kind == NormKind::P)
-      strided_units<true><<<grid, kThreads, 0, stream>>>(weight, grad, u.weight_stride, u.grad_stride,
-                                                         clip_factor, eps, spec);
+      strided_units<true><<<grid, kThreads, 0, stream>>>(weight, grad, u.weight_stride,
+                                                         u.grad_stride, clip_factor, eps, spec);
     else
       strided_units<false><<<grid, kThreads, 0, stream>>>(weight, grad, u.weight_stride,
                                                           u.grad_stride, clip_factor, eps, spec);

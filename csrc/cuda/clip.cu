@@ -3,10 +3,12 @@
 //   dense_stats     a block per chunk: one read, a Stats into the chunk's slot
 //   merge_slots     a block per gradient: its slots in order, its table row
 //   finish          one block: all gradients in order, the plan, the norm
-//   dense_apply     a block per chunk: returns at once if the plan says Keep, else one read and write
+//   dense_apply     a block per chunk: returns at once if the plan says Keep, else one read and
+//   write
 //
-// Assumes element-aligned data; reads 16 bytes at a time from the first 16-byte boundary on. Strided
-// and complex gradients take a launch each. Results do not depend on the order of the blocks.
+// Assumes element-aligned data; reads 16 bytes at a time from the first 16-byte boundary on.
+// Strided and complex gradients take a launch each. Results do not depend on the order of the
+// blocks.
 
 #include <algorithm>
 
@@ -24,8 +26,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t start = (blockIdx.x - batch.first_block[run]) * batch.chunk;
   const int64_t rest = batch.numel[run] - start;
   const T* x = static_cast<const T*>(batch.data[run]) + start;
-  const Stats mine = thread_stats<T, kThreads, kUnroll, kPower>(
-      x, rest < batch.chunk ? rest : batch.chunk, spec);
+  const Stats mine =
+      thread_stats<T, kThreads, kUnroll, kPower>(x, rest < batch.chunk ? rest : batch.chunk, spec);
   const Stats total = block_merge<kThreads>(mine, spec.p);
   if (threadIdx.x == 0) slots[batch.first_slot + blockIdx.x] = total;
 }
@@ -62,7 +64,8 @@ __global__ void __launch_bounds__(kThreads)
   const Stats total = block_merge<kThreads>(sum, p);
   if (threadIdx.x == 0) {
     per_grad[blockIdx.x] = total;
-    write_table_row(total, static_cast<double>(numel), table + batch.row[blockIdx.x] * kTableColumns);
+    write_table_row(total, static_cast<double>(numel),
+                    table + batch.row[blockIdx.x] * kTableColumns);
   }
 }
 
@@ -75,8 +78,10 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x != 0) return;
   const ClipPlan plan = clip_plan(norm_of(sum_of(total, spec), spec), max_norm, policy);
   write_totals(plan, sum_of(total, spec), totals);
-  if (norm_is_double) *static_cast<double*>(norm) = plan.norm;
-  else *static_cast<float*>(norm) = static_cast<float>(plan.norm);
+  if (norm_is_double)
+    *static_cast<double*>(norm) = plan.norm;
+  else
+    *static_cast<float*>(norm) = static_cast<float>(plan.norm);
 }
 
 __global__ void plan_of_norm(const double* norm, double max_norm, double* totals) {
@@ -99,7 +104,8 @@ __device__ void zero_run(T* x, int64_t n) {
   const int64_t head = unaligned_head(x, n);
   const int64_t whole = (n - head) / kPer;
   if (threadIdx.x < head) x[threadIdx.x] = Element<T>::narrow(0);
-  for (int64_t w = threadIdx.x; w < whole; w += kThreads) store_word(x + head + w * kPer, Word<T>());
+  for (int64_t w = threadIdx.x; w < whole; w += kThreads)
+    store_word(x + head + w * kPer, Word<T>());
   const int64_t tail = head + whole * kPer + threadIdx.x;
   if (tail < n) x[tail] = Element<T>::narrow(0);
 }
@@ -114,8 +120,10 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t rest = batch.numel[run] - start;
   const int64_t n = rest < batch.chunk ? rest : batch.chunk;
   T* x = static_cast<T*>(batch.data[run]) + start;
-  if (action == Action::Zero) zero_run(x, n);
-  else scale_run<T, kThreads>(x, n, totals[1]);
+  if (action == Action::Zero)
+    zero_run(x, n);
+  else
+    scale_run<T, kThreads>(x, n, totals[1]);
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -145,9 +153,12 @@ __device__ typename Element<T>::Wide rounded_bound(double bound) {
 template <class T>
 __device__ bool clamp_element(T& x, typename Element<T>::Wide bound) {
   const typename Element<T>::Wide wide = Element<T>::widen(x);
-  if (wide > bound) x = Element<T>::narrow(bound);
-  else if (wide < -bound) x = Element<T>::narrow(-bound);
-  else return false;
+  if (wide > bound)
+    x = Element<T>::narrow(bound);
+  else if (wide < -bound)
+    x = Element<T>::narrow(-bound);
+  else
+    return false;
   return true;
 }
 

@@ -99,14 +99,14 @@ __device__ void visit_run(const T* x, int64_t n, One one, Words words, Last word
   if (tail < n) one(tail);
 }
 
-// Many dense runs in one launch: the kernel's parameters hold the metadata (up to 32,764 bytes since
-// CUDA 12.1), so that nothing is copied and a captured graph keeps it.
+// Many dense runs in one launch: the kernel's parameters hold the metadata (up to 32,764 bytes
+// since CUDA 12.1), so that nothing is copied and a captured graph keeps it.
 struct DenseBatch {
   static constexpr int kCapacity = 1024;
   void* data[kCapacity];
   int64_t numel[kCapacity];
   int64_t first_block[kCapacity];  // of each run, ascending from 0
-  int64_t first_slot;              // slot of block 0; blocks and slots of a batch run in parallel
+  int64_t first_slot;  // slot of block 0; blocks and slots of a batch run in parallel
   int64_t chunk;
   int32_t count;
 };
@@ -117,13 +117,16 @@ __device__ inline int find_run(const int64_t* first, int32_t count, int64_t bloc
   int low = 0, high = count;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
-    if (first[middle] <= block) low = middle;
-    else high = middle;
+    if (first[middle] <= block)
+      low = middle;
+    else
+      high = middle;
   }
   return low;
 }
 
-// A run of any type and layout by itself: strided, complex, or one the batches have no place for. The dimensions are coalesced: torch allows 64.
+// A run of any type and layout by itself: strided, complex, or one the batches have no place for.
+// The dimensions are coalesced: torch allows 64.
 struct StridedRun {
   static constexpr int kMaxDims = 64;
   void* data;
@@ -144,8 +147,9 @@ inline StridedRun strided_run(const GradRef& g) {
   if (g.layout) {
     run.dims = static_cast<int32_t>(g.layout->sizes.size());
     if (run.dims > StridedRun::kMaxDims)
-      throw std::runtime_error("gradients: expected at most 64 dimensions that do not coalesce, got " +
-                               std::to_string(run.dims));
+      throw std::runtime_error(
+          "gradients: expected at most 64 dimensions that do not coalesce, got " +
+          std::to_string(run.dims));
     for (int d = 0; d < run.dims; ++d) {
       run.sizes[d] = g.layout->sizes[d];
       run.strides[d] = g.layout->strides[d];

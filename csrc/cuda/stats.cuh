@@ -152,14 +152,14 @@ __device__ Stats thread_stats(const T* x, int64_t n, NormSpec spec) {
 // This thread's stats of elements [start, end) of a strided or complex run whose first element is
 // `base` elements after its data. All types in float64; a complex element counts by its modulus.
 template <int kBlock, bool kPower>
-__device__ Stats strided_thread_stats(const StridedRun& run, int64_t base, int64_t start, int64_t end,
-                                      NormSpec spec) {
+__device__ Stats strided_thread_stats(const StridedRun& run, int64_t base, int64_t start,
+                                      int64_t end, NormSpec spec) {
   ThreadStats<double, kPower> stats;
   for (int64_t i = start + threadIdx.x; i < end; i += kBlock) {
     const int64_t element = base + strided_offset(run, i);
-    const double one[1] = {run.is_complex ? hypot(load_element(run, 2 * element),
-                                                  load_element(run, 2 * element + 1))
-                                          : load_element(run, element)};
+    const double one[1] = {
+        run.is_complex ? hypot(load_element(run, 2 * element), load_element(run, 2 * element + 1))
+                       : load_element(run, element)};
     stats.take(one, spec);
   }
   return stats.finish();

@@ -144,7 +144,8 @@ GRADFUSE_HD ClipPlan clip_plan(ScaledNorm norm, double max_norm, NonFinite polic
 }
 
 // Adaptive gradient clipping of one unit (Brock et al. 2021, eq. 3): the factor for its gradient,
-// 1 where it is to be left alone. Non-finite gradient norms give the 0 or NaN that timm's agc gives.
+// 1 where it is to be left alone. Non-finite gradient norms give the 0 or NaN that timm's agc
+// gives.
 GRADFUSE_HD double unit_coefficient(ScaledNorm weight, ScaledNorm grad, double clip_factor,
                                     double eps) {
   const double weight_norm = to_double(weight);

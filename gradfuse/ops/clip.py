@@ -47,8 +47,8 @@ def check_nonfinite(op: str, nonfinite: str) -> int:
     return NONFINITE[nonfinite]
 
 
-def _as_sequence(parameters: Tensor | Iterable[Tensor]) -> Sequence[Tensor]:
-    """The parameters as what can be walked twice. Warns of an exhausted generator, as torch does."""
+def _as_sequence(op: str, parameters: Tensor | Iterable[Tensor]) -> Sequence[Tensor]:
+    """The parameters as a sequence. Warns of an exhausted generator, as torch does."""
     if isinstance(parameters, Tensor):
         return [parameters]
     if isinstance(parameters, (list, tuple)):
@@ -57,9 +57,8 @@ def _as_sequence(parameters: Tensor | Iterable[Tensor]) -> Sequence[Tensor]:
     try:
         listed = list(parameters)
     except TypeError:
-        raise TypeError(
-            f"gradfuse: expected a tensor or an iterable of tensors, got {type(parameters).__name__}"
-        ) from None
+        got = type(parameters).__name__
+        raise TypeError(f"{op}: expected a tensor or an iterable of tensors, got {got}") from None
     if is_generator and not listed:
         warnings.warn(
             "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=3
@@ -86,7 +85,7 @@ def get_total_norm(
         tensors: iterable of Tensors or one, any shapes and strides; float16, bfloat16, float32,
             float64, complex64 or complex128, any mix of dtypes and devices.
         norm_type: p > 0, or inf. Strings such as "inf" are converted, as in torch.
-        error_if_nonfinite: raise instead of returning nan or inf. On CUDA this waits for the device.
+        error_if_nonfinite: raise instead of returning nan or inf. On CUDA this waits.
         foreach: accepted for torch's signature; all paths are fused.
 
     Returns:
@@ -104,7 +103,7 @@ def get_total_norm(
     """
     norm_type = check_norm_type("get_total_norm", norm_type)
     policy = NONFINITE["error" if error_if_nonfinite else "propagate"]
-    tensors = _as_sequence(tensors)
+    tensors = _as_sequence("get_total_norm", tensors)
     if torch.compiler.is_compiling():
         norm: Tensor = torch.ops.gradfuse.grad_stats(list(tensors), norm_type, policy)[0]
         return norm
@@ -155,9 +154,11 @@ def clip_grad_norm_(
     policy = check_nonfinite(op, nonfinite)
     if error_if_nonfinite:
         if nonfinite == "zero":
-            raise ValueError(f"{op}: error_if_nonfinite contradicts nonfinite='zero'; pass only one")
+            raise ValueError(
+                f"{op}: error_if_nonfinite contradicts nonfinite='zero'; pass only one"
+            )
         policy = NONFINITE["error"]
-    parameters = _as_sequence(parameters)
+    parameters = _as_sequence(op, parameters)
     norm: Tensor
     if torch.compiler.is_compiling():
         norm = torch.ops.gradfuse.clip_grads_(_grads(parameters), max_norm, norm_type, policy)[0]
@@ -191,7 +192,7 @@ def clip_grads_with_norm_(
     """
     max_norm = check_nonnegative("clip_grads_with_norm_", "max_norm", max_norm)
     total_norm = torch.as_tensor(total_norm)
-    parameters = _as_sequence(parameters)
+    parameters = _as_sequence("clip_grads_with_norm_", parameters)
     if torch.compiler.is_compiling():
         torch.ops.gradfuse.scale_grads_(_grads(parameters), max_norm, total_norm)
     else:
@@ -218,7 +219,7 @@ def clip_grad_value_(
     Source: torch.nn.utils.clip_grad_value_.
     """
     clip_value = check_nonnegative("clip_grad_value_", "clip_value", clip_value)
-    parameters = _as_sequence(parameters)
+    parameters = _as_sequence("clip_grad_value_", parameters)
     if torch.compiler.is_compiling():
         torch.ops.gradfuse.clamp_grads_(_grads(parameters), clip_value)
     else:
@@ -254,7 +255,7 @@ def adaptive_clip_grad_(
     clip_factor = check_nonnegative(op, "clip_factor", clip_factor)
     eps = check_nonnegative(op, "eps", eps)
     norm_type = check_norm_type(op, norm_type)
-    parameters = _as_sequence(parameters)
+    parameters = _as_sequence(op, parameters)
     if torch.compiler.is_compiling():
         owners = [p for p in parameters if p.grad is not None]
         torch.ops.gradfuse.adaptive_clip_grads_(
@@ -305,4 +306,3 @@ define_op(
     ),
     lambda weights, grads, clip_factor, eps, norm_type: None,
 )
-

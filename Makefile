@@ -1,0 +1,74 @@
+# make demo and make test do everything on a machine that has python3, a C++ compiler and make.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch>=2.11
+PY = $(VENV)/bin/python
+CPP = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+.PHONY: demo test build bench lint format pytest pytest-reference pytest-isa sanitize gpu-check clean
+
+demo: build
+	$(PY) -m gradfuse demo
+	$(PY) -m gradfuse bench --quick
+
+test: build lint pytest
+
+build: $(VENV)/.installed
+	$(PY) setup.py -q build_ext --inplace
+
+# Once for each environment; the editable install also builds, into build/, from where `build` goes on.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q "$(TORCH)" numpy "setuptools>=77" wheel ninja pybind11
+	$(PY) -m pip install -q --no-build-isolation -e ".[demo,test,lint]"
+	touch $@
+
+bench: build
+	$(PY) -m gradfuse bench
+
+lint: build
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
+	$(PY) -m mypy
+
+format: build
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CPP)
+
+pytest: build
+	$(PY) -m pytest -q
+
+pytest-reference: build
+	GRADFUSE_NATIVE=0 $(PY) -m pytest -q
+
+# What differs between instruction sets is the kernels' arithmetic; those tests run for each.
+KERNEL_TESTS = tests/test_clip.py tests/test_range.py tests/test_value.py tests/test_adaptive.py \
+	tests/test_nonfinite.py tests/test_quiet.py tests/test_hypothesis.py
+ISAS = $(shell grep -q avx2 /proc/cpuinfo && echo avx2) baseline
+pytest-isa: build
+	for isa in $(ISAS); do GRADFUSE_ISA=$$isa $(PY) -m pytest -q $(KERNEL_TESTS) || exit 1; done
+
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own.
+SANITIZED = build/sanitize
+sanitize: $(VENV)/.installed
+	mkdir -p $(SANITIZED)
+	cp -r gradfuse $(SANITIZED)/ && rm -f $(SANITIZED)/gradfuse/_C*.so
+	GRADFUSE_CUDA=0 GRADFUSE_SANITIZE=1 $(PY) setup.py -q build_ext --build-lib $(SANITIZED)
+	cd $(SANITIZED) && env GRADFUSE_SANITIZE=1 PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+		$(abspath $(PY)) -m pytest -q -p no:cacheprovider \
+		$(addprefix ../../,$(KERNEL_TESTS)) ../../tests/test_errors.py ../../tests/test_clipper.py
+
+# All that wants a real GPU, against the python3 it is given, in under nine minutes.
+gpu-check:
+	TORCH_CUDA_ARCH_LIST=$$($(PYTHON) -c "import torch; print('%d.%d' % torch.cuda.get_device_capability())") \
+		GRADFUSE_CUDA=1 timeout 180 $(PYTHON) setup.py -q build_ext --inplace
+	PYTHONPATH=. timeout 150 $(PYTHON) -m pytest -q -k cuda
+	PYTHONPATH=. timeout 90 compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest -q -x tests/test_cuda.py
+	PYTHONPATH=. timeout 110 $(PYTHON) -m gradfuse bench --device cuda --quick
+
+clean:
+	rm -rf build *.egg-info gradfuse/_C*.so
