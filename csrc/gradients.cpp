@@ -7,11 +7,7 @@
 
 #include <ATen/MemoryOverlap.h>
 
-#include <atomic>
-#include <memory>
-
 #include "checks.h"
-#include "cpu/parallel.h"
 #include "dispatch.h"
 
 namespace gradfuse {
@@ -101,15 +97,18 @@ GradRef make_ref(const char* op, const at::Tensor& t, size_t index) {
           t.is_complex(), nullptr};
 }
 
-// What the first walk finds of a tensor, so that the second need not touch it.
-struct Checked {
-  GradRef ref;
-  at::Device device = at::kCPU;
-  bool is_dense;
-};
-
-Checked check(const char* op, const at::Tensor& t, size_t index) {
-  return {make_ref(op, t, index), t.device(), t.is_non_overlapping_and_dense()};
+// Asks for the memory that check() of a later tensor will wait for: thousands of small tensors are
+// thousands of cache misses. Threads do not help, for the misses then are on each other's lines.
+void prefetch_metadata(const std::vector<at::Tensor>& tensors, size_t i) {
+  constexpr size_t kFar = 12, kNear = 6;
+  if (i + kFar < tensors.size()) {
+    const char* impl = reinterpret_cast<const char*>(tensors[i + kFar].unsafeGetTensorImpl());
+    for (size_t line = 0; line < sizeof(at::TensorImpl); line += 64)
+      __builtin_prefetch(impl + line);
+  }
+  if (i + kNear < tensors.size() && tensors[i + kNear].has_storage())
+    __builtin_prefetch(
+        tensors[i + kNear].unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl());
 }
 
 DeviceGroup& group_of(std::vector<DeviceGroup>& groups, at::Device device, size_t capacity) {
@@ -165,31 +164,18 @@ void GradList::prepare_write() {
 }
 
 GradList check_gradients(const char* op, std::vector<at::Tensor> tensors, bool writes) {
-  // Reading thousands of tensors' metadata waits for memory, so threads share it. Should a check
-  // fail, the walk below meets the first failure again and reports it.
-  const int64_t n = static_cast<int64_t>(tensors.size());
-  const std::unique_ptr<Checked[]> checked(new Checked[n]);
-  constexpr int64_t kItem = 64;
-  std::atomic<bool> failed{false};
-  cpu::for_each_item((n + kItem - 1) / kItem, [&](int64_t item) noexcept {
-    try {
-      for (int64_t i = item * kItem; i < std::min(n, (item + 1) * kItem); ++i)
-        if (tensors[i].defined()) checked[i] = check(op, tensors[i], i);
-    } catch (...) { failed = true; }
-  });
-
   GradList list;
-  AddressSet seen(writes ? n : 0);
-  for (int64_t i = 0; i < n; ++i) {
+  AddressSet seen(writes ? tensors.size() : 0);
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    prefetch_metadata(tensors, i);
     at::Tensor& t = tensors[i];
     if (!t.defined()) continue;
-    if (failed) check(op, t, i);
+    GradRef ref = make_ref(op, t, i);
     if (writes && !seen.insert(t.unsafeGetTensorImpl())) {
       t.reset();
       continue;
     }
-    GradRef& ref = checked[i].ref;
-    if (!checked[i].is_dense) {
+    if (!t.is_non_overlapping_and_dense()) {
       if (writes && at::has_internal_overlap(t) == at::MemOverlap::Yes)
         fail<std::runtime_error>(op,
                                  ": expected gradients with an element per memory location, got an "
@@ -200,9 +186,9 @@ GradList check_gradients(const char* op, std::vector<at::Tensor> tensors, bool w
         ref.layout = &list.layouts.back();
       }
     }
-    DeviceGroup& group = group_of(list.groups, checked[i].device, n);
+    DeviceGroup& group = group_of(list.groups, t.device(), tensors.size());
     group.refs.push_back(ref);
-    group.rows.push_back(i);
+    group.rows.push_back(static_cast<int64_t>(i));
     list.any_double |= ref.dtype == DType::Double;
   }
   list.tensors = std::move(tensors);

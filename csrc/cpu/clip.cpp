@@ -34,14 +34,19 @@ struct Chunk {
 struct Work {
   std::vector<Chunk> chunks;
   std::vector<int64_t> items;
+  int64_t total = 0;  // elements
 
   explicit Work(const std::vector<GradRef>& grads) {
     const int64_t chunk = chunk_elements(grads);
     chunks.reserve(grads.size());
-    int64_t pending = kItem;
+    // Long items keep the hardware's prefetcher on one stream, short ones share the work out
+    // evenly.
+    for (const GradRef& g : grads) total += g.numel;
+    const int64_t item = std::clamp<int64_t>(total / 256, kItem, 32 * kItem);
+    int64_t pending = item;
     for (size_t g = 0; g < grads.size(); ++g) {
       for (int64_t start = 0; start < grads[g].numel; start += chunk) {
-        if (pending >= kItem) {
+        if (pending >= item) {
           items.push_back(static_cast<int64_t>(chunks.size()));
           pending = 0;
         }
@@ -57,7 +62,7 @@ struct Work {
   template <class F>
   void for_each(bool backwards, F f) const {
     const int64_t n = count();
-    for_each_item(n, [&](int64_t i) {
+    for_each_item(n, total, [&](int64_t i) {
       const int64_t item = backwards ? n - 1 - i : i;
       f(item, items[item], items[item + 1]);
     });
@@ -193,12 +198,14 @@ void clip_units(const std::vector<UnitRef>& units, double clip_factor, double ep
     int64_t param, first, last;
   };
   std::vector<Item> items;
+  int64_t total = 0;
   for (size_t u = 0; u < units.size(); ++u) {
     const int64_t step = std::max<int64_t>(1, kItem / units[u].grad.numel);
+    total += units[u].rows * units[u].grad.numel;
     for (int64_t first = 0; first < units[u].rows; first += step)
       items.push_back({static_cast<int64_t>(u), first, std::min(units[u].rows, first + step)});
   }
-  for_each_item(static_cast<int64_t>(items.size()), [&](int64_t i) {
+  for_each_item(static_cast<int64_t>(items.size()), total, [&](int64_t i) {
     const UnitRef& u = units[items[i].param];
     for (int64_t row = items[i].first; row < items[i].last; ++row) {
       GradRef weight = u.weight, grad = u.grad;

@@ -1,28 +1,49 @@
-// Work shared among torch's threads. Which thread takes which item is left to chance, so an item's
-// result must not depend on it.
+// Work shared among torch's threads. Each thread has a run of items of its own, which stays in its
+// cache from one call to the next, and then helps the others: which thread takes an item is left to
+// chance, so an item's result must not depend on it.
 #pragma once
 
 #include <ATen/Parallel.h>
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 
 namespace gradfuse::cpu {
 
 // True in a process forked from one that had this library loaded: the thread pool did not survive.
 bool forked();
 
-// Calls f(i) for every i in [0, n), on up to at::get_num_threads() threads. f must not throw.
+// Below so many elements a second thread costs more, in waking it and in moving cache lines, than
+// it saves.
+constexpr int64_t kLeastParallel = 1 << 19;
+
+// Calls f(i) for every i in [0, n), which together are `elements` long, on up to
+// at::get_num_threads() threads. f must not throw.
 template <class F>
-void for_each_item(int64_t n, F f) {
-  const int64_t threads = forked() ? 1 : std::min<int64_t>(at::get_num_threads(), n);
+void for_each_item(int64_t n, int64_t elements, F f) {
+  const bool serial = forked() || elements < kLeastParallel;
+  const int64_t threads = serial ? 1 : std::min<int64_t>(at::get_num_threads(), n);
   if (threads <= 1) {
     for (int64_t i = 0; i < n; ++i) f(i);
     return;
   }
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(i);
+  struct alignas(64) Range {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  const std::unique_ptr<Range[]> ranges(new Range[threads]);
+  for (int64_t t = 0; t < threads; ++t) {
+    ranges[t].next = n * t / threads;
+    ranges[t].end = n * (t + 1) / threads;
+  }
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t end) {
+    for (int64_t t = first; t < end; ++t) {
+      for (int64_t k = 0; k < threads; ++k) {
+        Range& range = ranges[(t + k) % threads];
+        for (int64_t i; (i = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end;) f(i);
+      }
+    }
   });
 }
 
