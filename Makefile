@@ -67,7 +67,8 @@ gpu-check:
 	TORCH_CUDA_ARCH_LIST=$$($(PYTHON) -c "import torch; print('%d.%d' % torch.cuda.get_device_capability())") \
 		GRADFUSE_CUDA=1 timeout 180 $(PYTHON) setup.py -q build_ext --inplace
 	PYTHONPATH=. timeout 150 $(PYTHON) -m pytest -q -k cuda
-	PYTHONPATH=. timeout 90 compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest -q -x tests/test_cuda.py
+	PYTHONPATH=. timeout 90 compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest -q -x \
+		tests/test_cuda.py tests/test_adaptive.py -k cuda
 	PYTHONPATH=. timeout 110 $(PYTHON) -m gradfuse bench --device cuda --quick
 
 clean:

@@ -24,17 +24,18 @@ NonFinite policy_of(int code) {
 }
 
 ResultTuple stats(py::handle tensors, bool of_grad, double norm_type, int nonfinite) {
-  const GradList list = check_gradients(
-      "get_total_norm", read_tensors("get_total_norm", tensors.ptr(), of_grad), false);
+  const char* op = "get_total_norm";
+  const GradList list = check_gradients(op, read_tensors(op, tensors.ptr(), of_grad), false);
   const py::gil_scoped_release release;
-  return as_tuple(grad_stats(list, norm_spec(norm_type), policy_of(nonfinite)));
+  return as_tuple(grad_stats(op, list, norm_spec(norm_type), policy_of(nonfinite)));
 }
 
 ResultTuple clip_tensors(std::vector<at::Tensor> tensors, double max_norm, double norm_type,
                          int nonfinite) {
-  GradList list = check_gradients("clip_grad_norm_", std::move(tensors), true);
+  const char* op = "clip_grad_norm_";
+  GradList list = check_gradients(op, std::move(tensors), true);
   const py::gil_scoped_release release;
-  return as_tuple(clip_by_norm(list, max_norm, norm_spec(norm_type), policy_of(nonfinite)));
+  return as_tuple(clip_by_norm(op, list, max_norm, norm_spec(norm_type), policy_of(nonfinite)));
 }
 
 ResultTuple clip_(py::handle tensors, bool of_grad, double max_norm, double norm_type,

@@ -31,13 +31,13 @@ void write_norm(const at::Tensor& norm, double value) {
 }
 
 // Raises if the plan is to refuse. On CUDA this waits for the device.
-void check_refused(const ClipResult& result, NormSpec spec, NonFinite policy) {
+void check_refused(const char* op, const ClipResult& result, NormSpec spec, NonFinite policy) {
   if (policy != NonFinite::Error) return;
   const at::Tensor totals = result.totals.cpu();
   const double* t = totals.const_data_ptr<double>();
   if (t[3] == static_cast<double>(Action::Refuse))
     fail<std::runtime_error>(
-        "gradients: expected a finite total norm of order ", spec.p, ", got ", t[0],
+        op, ": expected a finite total norm of order ", spec.p, ", got ", t[0],
         "; nothing was written (nonfinite=\"propagate\" or \"zero\" would go on; a "
         "GradReport names the layer)");
 }
@@ -91,7 +91,7 @@ ClipResult stats_on_all(const GradList& grads, double max_norm, NormSpec spec, N
       const at::Tensor totals = part.totals.cpu();
       const at::Tensor rows = part.table.cpu();
       const double* t = totals.const_data_ptr<double>();
-      sum = {t[4], static_cast<int32_t>(t[5])};
+      sum = {t[4], t[5]};
       for (int64_t row : group.rows)
         std::copy_n(rows.const_data_ptr<double>() + row * kTableColumns, kTableColumns,
                     table + row * kTableColumns);
@@ -176,15 +176,16 @@ at::Tensor totals_for(const at::Tensor& total_norm, double max_norm) {
 
 }  // namespace
 
-ClipResult grad_stats(const GradList& grads, NormSpec spec, NonFinite policy) {
+ClipResult grad_stats(const char* op, const GradList& grads, NormSpec spec, NonFinite policy) {
   const ClipResult result = stats_with_plan(grads, INFINITY, spec, policy);
-  check_refused(result, spec, policy);
+  check_refused(op, result, spec, policy);
   return result;
 }
 
-ClipResult clip_by_norm(GradList& grads, double max_norm, NormSpec spec, NonFinite policy) {
+ClipResult clip_by_norm(const char* op, GradList& grads, double max_norm, NormSpec spec,
+                        NonFinite policy) {
   const ClipResult result = stats_with_plan(grads, max_norm, spec, policy);
-  check_refused(result, spec, policy);
+  check_refused(op, result, spec, policy);
   apply_plan(grads, result.totals);
   return result;
 }

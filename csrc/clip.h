@@ -15,11 +15,12 @@ struct ClipResult {
 
 // The norm and the per-gradient table. One read, no write.
 // Throws std::runtime_error if the norm is NaN or inf under NonFinite::Error.
-ClipResult grad_stats(const GradList& grads, NormSpec spec, NonFinite policy);
+ClipResult grad_stats(const char* op, const GradList& grads, NormSpec spec, NonFinite policy);
 
 // Clips by the global norm. One read; a second read and a write if norm > max_norm.
 // Throws std::runtime_error, nothing written, if the norm is NaN or inf under NonFinite::Error.
-ClipResult clip_by_norm(GradList& grads, double max_norm, NormSpec spec, NonFinite policy);
+ClipResult clip_by_norm(const char* op, GradList& grads, double max_norm, NormSpec spec,
+                        NonFinite policy);
 
 // Scales by min(1, max_norm / (total_norm + 1e-6)) unless total_norm <= max_norm.
 void scale_by_norm(GradList& grads, double max_norm, const at::Tensor& total_norm);

@@ -208,6 +208,9 @@ const StridedLayout* unit_layout(const at::Tensor& unit, std::deque<StridedLayou
 
 UnitList check_units(const char* op, std::vector<at::Tensor> weights,
                      std::vector<at::Tensor> grads) {
+  if (weights.size() != grads.size())
+    fail<std::invalid_argument>(op, ": expected a gradient for each parameter, got ", grads.size(),
+                                " for ", weights.size());
   for (size_t i = 0; i < weights.size(); ++i) {
     if (!grads[i].defined()) {
       weights[i].reset();

@@ -53,6 +53,9 @@ class GradClipper:
         self._held: set[int] = set()
         self._list = backend.ParameterList()
         items: Iterable[Any] = [parameters] if isinstance(parameters, Tensor) else parameters
+        if not isinstance(items, Iterable):
+            got = type(items).__name__
+            raise TypeError(f"GradClipper: expected a tensor or an iterable of tensors, got {got}")
         for item in items:
             if isinstance(item, Tensor):
                 self.add(item)

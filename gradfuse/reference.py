@@ -37,7 +37,11 @@ def scaled_norm(x: Tensor, p: float) -> tuple[float, float]:
     amax = float(a.max()) if a.numel() else 0.0
     if amax == 0.0 or not math.isfinite(amax) or math.isinf(p):
         return 1.0, amax
-    return amax, float(torch.linalg.vector_norm(a / amax, p))
+    v = float(torch.linalg.vector_norm(a / amax, p))
+    if math.isinf(v):  # a small p: the norm of finite values is beyond float64
+        half = 2.0 ** (math.log2(float((a / amax).pow(p).sum())) / p / 2)
+        return amax * half, half
+    return amax, v
 
 
 def combine_norms(norms: list[tuple[float, float]], p: float) -> tuple[float, float]:
@@ -77,16 +81,15 @@ def scale_tensor_(x: Tensor, coefficient: float) -> None:
     x.copy_(x.to(wide) * coefficient)
 
 
-def unit_norms(x: Tensor, p: float) -> Tensor:
-    """Norm of each unit: rows along the first dimension, or the whole of a vector.
+def unit_norms(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """(s, v) such that s * v are the norms of x's units, with s the largest magnitudes or 1.
 
-    float64, of shape [N, 1, ...] or [1]; Brock et al. 2021, section 4.1.
+    A unit is a row along the first dimension, or the whole of a vector; Brock et al. 2021, 4.1.
     """
     a = magnitudes(x.reshape(1, -1) if x.ndim <= 1 else x.reshape(x.shape[0], -1))
-    top = a.amax(dim=1, keepdim=True)
-    scale = torch.where((top > 0) & top.isfinite(), top, torch.ones_like(top))
-    norm: Tensor = torch.linalg.vector_norm(a / scale, p, dim=1, keepdim=True) * scale
-    return norm.reshape(-1, *[1] * (x.ndim - 1)) if x.ndim > 1 else norm.reshape(())
+    s = a.amax(dim=1)
+    s = torch.where((s > 0) & s.isfinite(), s, torch.ones_like(s))
+    return s, torch.linalg.vector_norm(a / s[:, None], p, dim=1)
 
 
 def adaptive_clip_tensor_(
@@ -95,21 +98,23 @@ def adaptive_clip_tensor_(
     """Scales each unit of grad to a norm of at most factor * max(weight norm, eps)."""
     if grad.numel() == 0:
         return
-    limit = unit_norms(weight, p).clamp(min=eps) * factor
-    norm = unit_norms(grad, p)
-    scaled = grad.to(torch.complex128 if grad.is_complex() else torch.float64) * (
-        limit / norm.clamp(min=1e-6)
-    )
-    grad.copy_(torch.where(norm <= limit, grad, scaled.to(grad.dtype)))
+    ws, wv = unit_norms(weight, p)
+    gs, gv = unit_norms(grad, p)
+    small = ws * wv < eps
+    ws, wv = ws.masked_fill(small, 1.0), wv.masked_fill(small, eps)
+    keep = gv * (gs / ws) <= factor * wv
+    tiny = gs * gv < 1e-6
+    gs, gv = gs.masked_fill(tiny, 1.0), gv.masked_fill(tiny, 1e-6)
+    coefficient = (factor * wv / gv) * (ws / gs)
+    shape = (-1, *[1] * (grad.ndim - 1)) if grad.ndim > 1 else (1,) * grad.ndim
+    scaled = grad.to(torch.complex128 if grad.is_complex() else torch.float64)
+    scaled = (scaled * coefficient.reshape(shape)).to(grad.dtype)
+    grad.copy_(torch.where(keep.reshape(shape), grad, scaled))
 
 
 def read_tensors(op: str, tensors: Tensor | Iterable[Tensor], of_grad: bool) -> list[Tensor | None]:
     """The tensors, or their gradients, None where there is none."""
-    try:
-        items = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    except TypeError:
-        got = type(tensors).__name__
-        raise TypeError(f"{op}: expected a tensor or an iterable of tensors, got {got}") from None
+    items = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     for i, t in enumerate(items):
         if not isinstance(t, Tensor):
             raise TypeError(f"{op}: expected tensors, got {type(t).__name__} for tensor {i}")
@@ -138,6 +143,17 @@ def check_gradients(
             )
         if t.device.type == "meta":
             raise TypeError(f"{op}: expected gradients with memory, got meta for tensor {i}")
+        if t.numel() == 0:
+            found.append((i, t))
+            continue
+        if type(t) in (Tensor, torch.nn.Parameter):
+            last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+            needed = (t.storage_offset() + last + 1) * t.element_size()
+            if t.untyped_storage().nbytes() < needed:
+                raise RuntimeError(
+                    f"{op}: expected storage of at least {needed} bytes, got "
+                    f"{t.untyped_storage().nbytes()} for tensor {i}; was it resized or freed?"
+                )
         if writes and any(n > 1 and s == 0 for n, s in zip(t.shape, t.stride(), strict=True)):
             raise RuntimeError(
                 f"{op}: expected gradients with an element per memory location, got an expanded "
@@ -149,6 +165,7 @@ def check_gradients(
 
 @torch.no_grad()
 def _result(
+    op: str,
     tensors: list[Tensor | None],
     grads: list[tuple[int, Tensor]],
     max_norm: float,
@@ -173,7 +190,7 @@ def _result(
     wide, coefficient, clipped, action = clip_plan(norm, max_norm, policy)
     if action == REFUSE:
         raise RuntimeError(
-            f"gradients: expected a finite total norm of order {p:g}, got {wide}; nothing was "
+            f"{op}: expected a finite total norm of order {p:g}, got {wide}; nothing was "
             'written (nonfinite="propagate" or "zero" would go on; a GradReport names the layer)'
         )
     totals = torch.tensor(
@@ -195,7 +212,7 @@ def _apply(grads: list[tuple[int, Tensor]], coefficient: float, action: int) -> 
 def stats(tensors: Iterable[Tensor], of_grad: bool, norm_type: float, nonfinite: int) -> Result:
     listed = read_tensors("get_total_norm", tensors, of_grad)
     grads = check_gradients("get_total_norm", listed, writes=False)
-    return _result(listed, grads, math.inf, norm_type, nonfinite)[0]
+    return _result("get_total_norm", listed, grads, math.inf, norm_type, nonfinite)[0]
 
 
 @torch.no_grad()
@@ -204,7 +221,9 @@ def clip_(
 ) -> Result:
     listed = read_tensors("clip_grad_norm_", tensors, of_grad)
     grads = check_gradients("clip_grad_norm_", listed, writes=True)
-    result, coefficient, action = _result(listed, grads, max_norm, norm_type, nonfinite)
+    result, coefficient, action = _result(
+        "clip_grad_norm_", listed, grads, max_norm, norm_type, nonfinite
+    )
     _apply(grads, coefficient, action)
     return result
 
@@ -232,7 +251,8 @@ def clamp_(tensors: Iterable[Tensor], of_grad: bool, clip_value: float) -> None:
                 f"{op}: expected real gradients, which have an order, got {g.dtype} for tensor {i}"
             )
     for _, g in grads:
-        g.clamp_(-clip_value, clip_value)
+        bound = torch.tensor(clip_value, dtype=torch.float64).to(g)  # rounded; inf beyond the dtype
+        g.clamp_(-bound, bound)
 
 
 @torch.no_grad()
@@ -246,6 +266,11 @@ def adaptive_clip_(
     op = "adaptive_clip_grad_"
     listed_weights = read_tensors(op, weights, False)
     listed = read_tensors(op, listed_weights if grads is None else grads, grads is None)  # type: ignore[arg-type]
+    if len(listed) != len(listed_weights):
+        raise ValueError(
+            f"{op}: expected a gradient for each parameter, got {len(listed)} for "
+            f"{len(listed_weights)}"
+        )
     pairs = check_gradients(op, listed, writes=True)
     for i, g in pairs:
         w = listed_weights[i]

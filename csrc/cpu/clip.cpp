@@ -104,18 +104,21 @@ Stats run_stats(const GradRef& g, int64_t start, int64_t n, NormSpec spec) {
 }
 
 // Applies f(pointer, elements) to dense runs that hold elements [start, start + n) of g, parts of
-// complex numbers counted singly, and writes them back where they were gathered.
+// complex numbers counted singly. What was gathered is written back if f returns true.
 template <class F>
 void update_run(const GradRef& g, int64_t start, int64_t n, F f) {
   const int64_t parts = g.is_complex ? 2 : 1;
-  if (!g.layout) return f(at(g, start), n * parts);
+  if (!g.layout) {
+    f(at(g, start), n * parts);
+    return;
+  }
   alignas(64) char gathered[kBuffer * 16];
   const int64_t bytes = element_bytes(g.dtype) * parts;
   for (int64_t i = 0; i < n; i += kBuffer) {
     const int64_t m = std::min(kBuffer, n - i);
     copy_strided(g.data, *g.layout, bytes, start + i, m, gathered, true);
-    f(gathered, m * parts);
-    copy_strided(g.data, *g.layout, bytes, start + i, m, gathered, false);
+    if (f(gathered, m * parts))
+      copy_strided(g.data, *g.layout, bytes, start + i, m, gathered, false);
   }
 }
 
@@ -126,7 +129,7 @@ void update(const std::vector<GradRef>& grads, bool backwards, F f) {
     for (int64_t k = first; k < end; ++k) {
       const Chunk& c = work.chunks[k];
       const GradRef& g = grads[c.grad];
-      update_run(g, c.start, c.length, [&](void* x, int64_t n) { f(x, g.dtype, n); });
+      update_run(g, c.start, c.length, [&](void* x, int64_t n) { return f(x, g.dtype, n); });
     }
   });
 }
@@ -178,18 +181,22 @@ Stats stats(const std::vector<GradRef>& grads, const std::vector<int64_t>& rows,
 }
 
 void scale(const std::vector<GradRef>& grads, double coefficient) {
-  update(grads, true,
-         [=](void* x, DType dtype, int64_t n) { clip_kernels().scale(x, dtype, n, coefficient); });
+  update(grads, true, [=](void* x, DType dtype, int64_t n) {
+    clip_kernels().scale(x, dtype, n, coefficient);
+    return true;
+  });
 }
 
 void zero(const std::vector<GradRef>& grads) {
-  update(grads, true,
-         [](void* x, DType dtype, int64_t n) { std::memset(x, 0, n * element_bytes(dtype)); });
+  update(grads, true, [](void* x, DType dtype, int64_t n) {
+    std::memset(x, 0, n * element_bytes(dtype));
+    return true;
+  });
 }
 
 void clamp(const std::vector<GradRef>& grads, double bound) {
   update(grads, false,
-         [=](void* x, DType dtype, int64_t n) { clip_kernels().clamp(x, dtype, n, bound); });
+         [=](void* x, DType dtype, int64_t n) { return clip_kernels().clamp(x, dtype, n, bound); });
 }
 
 void clip_units(const std::vector<UnitRef>& units, double clip_factor, double eps, NormSpec spec) {
@@ -216,8 +223,10 @@ void clip_units(const std::vector<UnitRef>& units, double clip_factor, double ep
       const double c = unit_coefficient(norm_of(sum_of(w, spec), spec),
                                         norm_of(sum_of(g, spec), spec), clip_factor, eps);
       if (c == 1.0) continue;
-      update_run(grad, 0, grad.numel,
-                 [&](void* x, int64_t n) { clip_kernels().scale(x, grad.dtype, n, c); });
+      update_run(grad, 0, grad.numel, [&](void* x, int64_t n) {
+        clip_kernels().scale(x, grad.dtype, n, c);
+        return true;
+      });
     }
   });
 }

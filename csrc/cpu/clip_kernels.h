@@ -86,17 +86,15 @@ double scaled_sum(const T* x, int64_t n, int32_t exponent) {
   return lane_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// Sum of |x * 2^-exponent|^p.
+// Sum of |x / amax|^p: whatever p, the largest term is 1.
 template <class T>
-double scaled_power_sum(const T* x, int64_t n, int32_t exponent, double p) {
-  const PowerOfTwo scale = power_of_two(-exponent);
+double scaled_power_sum(const T* x, int64_t n, double amax, double p) {
   double sum = 0.0;
   for (int64_t i = 0; i < n; i += 4 * kDoubles) {
     DoubleVec v[4];
     load_doubles(x + i, v);
     for (const DoubleVec& w : v)
-      for (int k = 0; k < kDoubles; ++k)
-        sum += std::pow(std::fabs(w[k] * scale.first * scale.second), p);
+      for (int k = 0; k < kDoubles; ++k) sum += std::pow(std::fabs(w[k] / amax), p);
   }
   return sum;
 }
@@ -159,20 +157,19 @@ Stats block_stats(const T* x, int64_t n, double p) {
   }
   if (s.amax == 0.0) return s;
   const bool unsafe = s.amax < kSafeMin<T> || s.amax > kSafeMax<T>;
-  const int32_t exponent = sizeof(T) == 8 ? scale_exponent(s.amax) : 0;
   if (unsafe) {
-    s.l2 = {
-        whole_and_tail([&](const T* q, int64_t m) { return scaled_sum<T, true>(q, m, exponent); }),
-        exponent};
-    if constexpr (kL1)
-      s.lp = {whole_and_tail(
-                  [&](const T* q, int64_t m) { return scaled_sum<T, false>(q, m, exponent); }),
-              exponent};
+    const int32_t exponent = sizeof(T) == 8 ? scale_exponent(s.amax) : 0;
+    auto sum = [&](auto f) {
+      return ScaledSum{whole_and_tail([&](const T* q, int64_t m) { return f(q, m, exponent); }),
+                       static_cast<double>(exponent)};
+    };
+    s.l2 = sum(scaled_sum<T, true>);
+    if constexpr (kL1) s.lp = sum(scaled_sum<T, false>);
   }
-  if constexpr (kKind == NormKind::P) {
-    const int32_t e = scale_exponent(s.amax);
-    s.lp = {whole_and_tail([&](const T* q, int64_t m) { return scaled_power_sum(q, m, e, p); }), e};
-  }
+  if constexpr (kKind == NormKind::P)
+    s.lp = {
+        whole_and_tail([&](const T* q, int64_t m) { return scaled_power_sum(q, m, s.amax, p); }),
+        std::log2(s.amax)};
   return s;
 }
 
@@ -229,9 +226,9 @@ void scale_run(void* data, int64_t n, double coefficient) {
 }
 
 // Clamps a block at a time: blocks within the bound are read only. The bound is rounded to T first,
-// as torch's clamp_ rounds it.
+// as torch's clamp_ rounds it. Returns whether anything changed.
 template <class T>
-void clamp_run(void* data, int64_t n, double bound) {
+bool clamp_run(void* data, int64_t n, double bound) {
   using L = Lanes<T>;
   using Vec = typename L::Vec;
   using Bits = typename L::Bits;
@@ -247,6 +244,7 @@ void clamp_run(void* data, int64_t n, double bound) {
   const Bits limit = bit_cast<Bits>(high);
 
   auto clamp = [=](Vec v) { return v > high ? high : (v < low ? low : v); };
+  bool changed = false;
   for (int64_t i = 0; i < n; i += block) {
     const int64_t m = n - i < block ? n - i : block;
     Bits outside = {};
@@ -264,9 +262,11 @@ void clamp_run(void* data, int64_t n, double bound) {
       look(v.a);
       look(v.b);
     }
-    if (lane_sum(outside) != 0)
-      transform(x + i, m, [=](Pair<Vec> v) { return Pair<Vec>{clamp(v.a), clamp(v.b)}; });
+    if (lane_sum(outside) == 0) continue;
+    changed = true;
+    transform(x + i, m, [=](Pair<Vec> v) { return Pair<Vec>{clamp(v.a), clamp(v.b)}; });
   }
+  return changed;
 }
 
 Stats stats(const void* x, DType dtype, int64_t n, NormSpec spec) {
@@ -287,7 +287,7 @@ void scale(void* x, DType dtype, int64_t n, double coefficient) {
   }
 }
 
-void clamp(void* x, DType dtype, int64_t n, double bound) {
+bool clamp(void* x, DType dtype, int64_t n, double bound) {
   switch (dtype) {
     case DType::Half: return clamp_run<Half>(x, n, bound);
     case DType::BFloat16: return clamp_run<BFloat16>(x, n, bound);

@@ -15,8 +15,9 @@ struct ClipKernels {
   // x *= coefficient, rounded once from float64 (from float32 for 16-bit types where that is exact
   // enough).
   void (*scale)(void* x, DType dtype, int64_t n, double coefficient);
-  // x = min(max(x, -bound), bound); NaN stays. Stores only vectors that change.
-  void (*clamp)(void* x, DType dtype, int64_t n, double bound);
+  // x = min(max(x, -bound), bound); NaN stays. Stores only blocks that change;
+  // returns whether there were any.
+  bool (*clamp)(void* x, DType dtype, int64_t n, double bound);
 };
 
 extern const ClipKernels kClipBaseline;

@@ -70,31 +70,38 @@ struct ThreadStats {
       return;
     }
     const double amax = from_bits(top);
-    const int32_t exponent = scale_exponent(amax);
     if (squares_are_safe<T>(amax)) {
       l2 = add(l2, {static_cast<double>(squares), 0}, 2.0);
       if (spec.kind == NormKind::L1) lp = add(lp, {static_cast<double>(magnitudes), 0}, 1.0);
     } else {
       // float64 holds the squares of float32 as they are.
-      const int32_t e = sizeof(Wide) == 8 ? exponent : 0;
-      l2 = add(l2, {power_sum<Power::Square>(x, e, 2.0), e}, 2.0);
-      if (spec.kind == NormKind::L1) lp = add(lp, {power_sum<Power::One>(x, e, 1.0), e}, 1.0);
+      const int32_t e = sizeof(Wide) == 8 ? scale_exponent(amax) : 0;
+      l2 = add(l2, {scaled_sum<true>(x, e), static_cast<double>(e)}, 2.0);
+      if (spec.kind == NormKind::L1)
+        lp = add(lp, {scaled_sum<false>(x, e), static_cast<double>(e)}, 1.0);
     }
-    if constexpr (kPower)
-      lp = add(lp, {power_sum<Power::Any>(x, exponent, spec.p), exponent}, spec.p);
+    if constexpr (kPower) lp = add(lp, {power_sum(x, amax, spec.p), log2(amax)}, spec.p);
   }
 
-  enum class Power { One, Square, Any };
-  // Sum of |x * 2^-exponent|^p.
-  template <Power kOf, int kCount>
-  static __device__ double power_sum(const Wide (&x)[kCount], int32_t exponent, double p) {
+  // Sum of (x * 2^-exponent)^2, or of its magnitude.
+  template <bool kSquare, int kCount>
+  static __device__ double scaled_sum(const Wide (&x)[kCount], int32_t exponent) {
     const PowerOfTwo scale = power_of_two(-exponent);
     double sum = 0.0;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const double v = fabs(x[i] * scale.first * scale.second);
-      sum += kOf == Power::One ? v : kOf == Power::Square ? v * v : pow(v, p);
+      sum += kSquare ? v * v : v;
     }
+    return sum;
+  }
+
+  // Sum of |x / amax|^p: whatever p, the largest term is 1.
+  template <int kCount>
+  static __device__ double power_sum(const Wide (&x)[kCount], double amax, double p) {
+    double sum = 0.0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) sum += pow(fabs(x[i] / amax), p);
     return sum;
   }
 

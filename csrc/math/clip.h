@@ -3,7 +3,7 @@
 //
 // A sum of p-th powers is kept as value * 2^(p * exponent) (after Blue 1978, "A portable Fortran
 // program to find the Euclidean norm of a vector"), so that no gradient of finite values overflows
-// or vanishes. float32 and narrower need no exponent in float64; float64 does.
+// or vanishes. Squares and magnitudes of float32 and narrower types need no exponent in float64.
 #pragma once
 
 #include <cmath>
@@ -32,10 +32,11 @@ GRADFUSE_HD NormSpec norm_spec(double p) {
   return {std::isinf(p) ? NormKind::Inf : NormKind::P, p};
 }
 
-// value * 2^(p * exponent), where p is the power the sum was taken of.
+// value * 2^(p * exponent), where p is the power the sum was taken of. The exponent is a whole
+// number, and so exact, for p = 1 and p = 2.
 struct ScaledSum {
   double value;
-  int32_t exponent;
+  double exponent;
 };
 
 GRADFUSE_HD ScaledSum add(ScaledSum a, ScaledSum b, double p) {
@@ -44,6 +45,7 @@ GRADFUSE_HD ScaledSum add(ScaledSum a, ScaledSum b, double p) {
   if (a.value == 0.0) return b;
   const ScaledSum& high = a.exponent > b.exponent ? a : b;
   const ScaledSum& low = a.exponent > b.exponent ? b : a;
+  if (!std::isfinite(low.value)) return {low.value + high.value, high.exponent};  // not inf * 0
   return {high.value + low.value * std::exp2(p * (low.exponent - high.exponent)), high.exponent};
 }
 
@@ -89,8 +91,15 @@ GRADFUSE_HD PowerOfTwo power_of_two(int32_t exponent) {
 // A norm, value * 2^exponent.
 struct ScaledNorm {
   double value;
-  int32_t exponent;
+  double exponent;
 };
+
+// value * 2^exponent, in two steps: the power alone may leave the range that the product is in.
+GRADFUSE_HD double times_power(double value, double exponent) {
+  if (exponent == 0.0) return value;
+  const double half = std::floor(exponent / 2.0);
+  return value * std::exp2(half) * std::exp2(exponent - half);
+}
 
 // The sum, or for Inf the maximum, whose root is the norm.
 GRADFUSE_HD ScaledSum sum_of(const Stats& s, NormSpec spec) {
@@ -106,13 +115,13 @@ GRADFUSE_HD ScaledSum combine(ScaledSum a, ScaledSum b, NormSpec spec) {
 
 GRADFUSE_HD ScaledNorm norm_of(ScaledSum sum, NormSpec spec) {
   if (spec.kind == NormKind::L2) return {std::sqrt(sum.value), sum.exponent};
-  if (spec.kind == NormKind::P) return {std::pow(sum.value, 1.0 / spec.p), sum.exponent};
-  return {sum.value, sum.exponent};
+  if (spec.kind != NormKind::P) return {sum.value, sum.exponent};
+  const double root = std::pow(sum.value, 1.0 / spec.p);
+  if (std::isfinite(root) || !std::isfinite(sum.value)) return {root, sum.exponent};
+  return {1.0, sum.exponent + std::log2(sum.value) / spec.p};  // small p: beyond float64
 }
 
-GRADFUSE_HD double to_double(ScaledNorm norm) {
-  return norm.exponent == 0 ? norm.value : std::ldexp(norm.value, norm.exponent);
-}
+GRADFUSE_HD double to_double(ScaledNorm norm) { return times_power(norm.value, norm.exponent); }
 
 enum class NonFinite : int32_t { Propagate, Error, Zero };
 // Refuse: the policy is Error and the norm is not finite, so the caller raises.
@@ -132,9 +141,8 @@ GRADFUSE_HD ClipPlan clip_plan(ScaledNorm norm, double max_norm, NonFinite polic
   const double wide = to_double(norm);
   if (std::isfinite(norm.value)) {
     if (wide <= max_norm) return {wide, 1.0, wide, Action::Keep};
-    const double coefficient =
-        std::ldexp(max_norm / (norm.value + std::ldexp(1e-6, -norm.exponent)), -norm.exponent);
-    return {wide, coefficient, std::ldexp(norm.value * coefficient, norm.exponent), Action::Scale};
+    const double ratio = max_norm / (norm.value + times_power(1e-6, -norm.exponent));
+    return {wide, times_power(ratio, -norm.exponent), norm.value * ratio, Action::Scale};
   }
   if (policy == NonFinite::Zero) return {wide, 0.0, 0.0, Action::Zero};
   if (policy == NonFinite::Error) return {wide, 1.0, wide, Action::Refuse};
@@ -144,17 +152,14 @@ GRADFUSE_HD ClipPlan clip_plan(ScaledNorm norm, double max_norm, NonFinite polic
 }
 
 // Adaptive gradient clipping of one unit (Brock et al. 2021, eq. 3): the factor for its gradient,
-// 1 where it is to be left alone. Non-finite gradient norms give the 0 or NaN that timm's agc
-// gives.
+// 1 where it is to be left alone. Non-finite norms give the 0 or NaN that the division gives.
 GRADFUSE_HD double unit_coefficient(ScaledNorm weight, ScaledNorm grad, double clip_factor,
                                     double eps) {
-  const double weight_norm = to_double(weight);
-  const double limit = clip_factor * (weight_norm < eps ? eps : weight_norm);
-  const double grad_norm = to_double(grad);
-  if (grad_norm <= limit) return 1.0;
-  if (std::isfinite(grad.value) && std::isinf(grad_norm))
-    return std::ldexp(limit / grad.value, -grad.exponent);
-  return limit / (grad_norm < 1e-6 ? 1e-6 : grad_norm);
+  if (to_double(weight) < eps) weight = {eps, 0.0};
+  const ScaledNorm limit = {clip_factor * weight.value, weight.exponent};
+  if (times_power(grad.value, grad.exponent - limit.exponent) <= limit.value) return 1.0;
+  if (to_double(grad) < 1e-6) grad = {1e-6, 0.0};
+  return times_power(limit.value / grad.value, limit.exponent - grad.exponent);
 }
 
 }  // namespace gradfuse

@@ -48,22 +48,15 @@ def check_nonfinite(op: str, nonfinite: str) -> int:
 
 
 def _as_sequence(op: str, parameters: Tensor | Iterable[Tensor]) -> Sequence[Tensor]:
-    """The parameters as a sequence. Warns of an exhausted generator, as torch does."""
+    """The parameters as what can be walked twice."""
     if isinstance(parameters, Tensor):
         return [parameters]
     if isinstance(parameters, (list, tuple)):
         return parameters
-    is_generator = isinstance(parameters, types.GeneratorType)
-    try:
-        listed = list(parameters)
-    except TypeError:
+    if not isinstance(parameters, Iterable):
         got = type(parameters).__name__
-        raise TypeError(f"{op}: expected a tensor or an iterable of tensors, got {got}") from None
-    if is_generator and not listed:
-        warnings.warn(
-            "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=3
-        )
-    return listed
+        raise TypeError(f"{op}: expected a tensor or an iterable of tensors, got {got}")
+    return list(parameters)
 
 
 def _grads(parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -158,7 +151,12 @@ def clip_grad_norm_(
                 f"{op}: error_if_nonfinite contradicts nonfinite='zero'; pass only one"
             )
         policy = NONFINITE["error"]
+    is_generator = isinstance(parameters, types.GeneratorType)
     parameters = _as_sequence(op, parameters)
+    if is_generator and not parameters:
+        warnings.warn(
+            "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2
+        )
     norm: Tensor
     if torch.compiler.is_compiling():
         norm = torch.ops.gradfuse.clip_grads_(_grads(parameters), max_norm, norm_type, policy)[0]

@@ -1,0 +1,1 @@
+"""Benches: one setup function per op, all measured by the same harness."""

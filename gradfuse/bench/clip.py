@@ -1,0 +1,221 @@
+"""The bench of gradient clipping: python -m gradfuse bench."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.nn import Parameter
+from torch.nn.utils import clip_grad_norm_ as torch_clip
+
+import gradfuse
+from gradfuse.bench import output
+from gradfuse.bench.gradients import Gradients, random_gradients
+from gradfuse.bench.harness import Contender, Plan, Result, Target, Workload, measure
+from gradfuse.bench.machine import Neighbours
+from gradfuse.bench.models import MODELS, Shape, dtype_name
+from gradfuse.bench.peers import adaptive_clip_loop, compile_clip, timm_agc
+
+__all__ = ["main", "setup_adaptive", "setup_norm"]
+
+FOREACH, FUNCTION, CLIPPER = "torch foreach", "gradfuse.clip_grad_norm_", "gradfuse.GradClipper"
+FLOOR = "floor: torch.dot"
+AGC_LOOP, AGC_TIMM, AGC_FUSED = "torch agc (loop)", "timm agc", "gradfuse agc"
+
+# The goals of the project for the time of a call, by workload and contender; the same for bfloat16.
+TARGETS: dict[str, dict[str, Target]] = {
+    "ResNet-50, quiet": dict.fromkeys((FUNCTION, CLIPPER), Target(3.5, 1.25)),
+    "ResNet-50, clipping": dict.fromkeys((FUNCTION, CLIPPER), Target(1.7)),
+    "GPT-2 small, quiet": dict.fromkeys((FUNCTION, CLIPPER), Target(3.0, 1.25)),
+    "2,000 small, quiet": {FUNCTION: Target(25.0), CLIPPER: Target(75.0)},
+    "2,000 small, clipping": {FUNCTION: Target(25.0), CLIPPER: Target(75.0)},
+    "ResNet-50, AGC quiet": {AGC_FUSED: Target(5.0)},
+    "ResNet-50, AGC clipping": {AGC_FUSED: Target(5.0)},
+}
+
+MAX_NORM = 1.0
+CLIP_FACTOR = 0.01
+
+
+def floor(nbytes: int, device: str, flat: torch.Tensor | None = None) -> Contender:
+    """torch.dot(flat, flat) in float32 over so many bytes, whatever the dtype of the gradients."""
+    if flat is None or flat.dtype != torch.float32:
+        flat = torch.ones(nbytes // 4, device=device)
+    return Contender(FLOOR, partial(torch.dot, flat, flat))
+
+
+@dataclass
+class Setup:
+    """What a setup function makes: who competes, and the fewest bytes that must move."""
+
+    contenders: list[Contender]
+    bytes_moved: int
+    gradients: Gradients
+
+
+def setup_norm(
+    shapes: Sequence[Shape],
+    dtype: torch.dtype,
+    clipping: bool,
+    device: str = "cpu",
+    compiled: Callable[..., object] | None = None,
+) -> Setup:
+    """Clipping by the global norm, of gradients of half or twice max_norm."""
+    before = MAX_NORM * (2.0 if clipping else 0.5)
+    gradients = random_gradients(shapes, dtype, device, before, min(before, MAX_NORM))
+    ps = gradients.parameters
+    clipper = gradfuse.GradClipper(ps, MAX_NORM)
+    contenders = [
+        Contender(FOREACH, partial(torch_clip, ps, MAX_NORM, foreach=True)),
+        Contender("torch for-loop", partial(torch_clip, ps, MAX_NORM, foreach=False)),
+        Contender(FUNCTION, partial(gradfuse.clip_grad_norm_, ps, MAX_NORM)),
+        Contender(CLIPPER, clipper.clip_),
+        floor(gradients.nbytes, device, gradients.flat),
+    ]
+    if compiled is not None:
+        contenders.insert(2, Contender("torch.compile", partial(compiled, ps, MAX_NORM)))
+    # Quiet: one read. Clipping: one more read, and a write.
+    return Setup(contenders, gradients.nbytes * (3 if clipping else 1), gradients)
+
+
+def setup_adaptive(
+    shapes: Sequence[Shape], dtype: torch.dtype, clipping: bool, device: str = "cpu"
+) -> Setup:
+    """Adaptive clipping, of gradients that are half or twice what every unit allows."""
+    ratio = CLIP_FACTOR * (2.0 if clipping else 0.5)
+    norm = math.sqrt(sum(math.prod(s) for s in shapes))
+    weights = random_gradients(shapes, dtype, device, norm, norm)
+    ps = [Parameter(g) for g in weights.grads]
+    flat = weights.flat * ratio
+    for p in ps:
+        p.grad = p.detach() * ratio
+    after = norm * min(ratio, CLIP_FACTOR)
+    gradients = Gradients(ps, flat, clipping, after)
+    contenders = [
+        Contender(AGC_LOOP, partial(adaptive_clip_loop, ps, CLIP_FACTOR)),
+        Contender(AGC_FUSED, partial(gradfuse.adaptive_clip_grad_, ps, CLIP_FACTOR)),
+        floor(2 * gradients.nbytes, device),
+    ]
+    if (timm := timm_agc()) is not None:
+        contenders.insert(0, Contender(AGC_TIMM, partial(timm, ps, CLIP_FACTOR)))
+    # Quiet: one read of weights and gradients. Clipping: one more read, and a write, of gradients.
+    return Setup(contenders, gradients.nbytes * (4 if clipping else 2), gradients)
+
+
+def workload(name: str, setup: Setup, dtype: torch.dtype, device: str) -> Workload:
+    """The setup as the harness takes it: the first contender is the baseline."""
+    contenders = setup.contenders
+    if device == "cuda":  # a call has ended when the device has
+        contenders = [Contender(c.name, finished(c.run)) for c in contenders]
+    return Workload(
+        name=name,
+        dtype=dtype_name(dtype),
+        contenders=contenders,
+        bytes_moved=setup.bytes_moved,
+        baseline=contenders[0].name,
+        floor=FLOOR,
+        prepare=setup.gradients.preparation(),
+        verify=setup.gradients.verify,
+        targets=TARGETS.get(name, {}),
+        device=device,
+    )
+
+
+def finished(run: Callable[[], object]) -> Callable[[], None]:
+    """run, and the wait for the GPU."""
+
+    def run_to_the_end() -> None:
+        run()
+        torch.cuda.synchronize()
+
+    return run_to_the_end
+
+
+def workloads(arguments: argparse.Namespace, notes: list[str]) -> Iterator[Workload]:
+    """All workloads, one at a time. What befalls torch.compile is added to the notes."""
+    device = arguments.device
+    for dtype in (torch.float32, torch.bfloat16):
+        for model in arguments.models:
+            shapes = MODELS[model]()
+            compiled = None
+            if model != "GPT-2 small" and arguments.compile_budget > 0:
+                compiled, note = compile_clip(
+                    model, shapes, dtype, device, arguments.compile_budget
+                )
+                notes.append(note)
+            for kind, clipping in (("quiet", False), ("clipping", True)):
+                setup = setup_norm(shapes, dtype, clipping, device, compiled)
+                yield workload(f"{model}, {kind}", setup, dtype, device)
+                del setup
+            if model not in ("ResNet-50", "tiny"):
+                continue
+            for kind, clipping in (("quiet", False), ("clipping", True)):
+                setup = setup_adaptive(shapes, dtype, clipping, device)
+                yield workload(f"{model}, AGC {kind}", setup, dtype, device)
+                del setup
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m gradfuse bench", description="Times gradient clipping against its peers."
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="under a minute, without torch.compile"
+    )
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder to write to")
+    parser.add_argument("--threads", type=int, help="threads of torch, default: torch's own choice")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=list(MODELS),
+        default=[m for m in MODELS if m != "tiny"],
+        metavar="MODEL",
+        help="some of: " + "; ".join(MODELS),
+    )
+    parser.add_argument(
+        "--compile-budget",
+        type=float,
+        default=90.0,
+        metavar="SECONDS",
+        help="leave torch.compile out where compiling takes longer; 0: everywhere",
+    )
+    arguments = parser.parse_args(argv)
+    arguments.quick = arguments.quick or os.environ.get("GRADFUSE_BENCH_QUICK") == "1"
+    if arguments.quick:
+        arguments.compile_budget = 0.0
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    plan = Plan(min_rounds=5, max_rounds=30, seconds=1.0) if arguments.quick else Plan()
+    notes: list[str] = []
+    if arguments.quick:
+        notes.append("torch.compile: left out by --quick")
+    results: list[Result] = []
+    neighbours = Neighbours()
+    with output.progress() as show:
+        for work in workloads(arguments, notes):
+            show(f"{work.name}, {work.dtype}")
+            results += measure(work, plan)
+            del work  # and its memory, before the next is set up
+    if (share := neighbours.share()) is not None and share > 0.03:
+        notes.append(
+            f"Other processes took {share:.0%} of the processors: measure again on an idle machine."
+        )
+    output.report(results, notes, arguments.out, "bench_clip", quick=arguments.quick)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""What the figures of a bench depend on: the machine, and who else was using it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradfuse import __version__, _native
+
+__all__ = ["Neighbours", "machine"]
+
+
+def machine() -> dict[str, Any]:
+    """Hardware and versions."""
+    return {
+        "cpu": cpu_model(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "gradfuse": __version__,
+        "isa": _native.backend.isa() if _native.available else f"none: {_native.reason}",
+        "python": platform.python_version(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+class Neighbours:
+    """How much of the processors' time others have taken since this was made.
+
+    Threads that wait for each other are slowed many times over when another process takes a core,
+    and not all contenders alike: such figures are worth nothing.
+    """
+
+    def __init__(self) -> None:
+        self._begin = processor_seconds()
+
+    def share(self) -> float | None:
+        """0.0 to 1.0; None where the system does not tell."""
+        end = processor_seconds()
+        if self._begin is None or end is None:
+            return None
+        everybody, own, idle = (b - a for a, b in zip(self._begin, end, strict=True))
+        return max(0.0, (everybody - own) / max(everybody + idle, 1e-9))
+
+
+def processor_seconds() -> tuple[float, float, float] | None:
+    """Seconds since the start, over all processors: of everybody, of this process, of nobody."""
+    try:
+        with open("/proc/stat") as stat:
+            ticks = [int(word) for word in stat.readline().split()[1:9]]
+        tick = 1 / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError):
+        return None
+    times = os.times()
+    idle = ticks[3] + ticks[4]  # idle, and waiting for a disk
+    return (sum(ticks) - idle) * tick, times.user + times.system, idle * tick

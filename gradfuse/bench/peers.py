@@ -1,0 +1,89 @@
+"""What gradfuse is measured against, beside torch.nn.utils itself."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.utils import clip_grad_norm_
+
+from gradfuse.bench.gradients import random_gradients
+from gradfuse.bench.models import Shape, dtype_name
+
+__all__ = ["adaptive_clip_loop", "compile_clip", "timm_agc"]
+
+COMPILE_COST = 0.3  # seconds that torch.compile needs for each tensor of a CPU clip, about
+
+
+@torch.no_grad()
+def adaptive_clip_loop(parameters: list[Parameter], clip_factor: float, eps: float = 1e-3) -> None:
+    """AGC one parameter at a time, in plain torch: Brock et al. 2021, equation 3."""
+
+    def unit_norm(x: Tensor) -> Tensor:
+        unit = tuple(range(1, x.ndim)) or None  # a row; the whole of a vector
+        norm: Tensor = torch.linalg.vector_norm(x, dim=unit, keepdim=x.ndim > 1)
+        return norm
+
+    for p in parameters:
+        if p.grad is None:
+            continue
+        limit = unit_norm(p).clamp_(min=eps).mul_(clip_factor)
+        norm = unit_norm(p.grad)
+        scaled = p.grad * (limit / norm.clamp(min=1e-6))
+        p.grad.copy_(torch.where(norm > limit, scaled, p.grad))
+
+
+def timm_agc() -> Callable[..., object] | None:
+    """timm's adaptive_clip_grad, if timm is installed."""
+    try:
+        module: Any = importlib.import_module("timm.utils.agc")
+    except ImportError:
+        return None
+    function: Callable[..., object] = module.adaptive_clip_grad
+    return function
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in the block after so many seconds, and again if that is caught there."""
+
+    def stop(signum: int, frame: object) -> None:
+        raise TimeoutError
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 5.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def compile_clip(
+    model: str, shapes: Sequence[Shape], dtype: torch.dtype, device: str, budget: float
+) -> tuple[Callable[..., object] | None, str]:
+    """torch.compile of torch's clip, compiled for these shapes; and a note for the reader."""
+    name = f"torch.compile, {model}, {dtype_name(dtype)}"
+    estimate = COMPILE_COST * len(shapes)
+    if estimate > budget or not hasattr(signal, "SIGALRM"):
+        return None, f"{name}: skipped, compiling takes about {estimate:.0f} s (--compile-budget)"
+    # Compiled in this process, or the limit would leave compilers behind.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    compiled: Callable[..., object] = torch.compile(clip_grad_norm_)
+    parameters = random_gradients(shapes, dtype, device, 1.0, 1.0).parameters
+    begin = time.perf_counter()
+    try:
+        with time_limit(budget):
+            compiled(parameters, 1.0)
+    except Exception as error:  # no compiler, or too slow: the others are measured all the same
+        torch.compiler.reset()
+        return None, f"{name}: skipped after {time.perf_counter() - begin:.0f} s, {error!r:.200}"
+    return compiled, f"{name}: compiled in {time.perf_counter() - begin:.0f} s"

@@ -1,0 +1,314 @@
+"""The demo: a deep net whose gradients explode, trained with PyTorch's clip and with gradfuse's."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+import gradfuse
+
+__all__ = ["main", "train"]
+
+MAX_NORM = 1.0
+BATCH = 64
+EVERY = 10  # steps between two looks at the held-out images
+TRAINING = 1400  # images to train on; the other 397 are held out
+STOCK, FUSED = "torch clip_grad_norm_", "gradfuse.GradClipper"
+FLOAT32_SQUARES = math.sqrt(torch.finfo(torch.float32).max)  # a larger norm has an infinite square
+
+
+class ResidualNet(nn.Module):
+    """Residual blocks without normalisation: h + relu(W h + b). Each makes the gradient grow."""
+
+    def __init__(self, blocks: int, width: int = 64) -> None:
+        super().__init__()
+        self.stem = nn.Linear(64, width)
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(blocks))
+        self.head = nn.Linear(width, 10)
+        for block in self.blocks:
+            assert isinstance(block, nn.Linear)
+            nn.init.normal_(block.weight, std=1.5 / math.sqrt(width))
+        for module in (self.stem, *self.blocks, self.head):
+            assert isinstance(module, nn.Linear)
+            nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        for block in self.blocks:
+            h = h + torch.relu(block(h))
+        logits: Tensor = self.head(h)
+        return logits
+
+
+@dataclass
+class Digits:
+    """scikit-learn's 1,797 scanned digits, 8 x 8 grey levels as numbers from -0.5 to 0.5."""
+
+    x: Tensor
+    y: Tensor
+    held_out_x: Tensor
+    held_out_y: Tensor
+
+    @classmethod
+    def load(cls, seed: int) -> Digits:
+        digits = load_digits()
+        x = torch.tensor(digits.data, dtype=torch.float32) / 16 - 0.5
+        y = torch.tensor(digits.target)
+        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+        train, held_out = order[:TRAINING], order[TRAINING:]
+        return cls(x[train], y[train], x[held_out], y[held_out])
+
+    @torch.no_grad()
+    def accuracy(self, net: nn.Module) -> float:
+        """Share of the held-out digits that the net reads correctly."""
+        right: Tensor = net(self.held_out_x).argmax(dim=1) == self.held_out_y
+        return float(right.double().mean())
+
+    def batches(self, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Shuffled anew in every epoch; the incomplete batch at its end is left out."""
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.empty(0, dtype=torch.int64)
+        for _ in range(steps):
+            if len(order) < BATCH:
+                order = torch.randperm(len(self.y), generator=generator)
+            batch, order = order[:BATCH], order[BATCH:]
+            yield self.x[batch], self.y[batch]
+
+
+@dataclass
+class Run:
+    """What happened in one training run."""
+
+    clip: str
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)  # before clipping, as the clip itself saw it
+    zeroed: int = 0  # steps after whose clip every gradient was exactly 0
+    accuracies: list[float] = field(default_factory=list)  # on the held-out images, now and then
+    seconds: float = 0.0
+    first_report: gradfuse.GradReport | None = None
+
+
+def train(
+    clip: str,
+    optimizer: str,
+    steps: int,
+    seed: int,
+    schedule: str = "constant",
+    blocks: int = 80,
+    tick: Callable[[], object] = lambda: None,
+) -> Run:
+    """One run. The seed fixes weights, split and batches, so that runs differ by the clip alone."""
+    digits = Digits.load(seed)
+    torch.manual_seed(seed)
+    net = ResidualNet(blocks)
+    parameters = list(net.parameters())
+    update: torch.optim.Optimizer
+    if optimizer == "sgd":
+        update = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    else:
+        update = torch.optim.AdamW(parameters, lr=1e-3)
+    end = 0.0 if schedule == "linear" else 1.0
+    rate = torch.optim.lr_scheduler.LinearLR(update, 1.0, end, total_iters=steps)
+    clipper = gradfuse.GradClipper(net.named_parameters(), MAX_NORM)
+    run = Run(clip)
+    begin = time.perf_counter()
+    for x, y in digits.batches(steps, seed):
+        loss = nn.functional.cross_entropy(net(x), y)
+        update.zero_grad()
+        loss.backward()
+        if clip == STOCK:
+            norm = float(nn.utils.clip_grad_norm_(parameters, MAX_NORM))
+        else:
+            report = clipper.clip_()
+            norm = report.total_norm
+            run.first_report = run.first_report or report
+        run.losses.append(loss.item())
+        run.norms.append(norm)
+        run.zeroed += not any(p.grad is not None and bool(p.grad.any()) for p in parameters)
+        update.step()
+        rate.step()
+        if (steps - len(run.losses)) % EVERY == 0:  # so that the last step is one of them
+            run.accuracies.append(digits.accuracy(net))
+        tick()
+    run.seconds = time.perf_counter() - begin
+    return run
+
+
+def table(runs: Sequence[Run], title: str) -> Table:
+    """Both runs side by side."""
+    grid = Table(title=title.replace("; ", "\n"))
+    grid.add_column("")
+    for run in runs:
+        grid.add_column(run.clip, justify="right")
+    steps = len(runs[0].losses)
+    rows: list[tuple[str, Callable[[Run], str]]] = [
+        ("loss, first step", lambda r: f"{r.losses[0]:.3g}"),
+        ("loss, last step", lambda r: f"{r.losses[-1]:.3g}"),
+        ("gradient norm, first step", lambda r: f"{r.norms[0]:.3g}"),
+        ("steps with all gradients 0", lambda r: f"{r.zeroed} of {steps}"),
+        ("held-out accuracy", lambda r: f"{r.accuracies[-1]:.1%}"),
+        ("  range, last 100 steps", lambda r: spread(r.accuracies[-100 // EVERY :])),
+        ("seconds", lambda r: f"{r.seconds:.1f}"),
+    ]
+    for name, cell in rows:
+        grid.add_row(name, *(cell(run) for run in runs))
+    return grid
+
+
+def spread(values: list[float]) -> str:
+    return f"{min(values):.0%} to {max(values):.0%}"
+
+
+def worst_layers(report: gradfuse.GradReport) -> Table:
+    """Where the gradient of the first step was largest."""
+    grid = Table(title="the worst layers at the first step, from gradfuse's GradReport")
+    for name in ("parameter", "gradient norm", "largest |g|", "non-finite"):
+        grid.add_column(name, justify="left" if name == "parameter" else "right")
+    for p in report.worst(5):
+        grid.add_row(p.name, f"{p.norm:.3g}", f"{p.largest:.3g}", str(p.nonfinite))
+    return grid
+
+
+def plot(runs: Sequence[Run], title: str, path: Path) -> None:
+    """Loss and gradient norm over steps."""
+    figure = Figure(figsize=(9, 8), layout="constrained")
+    losses, norms = figure.subplots(2, 1, sharex=True)
+    colours = {STOCK: "#c0392b", FUSED: "#0b4f9c"}
+    for run in runs:
+        steps = range(1, len(run.losses) + 1)
+        label = f"{run.clip} ({run.accuracies[-1]:.0%} of held-out digits read correctly)"
+        losses.plot(steps, run.losses, color=colours[run.clip], label=label)
+        finite = [n if math.isfinite(n) else math.nan for n in run.norms]
+        norms.plot(steps, finite, color=colours[run.clip])
+        mark_overflow(norms, run, colours[run.clip])
+    for ax in (losses, norms):
+        ax.set_yscale("log")
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    losses.set_title("Training loss: lower is better, a flat line learns nothing")
+    losses.set_ylabel("loss (log scale)")
+    losses.legend(frameon=False, loc="center right")
+    norms.set_title("Size of the gradient before clipping, as each clip measured it")
+    norms.set_ylabel("gradient norm (log scale)")
+    norms.set_xlabel("training step")
+    norms.axhline(FLOAT32_SQUARES, color="grey", linestyle="dotted")
+    norms.axhline(MAX_NORM, color="grey", linestyle="dashed")
+    norms.set_ylim(bottom=MAX_NORM / 100)
+    for y, text in (
+        (FLOAT32_SQUARES, "above this line the square of the norm overflows float32"),
+        (MAX_NORM, "max_norm: what the clip leaves"),
+    ):
+        norms.annotate(
+            text,
+            (1, y),
+            (-2, -3),
+            xycoords=norms.get_yaxis_transform(),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            fontsize=9,
+        )
+    norms.legend(frameon=False, loc="center right")
+    figure.suptitle(title, fontsize=12, fontweight="bold")
+    figure.savefig(path, dpi=130)
+
+
+def mark_overflow(ax: Axes, run: Run, colour: str) -> None:
+    """A tick on the upper edge for every step at which the clip measured an infinite norm."""
+    overflowed = [i + 1 for i, n in enumerate(run.norms) if not math.isfinite(n)]
+    if not overflowed:
+        return
+    ax.plot(
+        overflowed,
+        [0.97] * len(overflowed),
+        "|",
+        color=colour,
+        markersize=9,
+        transform=ax.get_xaxis_transform(),
+        label=f"{run.clip}: inf at {len(overflowed)} of {len(run.norms)} steps",
+    )
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m gradfuse demo",
+        description="Trains a deep residual net on real digits with either clip.",
+    )
+    parser.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd")
+    parser.add_argument(
+        "--schedule",
+        choices=("constant", "linear"),
+        default="constant",
+        help="of the learning rate",
+    )
+    parser.add_argument("--blocks", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the plot")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="default 1: 64 x 64 matrices are too small to share"
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.steps < 1:
+        parser.error(f"--steps must be >= 1, got {arguments.steps}")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
+    console = Console()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(arguments.threads)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    runs = []
+    try:
+        with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+            for clip in (STOCK, FUSED):
+                task = progress.add_task(clip, total=arguments.steps)
+                tick = partial(progress.advance, task)
+                runs.append(
+                    train(
+                        clip,
+                        arguments.optimizer,
+                        arguments.steps,
+                        arguments.seed,
+                        arguments.schedule,
+                        arguments.blocks,
+                        tick,
+                    )
+                )
+    finally:
+        torch.set_num_threads(threads)
+    optimizer = {"sgd": "SGD 0.1, momentum 0.9", "adamw": "AdamW 1e-3"}[arguments.optimizer]
+    if arguments.schedule == "linear":
+        optimizer += " falling to 0"
+    net = f"{arguments.blocks}-block residual net on scanned digits"
+    title = f"{net}; {optimizer}; gradients clipped to norm {MAX_NORM:g}"
+    console.print(table(runs, title))
+    report = runs[1].first_report
+    assert report is not None
+    console.print(worst_layers(report))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"demo_{arguments.optimizer}.png"
+    plot(runs, title, path)
+    console.print(f"written: {path}", highlight=False, soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
