@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from gradfuse._native import backend
-from gradfuse.ops.clip import NONFINITE, check_nonfinite, check_nonnegative, check_norm_type
+from gradfuse.ops.clip import (
+    NONFINITE,
+    check_nonfinite,
+    check_nonnegative,
+    check_norm_type,
+    iterator_of,
+)
 from gradfuse.report import GradReport
 
 __all__ = ["GradClipper"]
@@ -53,10 +59,7 @@ class GradClipper:
         self._held: set[int] = set()
         self._list = backend.ParameterList()
         items: Iterable[Any] = [parameters] if isinstance(parameters, Tensor) else parameters
-        if not isinstance(items, Iterable):
-            got = type(items).__name__
-            raise TypeError(f"GradClipper: expected a tensor or an iterable of tensors, got {got}")
-        for item in items:
+        for item in iterator_of("GradClipper", items):
             if isinstance(item, Tensor):
                 self.add(item)
             elif isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Tensor):

@@ -11,7 +11,7 @@ namespace gradfuse::cuda {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr int kUnroll = 4;
+constexpr int kUnroll = 2;
 constexpr int64_t kShortUnit = 1024;
 
 // Many parameters with dense units, of one type.
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kBlock, 2)
 }
 
 template <bool kPower>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     strided_units(const __grid_constant__ StridedRun weight,
                   const __grid_constant__ StridedRun grad, int64_t weight_stride,
                   int64_t grad_stride, double clip_factor, double eps, NormSpec spec) {

@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     finish(const Stats* per_grad, int64_t count, NormSpec spec, double max_norm, NonFinite policy,
            double* totals, void* norm, bool norm_is_double) {
   Stats sum = {};

@@ -43,10 +43,13 @@ GRADFUSE_HD ScaledSum add(ScaledSum a, ScaledSum b, double p) {
   if (a.exponent == b.exponent) return {a.value + b.value, a.exponent};
   if (b.value == 0.0) return a;
   if (a.value == 0.0) return b;
-  const ScaledSum& high = a.exponent > b.exponent ? a : b;
-  const ScaledSum& low = a.exponent > b.exponent ? b : a;
-  if (!std::isfinite(low.value)) return {low.value + high.value, high.exponent};  // not inf * 0
-  return {high.value + low.value * std::exp2(p * (low.exponent - high.exponent)), high.exponent};
+  const bool a_is_high = a.exponent > b.exponent;
+  const double high = a_is_high ? a.value : b.value;
+  const double low = a_is_high ? b.value : a.value;
+  const double exponent = a_is_high ? a.exponent : b.exponent;
+  if (!std::isfinite(low)) return {low + high, exponent};  // not inf * 0
+  const double distance = (a_is_high ? b.exponent : a.exponent) - exponent;
+  return {high + low * std::exp2(p * distance), exponent};
 }
 
 // The larger of two magnitudes; NaN if either is.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import types
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ __all__ = [
     "clip_grads_with_norm_",
     "get_total_norm",
 ]
+
+T = TypeVar("T")
 
 NONFINITE = {"propagate": 0, "error": 1, "zero": 2}
 
@@ -47,16 +50,22 @@ def check_nonfinite(op: str, nonfinite: str) -> int:
     return NONFINITE[nonfinite]
 
 
+def iterator_of(op: str, items: Iterable[T]) -> Iterator[T]:
+    """iter(items); TypeError if there is none. What the iterator raises itself goes through."""
+    try:
+        return iter(items)
+    except TypeError:
+        got = type(items).__name__
+        raise TypeError(f"{op}: expected a tensor or an iterable of tensors, got {got}") from None
+
+
 def _as_sequence(op: str, parameters: Tensor | Iterable[Tensor]) -> Sequence[Tensor]:
     """The parameters as what can be walked twice."""
     if isinstance(parameters, Tensor):
         return [parameters]
     if isinstance(parameters, (list, tuple)):
         return parameters
-    if not isinstance(parameters, Iterable):
-        got = type(parameters).__name__
-        raise TypeError(f"{op}: expected a tensor or an iterable of tensors, got {got}")
-    return list(parameters)
+    return list(iterator_of(op, parameters))
 
 
 def _grads(parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -1,0 +1,161 @@
+"""The command line, the bench's arithmetic on a clock that is not one, and the models' shapes."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gradfuse import _native
+from gradfuse.__main__ import main
+from gradfuse.bench.harness import Contender, Plan, Target, Workload, interleave, summarise
+from gradfuse.bench.models import MODELS
+
+
+class FakeMachine:
+    """A clock that only the contenders move, on a machine that slows down with every call."""
+
+    def __init__(self, slowdown: float = 1.0) -> None:
+        self.now = 0.0
+        self.pace = 1.0
+        self.slowdown = slowdown
+        self.calls: list[str] = []
+
+    def clock(self) -> float:
+        return self.now
+
+    def contender(self, name: str, seconds: float) -> Contender:
+        def run() -> None:
+            self.now += seconds * self.pace
+            self.calls.append(name)
+
+        return Contender(name, run)
+
+    def next_round(self, contenders: int) -> None:
+        if len(self.calls) % contenders == 0:
+            self.pace *= self.slowdown
+
+
+def fake_workload(machine: FakeMachine) -> Workload:
+    seconds = {"stock": 2.0, "ours": 1.0, "loop": 4.0, "floor": 0.5}
+    return Workload(
+        name="fake",
+        dtype="float32",
+        contenders=[machine.contender(name, s) for name, s in seconds.items()],
+        bytes_moved=3_000_000_000,
+        baseline="stock",
+        floor="floor",
+        prepare=lambda: machine.next_round(4),
+        targets={"ours": Target(2.0, 2.0), "loop": Target(1.0), "stock": Target(0.5, 3.9)},
+    )
+
+
+def test_ratios() -> None:
+    machine = FakeMachine()
+    work = fake_workload(machine)
+    times = interleave(work.contenders, work.prepare, Plan(3, 5, 1e9), machine.clock)
+    by_name = {r.contender: r for r in summarise(work, times, {"ours": 12})}
+    assert [r.rounds for r in by_name.values()] == [5] * 4
+    assert by_name["ours"].speedup == by_name["ours"].speedup_of_medians == 2.0
+    assert by_name["loop"].speedup == 0.5
+    assert by_name["ours"].floor_ratio == 2.0
+    assert by_name["ours"].median_ms == 1000.0
+    assert by_name["ours"].gb_per_s == 3.0
+    assert by_name["ours"].extra_bytes == 12
+    assert by_name["floor"].reached is None
+    reached = {name: r.reached for name, r in by_name.items() if r.target}
+    assert reached == {"ours": True, "loop": False, "stock": False}
+
+
+def test_paired_ratios_survive_a_machine_that_slows_down() -> None:
+    machine = FakeMachine(slowdown=1.5)
+    work = fake_workload(machine)
+    times = interleave(work.contenders, work.prepare, Plan(3, 8, 1e9), machine.clock)
+    ours = next(r for r in summarise(work, times, {}) if r.contender == "ours")
+    assert ours.speedup == pytest.approx(2.0)
+    assert ours.p20_ms < ours.median_ms < ours.p80_ms
+
+
+def test_every_round_calls_each_once_and_the_order_changes() -> None:
+    machine = FakeMachine()
+    work = fake_workload(machine)
+    interleave(work.contenders, work.prepare, Plan(8, 8, 1e9), machine.clock)
+    rounds = [tuple(machine.calls[i : i + 4]) for i in range(0, len(machine.calls), 4)]
+    assert all(sorted(r) == sorted(rounds[0]) for r in rounds)
+    assert {r[0] for r in rounds} == set(rounds[0])
+
+
+def test_rounds_end_with_the_time_but_not_before_the_least_number() -> None:
+    machine = FakeMachine()
+    work = fake_workload(machine)
+    assert (
+        len(interleave(work.contenders, work.prepare, Plan(3, 99, 0.0), machine.clock)["ours"]) == 3
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "tensors", "elements"),
+    [
+        ("ResNet-50", 161, 25_557_032),
+        ("GPT-2 small", 148, 124_439_808),
+        ("2,000 small", 2000, 256_000),
+    ],
+)
+def test_shapes(model: str, tensors: int, elements: int) -> None:
+    shapes = MODELS[model]()
+    assert len(shapes) == tensors
+    assert sum(math.prod(s) for s in shapes) == elements
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    lines = dict(line.strip().split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["torch"].strip() == torch.__version__
+    if _native.available:
+        assert lines["ISA"].strip() == _native.backend.isa()
+    else:
+        assert _native.reason in lines["compiled module"]
+
+
+@pytest.mark.parametrize("command", ["bench", "demo"])
+def test_missing_extra_is_one_sentence(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "rich", None)
+    for name in ("gradfuse.demo", "gradfuse.bench.clip", "gradfuse.bench.output"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    pytest.importorskip("matplotlib")
+    assert main([command]) == 1
+    error = capsys.readouterr().err
+    assert "pip install gradfuse[demo]" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_demo(optimizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for extra in ("sklearn", "matplotlib", "rich"):
+        pytest.importorskip(extra)
+    threads = torch.get_num_threads()
+    assert main(["demo", "--optimizer", optimizer, "--steps", "3", "--out", str(tmp_path)]) == 0
+    assert torch.get_num_threads() == threads
+    out = capsys.readouterr().out
+    assert "3 of 3" in out  # stock clipping: every gradient of every step is 0
+    assert "0 of 3" in out
+    assert (tmp_path / f"demo_{optimizer}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for extra in ("matplotlib", "rich"):
+        pytest.importorskip(extra)
+    assert main(["bench", "--quick", "--models", "tiny", "--out", str(tmp_path)]) == 0
+    assert "gradfuse.GradClipper" in capsys.readouterr().out
+    document = json.loads((tmp_path / "bench_clip.json").read_text())
+    assert document["quick"]
+    assert document["machine"]["torch"] == torch.__version__
+    assert {r["dtype"] for r in document["results"]} == {"float32", "bfloat16"}
+    assert all(r["median_ms"] > 0 and r["speedup"] > 0 for r in document["results"])
+    assert (tmp_path / "bench_clip.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,107 @@
+"""What only CUDA promises: no wait for the device, graph capture, streams, mixed devices."""
+
+import pytest
+import torch
+
+import gradfuse
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def make(sizes, device="cuda", dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    parameters = [torch.nn.Parameter(torch.ones(n, dtype=dtype, device=device)) for n in sizes]
+    for p in parameters:
+        p.grad = torch.randn(p.shape, generator=generator).to(p)
+    return parameters
+
+
+@pytest.fixture
+def no_sync():
+    """Makes a synchronising torch call an error."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.usefixtures("no_sync")
+def test_nothing_waits_for_the_device():
+    parameters = make([3, 4097, 100_003])
+    gradfuse.clip_grad_norm_(parameters, 1.0)
+    gradfuse.clip_grad_value_(parameters, 0.1)
+    gradfuse.adaptive_clip_grad_(parameters)
+    norm = gradfuse.get_total_norm([p.grad for p in parameters])
+    gradfuse.clip_grads_with_norm_(parameters, 1.0, norm)
+    gradfuse.GradClipper(parameters, 1.0, nonfinite="zero").clip_()
+
+
+@pytest.mark.parametrize("count", [1, 700, 1025, 3000])
+def test_many_tensors_as_on_the_cpu(count):
+    sizes = [i % 300 for i in range(count)]
+    on_gpu, on_cpu = make(sizes), make(sizes, "cpu")
+    report, expected = (gradfuse.GradClipper(p, 1.0).clip_() for p in (on_gpu, on_cpu))
+    assert report.total_norm == pytest.approx(expected.total_norm, rel=1e-7)
+    assert report.parameters[-1].norm == pytest.approx(expected.parameters[-1].norm, rel=1e-6)
+    for a, b in zip(on_gpu, on_cpu, strict=True):
+        torch.testing.assert_close(a.grad.cpu(), b.grad)
+
+
+def test_captured_in_a_graph():
+    parameters = make([5, 4097, 70_001])
+    clipper = gradfuse.GradClipper(parameters, 1.0)
+    fresh = [p.grad.clone() for p in parameters]
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        clipper.clip_()  # warm-up
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        report = clipper.clip_()
+    for scale in (1.0, 1e20, 1e-30):
+        for p, g in zip(parameters, fresh, strict=True):
+            p.grad.copy_(g * scale)
+        expected = gradfuse.get_total_norm([p.grad.double() for p in parameters]).item()
+        graph.replay()
+        again = gradfuse.GradReport([], report._norm, report._totals, report._table, 1.0, 2.0, "")
+        assert again.total_norm == pytest.approx(expected, rel=1e-6)
+        after = gradfuse.get_total_norm([p.grad.double() for p in parameters]).item()
+        assert after == pytest.approx(min(expected, 1.0), rel=1e-4)
+
+
+def test_runs_on_the_current_stream():
+    parameters = make([1_000_003])
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(50_000_000)
+        parameters[0].grad.fill_(1.0)
+        norm = gradfuse.clip_grad_norm_(parameters, 1.0)
+    side.synchronize()
+    assert norm.item() == pytest.approx(1_000_003**0.5, rel=1e-6)
+
+
+def test_mixed_devices_count_as_one_vector():
+    on_gpu, on_cpu = make([1000, 7]), make([513], "cpu", seed=1)
+    mixed = [on_gpu[0], *on_cpu, on_gpu[1]]
+    expected = torch.cat([p.grad.double().cpu() for p in mixed]).norm()
+    norm = gradfuse.clip_grad_norm_(mixed, 0.5)
+    assert norm.device.type == "cuda"
+    assert norm.item() == pytest.approx(expected.item(), rel=1e-6)
+    after = torch.cat([p.grad.double().cpu() for p in mixed]).norm()
+    assert after.item() == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["zero", "error"])
+def test_policies(policy):
+    parameters = make([10, 4097])
+    parameters[1].grad[77] = float("nan")
+    before = [p.grad.clone() for p in parameters]
+    clipper = gradfuse.GradClipper(parameters, 1.0, nonfinite=policy)
+    if policy == "error":
+        with pytest.raises(RuntimeError, match="expected a finite total norm"):
+            clipper.clip_()
+        for p, b in zip(parameters, before, strict=True):
+            assert torch.equal(p.grad.view(torch.int32), b.view(torch.int32))
+    else:
+        assert clipper.clip_().void
+        assert all(not p.grad.any() for p in parameters)
