@@ -60,11 +60,16 @@ def wants_cuda(torch, nvcc):
     return True
 
 
+def compiler_version():
+    compiler = os.environ.get("CXX", "c++").split()
+    return subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
+
+
 def extension():
     import torch
     from torch.utils import cpp_extension
 
-    if not shutil.which(os.environ.get("CXX", "c++")):
+    if not shutil.which(os.environ.get("CXX", "c++").split()[0]):
         sys.exit(
             "gradfuse: expected a C++ compiler (c++ on PATH, or CXX), found none; install one, or "
             "set GRADFUSE_NATIVE=0 for the pure-torch package"
@@ -80,9 +85,12 @@ def extension():
         ("GRADFUSE_CUDA_VERSION", f'"{torch.version.cuda if cuda else ""}"'),
         ("GRADFUSE_CUDA_ARCHS", f'"{archs}"'),
     ]
+    cxx = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
     # OpenMP is compiled in but not linked: its symbols then resolve to the runtime that torch
-    # loaded, so that both share one thread pool.
-    cxx = ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+    # loaded, so that both share one thread pool. That runtime is of GCC; code of others cannot
+    # call it, and runs on one thread.
+    if "Free Software Foundation" in compiler_version():
+        cxx.append("-fopenmp")
     link = []
     if os.environ.get("GRADFUSE_SANITIZE") == "1":
         sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]

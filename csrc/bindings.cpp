@@ -1,4 +1,5 @@
 #include <pybind11/pybind11.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <ATen/Parallel.h>
@@ -44,8 +45,17 @@ ResultTuple clip_(py::handle tensors, bool of_grad, double max_norm, double norm
                       nonfinite);
 }
 
-void scale_(py::handle tensors, bool of_grad, double max_norm, const at::Tensor& total_norm) {
+// The tensor that a Python argument is. Not pybind11's cast, which believes what isinstance
+// believes.
+at::Tensor tensor_of(const char* op, const char* name, py::handle object) {
+  if (!is_tensor(object.ptr()))
+    fail<TypeError>(op, ": ", name, " must be a Tensor, got ", Py_TYPE(object.ptr())->tp_name);
+  return THPVariable_Unpack(object.ptr());
+}
+
+void scale_(py::handle tensors, bool of_grad, double max_norm, py::handle norm) {
   const char* op = "clip_grads_with_norm_";
+  const at::Tensor total_norm = tensor_of(op, "total_norm", norm);
   GradList list = check_gradients(op, read_tensors(op, tensors.ptr(), of_grad), true);
   const py::gil_scoped_release release;
   scale_by_norm(list, max_norm, total_norm);
@@ -76,7 +86,9 @@ void adaptive_clip_(py::handle weights, py::handle grads, double clip_factor, do
 // Parameters held between calls, so that a call walks no Python list.
 class ParameterList {
  public:
-  void add(const at::Tensor& parameter) { parameters_.push_back(parameter); }
+  void add(py::handle parameter) {
+    parameters_.push_back(tensor_of("GradClipper.add", "parameter", parameter));
+  }
   ResultTuple clip_(double max_norm, double norm_type, int nonfinite) const {
     std::vector<at::Tensor> grads;
     grads.reserve(parameters_.size());

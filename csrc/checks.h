@@ -1,6 +1,6 @@
 // Error messages: one sentence that names the function, the argument, what was expected, what came.
-// std::invalid_argument becomes ValueError in Python, TypeError is pybind11's, std::runtime_error
-// RuntimeError.
+// std::invalid_argument becomes ValueError in Python, std::runtime_error RuntimeError (pybind11
+// does that), TypeError TypeError (bindings.cpp does).
 #pragma once
 
 #include <sstream>

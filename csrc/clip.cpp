@@ -1,7 +1,8 @@
 #include "clip.h"
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/tensor.h>
+
+#include <algorithm>
 
 #include "checks.h"
 #include "dispatch.h"
@@ -157,7 +158,7 @@ void apply_plan(GradList& grads, const at::Tensor& totals) {
 
 // The plan for a given norm, on the norm's device.
 at::Tensor totals_for(const at::Tensor& total_norm, double max_norm) {
-  const at::Tensor norm = total_norm.to(at::kDouble).contiguous();
+  const at::Tensor norm = total_norm.to(at::kDouble).resolve_neg().contiguous();
   const at::Tensor totals = at::empty({kTotals}, norm.options());
 #if defined(GRADFUSE_CUDA)
   if (norm.is_cuda()) {

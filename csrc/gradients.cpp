@@ -59,8 +59,8 @@ StridedLayout coalesced_layout(const at::Tensor& t) {
 // Refuses what has no plain memory behind it, or less than its shape says.
 void check_storage(const char* op, const at::Tensor& t, size_t index) {
   using K = c10::DispatchKey;
-  constexpr c10::DispatchKeySet wrappers(
-      {K::Python, K::Functionalize, K::FuncTorchBatched, K::FuncTorchGradWrapper, K::ZeroTensor});
+  constexpr c10::DispatchKeySet wrappers({K::Python, K::Functionalize, K::FuncTorchBatched,
+                                          K::FuncTorchGradWrapper, K::NestedTensor, K::ZeroTensor});
   const at::TensorImpl* impl = t.unsafeGetTensorImpl();
   if (t.layout() != at::kStrided)
     fail<TypeError>(op, ": expected dense gradients, got layout ", t.layout(), " for tensor ",
@@ -122,10 +122,14 @@ DeviceGroup& group_of(std::vector<DeviceGroup>& groups, at::Device device, size_
 
 }  // namespace
 
+bool is_tensor(PyObject* object) {
+  return PyType_IsSubtype(Py_TYPE(object), reinterpret_cast<PyTypeObject*>(THPVariableClass));
+}
+
 std::vector<at::Tensor> read_tensors(const char* op, PyObject* iterable, bool of_grad) {
   std::vector<at::Tensor> out;
   auto take = [&](PyObject* item) {
-    if (!THPVariable_Check(item))
+    if (!is_tensor(item))
       fail<TypeError>(op, ": expected tensors, got ", Py_TYPE(item)->tp_name, " for tensor ",
                       out.size());
     const at::Tensor& t = THPVariable_Unpack(item);
@@ -135,7 +139,7 @@ std::vector<at::Tensor> read_tensors(const char* op, PyObject* iterable, bool of
     else
       out.push_back(t);
   };
-  if (THPVariable_Check(iterable)) {
+  if (is_tensor(iterable)) {
     take(iterable);
     return out;
   }
@@ -163,6 +167,29 @@ void GradList::prepare_write() {
   }
 }
 
+namespace {
+
+bool same_layout(const StridedLayout* a, const StridedLayout* b) {
+  if (!a || !b) return a == b;
+  return a->sizes == b->sizes && a->strides == b->strides;
+}
+
+// A gradient that begins where an earlier one does counts once if it is that one, or a view of all
+// of it, and is refused otherwise: threads would write the same memory twice.
+void check_same_run(const char* op, const GradList& list, const GradRef& ref, size_t index) {
+  for (const DeviceGroup& group : list.groups)
+    for (const GradRef& earlier : group.refs)
+      if (earlier.data == ref.data &&
+          (earlier.numel != ref.numel || earlier.dtype != ref.dtype ||
+           earlier.is_complex != ref.is_complex || !same_layout(earlier.layout, ref.layout)))
+        fail<std::runtime_error>(op,
+                                 ": expected gradients that do not overlap in memory, got one that "
+                                 "begins where another does for tensor ",
+                                 index, "; .clone() it first");
+}
+
+}  // namespace
+
 GradList check_gradients(const char* op, std::vector<at::Tensor> tensors, bool writes) {
   GradList list;
   AddressSet seen(writes ? tensors.size() : 0);
@@ -171,10 +198,6 @@ GradList check_gradients(const char* op, std::vector<at::Tensor> tensors, bool w
     at::Tensor& t = tensors[i];
     if (!t.defined()) continue;
     GradRef ref = make_ref(op, t, i);
-    if (writes && !seen.insert(t.unsafeGetTensorImpl())) {
-      t.reset();
-      continue;
-    }
     if (!t.is_non_overlapping_and_dense()) {
       if (writes && at::has_internal_overlap(t) == at::MemOverlap::Yes)
         fail<std::runtime_error>(op,
@@ -185,6 +208,11 @@ GradList check_gradients(const char* op, std::vector<at::Tensor> tensors, bool w
         list.layouts.push_back(coalesced_layout(t));
         ref.layout = &list.layouts.back();
       }
+    }
+    if (writes && ref.numel && !seen.insert(ref.data)) {
+      check_same_run(op, list, ref, i);
+      t.reset();
+      continue;
     }
     DeviceGroup& group = group_of(list.groups, t.device(), tensors.size());
     group.refs.push_back(ref);

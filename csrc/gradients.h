@@ -23,7 +23,7 @@ struct DeviceGroup {
 
 // A checked list of gradients. Holds references, so that they outlive a release of the GIL.
 struct GradList {
-  std::vector<at::Tensor> tensors;  // undefined where there is no gradient, or a repeated one
+  std::vector<at::Tensor> tensors;  // undefined where there is none, or a repeated one
   std::deque<StridedLayout> layouts;
   std::vector<DeviceGroup> groups;  // in order of first appearance
   bool any_double = false;
@@ -31,6 +31,10 @@ struct GradList {
   // Announces a write: copies copy-on-write storage, counts up autograd's versions.
   void prepare_write();
 };
+
+// Whether the object is a torch.Tensor by its type. Not isinstance, which believes a proxy or a
+// mock.
+bool is_tensor(PyObject* object);
 
 // The tensors of a Python iterable, or their .grad. None and missing gradients become undefined.
 std::vector<at::Tensor> read_tensors(const char* op, PyObject* iterable, bool of_grad);

@@ -47,7 +47,7 @@ def scaled_norm(x: Tensor, p: float) -> tuple[float, float]:
 def combine_norms(norms: list[tuple[float, float]], p: float) -> tuple[float, float]:
     """The norm of the concatenation, from the norms of the parts."""
     top = max((s for s, v in norms if v != 0.0), default=1.0)
-    parts = torch.tensor([s / top * v for s, v in norms], dtype=torch.float64)
+    parts = torch.tensor([s / top * v if v else 0.0 for s, v in norms], dtype=torch.float64)
     s, v = scaled_norm(parts, p)
     return top, s * v
 
@@ -64,7 +64,7 @@ def clip_plan(
     if math.isfinite(v):
         if wide <= max_norm:
             return wide, 1.0, wide, KEEP
-        coefficient = max_norm / s / (v + 1e-6 / s)
+        coefficient = max_norm / (wide + 1e-6) if math.isfinite(wide) else max_norm / s / v
         return wide, coefficient, coefficient * s * v, SCALE
     if policy == ZERO_GRADIENTS:
         return wide, 0.0, 0.0, ZERO
@@ -126,17 +126,16 @@ def check_gradients(
 ) -> list[tuple[int, Tensor]]:
     """(row, gradient) of every gradient, a repeated one once if it may be written."""
     found: list[tuple[int, Tensor]] = []
-    seen: set[int] = set()
+    seen: dict[int, object] = {}
     for i, t in enumerate(tensors):
-        if t is None or (writes and id(t) in seen):
+        if t is None:
             continue
-        seen.add(id(t))
         if t.dtype not in _DTYPES:
             raise TypeError(
                 f"{op}: expected float16, bfloat16, float32, float64, complex64 or complex128, "
                 f"got {t.dtype} for tensor {i}"
             )
-        if t.layout != torch.strided:
+        if t.is_nested or t.layout != torch.strided:
             raise TypeError(
                 f"{op}: expected dense gradients, got layout {t.layout} for tensor {i}; "
                 "convert it with .to_dense() or clip it apart"
@@ -159,6 +158,17 @@ def check_gradients(
                 f"{op}: expected gradients with an element per memory location, got an expanded "
                 f"one for tensor {i}; .clone() it first"
             )
+        if writes:
+            address = t.data_ptr() if type(t) in (Tensor, torch.nn.Parameter) else id(t)
+            extent = (t.dtype, sorted(zip(t.stride(), t.shape, strict=True)))
+            if seen.get(address, extent) != extent:
+                raise RuntimeError(
+                    f"{op}: expected gradients that do not overlap in memory, got one that begins "
+                    f"where another does for tensor {i}; .clone() it first"
+                )
+            if address in seen:
+                continue
+            seen[address] = extent
         found.append((i, t))
     return found
 
@@ -196,7 +206,7 @@ def _result(
     totals = torch.tensor(
         [wide, coefficient, clipped, action, norm[1], 0.0], dtype=torch.float64, device=device
     )
-    total_norm = totals[0].to(torch.float64 if any_double else torch.float32)
+    total_norm = totals[0].clone().to(torch.float64 if any_double else torch.float32)
     rows = torch.tensor(table, dtype=torch.float64, device=device).reshape(-1, 5)
     return (total_norm, totals, rows), coefficient, action
 

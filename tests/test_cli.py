@@ -154,7 +154,7 @@ def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--quick", "--models", "tiny", "--out", str(tmp_path)]) == 0
     assert "gradfuse.GradClipper" in capsys.readouterr().out
     document = json.loads((tmp_path / "bench_clip.json").read_text())
-    assert document["quick"]
+    assert document["machine"]["quick"]
     assert document["machine"]["torch"] == torch.__version__
     assert {r["dtype"] for r in document["results"]} == {"float32", "bfloat16"}
     assert all(r["median_ms"] > 0 and r["speedup"] > 0 for r in document["results"])

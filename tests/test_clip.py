@@ -265,6 +265,25 @@ def test_tied_parameters_count_and_are_scaled_once(device):
         torch.testing.assert_close(grad, torch.full_like(grad, 0.5))
 
 
+@pytest.mark.parametrize("view", ["detach", "ravel", "t"])
+def test_views_of_one_gradient_count_and_are_scaled_once(view, device):
+    grad = torch.full((800, 900), 2.0, device=device)
+    params = [owner(grad), owner(getattr(grad, view)())]
+    norm = 2.0 * math.sqrt(grad.numel())
+    assert gradfuse.clip_grad_norm_(params, norm / 2).item() == pytest.approx(norm)
+    torch.testing.assert_close(grad, torch.full_like(grad, 1.0))
+    gradfuse.clip_grads_with_norm_(params, 1.0, torch.tensor(2.0))
+    torch.testing.assert_close(grad, torch.full_like(grad, 0.5))
+
+
+def test_neighbours_in_one_buffer_are_no_views_of_each_other(device):
+    """As gradients in the buckets of DistributedDataParallel lie."""
+    bucket = torch.full((100,), 2.0, device=device)
+    params = owners([bucket[:40], bucket[40:40], bucket[40:41], bucket[41:]])
+    assert gradfuse.clip_grad_norm_(params, 10.0).item() == 20.0
+    torch.testing.assert_close(bucket, torch.full_like(bucket, 1.0))
+
+
 def test_total_norm_counts_a_repeated_tensor_as_often_as_it_comes(device):
     x = random(20, device=device)
     expected = torch.nn.utils.get_total_norm([x, x])

@@ -190,6 +190,24 @@ def test_report_shows_the_l2_norm_whatever_the_order(device):
         assert report.parameters[0].norm == 5.0
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e-160, 1e-200, 1e-300])
+def test_coefficient_of_tiny_gradients(scale, device):
+    """1e-6 is far above the norm then, and the coefficient far above what it multiplies."""
+    grad = torch.full((4,), scale, dtype=torch.float64, device=device)
+    report = gradfuse.GradClipper(owner(grad), scale).clip_()
+    expected = scale / (2 * scale + 1e-6)
+    assert report.coefficient == pytest.approx(expected, rel=1e-12, abs=0.0)
+    assert report.clipped
+
+
+def test_the_norm_tensor_is_the_callers(device):
+    for dtype in REAL:
+        grad = torch.full((4,), 2.0, dtype=dtype, device=device)
+        report = gradfuse.GradClipper(owner(grad), 1.0).clip_()
+        report.norm_tensor.zero_()
+        assert report.total_norm == 4.0
+
+
 def test_worst_and_first_nonfinite(device):
     values = {"small": 0.1, "nan": math.nan, "large": 50.0, "inf": math.inf, "zero": 0.0}
     params = {k: owner(torch.full((3,), v, device=device)) for k, v in values.items()}

@@ -6,7 +6,18 @@ import os
 
 import pytest
 import torch
-from helpers import REAL, assert_ran, bits, owners, random, run_python, short
+from helpers import (
+    REAL,
+    assert_norm,
+    assert_ran,
+    bits,
+    owner,
+    owners,
+    random,
+    run_python,
+    short,
+    true_norm,
+)
 
 import gradfuse
 from gradfuse import _native
@@ -60,6 +71,25 @@ def test_run_to_run(native, threads, device):
     grads = fresh(torch.bfloat16, device)
     norms = {bits(gradfuse.get_total_norm(grads))[0] for _ in range(100)}
     assert len(norms) == 1
+
+
+@pytest.mark.parametrize("n", [1000, 1_500_000])
+@pytest.mark.parametrize("dtype", REAL, ids=short)
+def test_subnormals_count_whatever_the_threads_flush(dtype, n, native):
+    """torch.set_flush_denormal holds for one thread, so that another would see other values."""
+    tiny = torch.finfo(dtype).smallest_normal / 4
+    grad = torch.full((n,), tiny, dtype=dtype)
+    norm, before = true_norm([grad]), bits(grad)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormals")
+    try:
+        total = gradfuse.GradClipper(owner(grad), float(norm)).clip_()
+        gradfuse.clip_grad_value_(owner(grad), 1.0)
+    finally:
+        torch.set_flush_denormal(False)
+    assert total.parameters[0].zeros == 0
+    assert_norm(total.norm_tensor, norm, [dtype])
+    assert bits(grad) == before
 
 
 def test_another_order_is_another_sum(native):

@@ -38,7 +38,7 @@ def assert_refused(call, error, words, params, name=""):
     """call raises this error in these words, and every gradient keeps its bits and version."""
     kept = [p.grad for p in params if torch.is_tensor(p) and p.grad is not None]
     kept = [g for g in kept if type(g) is torch.Tensor and g.layout == torch.strided]
-    kept = [g for g in kept if g.device.type != "meta"]
+    kept = [g for g in kept if g.device.type != "meta" and not g.is_nested]
     before, versions = bits(kept), [g._version for g in kept]
     with pytest.raises(error, match=words) as raised:
         call()
@@ -84,7 +84,9 @@ BAD_GRADIENTS = {
 
 @each_function
 @pytest.mark.parametrize("kind", BAD_GRADIENTS)
-@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:ComplexHalf")
+@pytest.mark.filterwarnings(
+    "ignore:Sparse CSR", "ignore:ComplexHalf", "ignore:The PyTorch API of nested"
+)
 def test_unsupported_gradients(name, kind, device):
     make, words = BAD_GRADIENTS[kind]
     params = [good(device), make(), good(device)]
@@ -106,12 +108,35 @@ def test_tensors_without_memory_of_their_own(name, backend):
     assert wrapper.grad.b.eq(1.0).all()
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+def test_nested_tensors():
+    """They cannot be a .grad."""
+    tensors = [torch.ones(2), torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])]
+    call = functools.partial(gradfuse.get_total_norm, tensors)
+    assert_refused(call, TypeError, "expected .* for tensor 1", [], "get_total_norm")
+
+
 @each_writer
 def test_expanded_gradients(name, device):
     for shape, size in (((1,), (5,)), ((3, 1), (3, 4)), ((1, 1, 2), (4, 4, 2))):
         params = [good(device), owner(random(*shape, device=device).expand(size))]
         call = functools.partial(WRITERS[name], params)
         assert_refused(call, RuntimeError, "expanded.* for tensor 1", params, name)
+
+
+@each_writer
+def test_gradients_that_share_part_of_their_memory(name, device):
+    """Threads would write the same memory; one after the other would write it twice."""
+    base = random(8, 8, device=device)
+    for other in (base[:4], base[:, :4], base.view(torch.float64), base.view(-1)[:1]):
+        for grads in ((base, other), (other, base)):
+            params = [good(device), *map(owner, grads)]
+            call = functools.partial(WRITERS[name], params)
+            words = "expected gradients that do not overlap in memory.* for tensor 2"
+            assert_refused(call, RuntimeError, words, params, name)
+    params = [owner(base[:4]), owner(base[:, :4])]  # as many elements from the same address on
+    call = functools.partial(WRITERS[name], params)
+    assert_refused(call, RuntimeError, "do not overlap in memory", params, name)
 
 
 def test_complex_has_no_order(device):
@@ -289,6 +314,39 @@ print("refused")
 def test_storage_that_was_freed_or_shrunk(backend):
     environment = {"GRADFUSE_NATIVE": "0"} if backend == "reference" else {}
     assert assert_ran(run_python(STORAGES, **environment)) == "refused\n"
+
+
+IMPOSTORS = """
+import unittest.mock, torch, gradfuse
+
+impostor = unittest.mock.Mock(spec=torch.Tensor)
+assert isinstance(impostor, torch.Tensor)
+good = torch.ones(3)
+good.grad = torch.ones(3)
+calls = [
+    lambda: gradfuse.get_total_norm([good.grad, impostor]),
+    lambda: gradfuse.clip_grad_norm_([good, impostor], 0.1),
+    lambda: gradfuse.clip_grads_with_norm_([good, impostor], 0.1, torch.tensor(9.0)),
+    lambda: gradfuse.clip_grad_value_([good, impostor], 0.1),
+    lambda: gradfuse.adaptive_clip_grad_([good, impostor]),
+    lambda: gradfuse.GradClipper([good, impostor], 0.1).clip_(),
+    lambda: gradfuse.get_total_norm(impostor),
+    lambda: gradfuse.clip_grad_norm_(impostor, 0.1),
+]
+for call in calls:
+    try:
+        call()
+    except TypeError:
+        assert good.grad.eq(1.0).all()
+    else:
+        raise SystemExit("no error")
+print("refused")
+"""
+
+
+def test_objects_that_only_isinstance_takes_for_tensors(backend):
+    environment = {"GRADFUSE_NATIVE": "0"} if backend == "reference" else {}
+    assert assert_ran(run_python(IMPOSTORS, **environment)) == "refused\n"
 
 
 LENGTHS = """

@@ -135,6 +135,18 @@ def test_huge_and_tiny_within_one_tensor(device):
             assert_norm(gradfuse.get_total_norm(grad), true_norm([grad]), [dtype])
 
 
+@pytest.mark.parametrize("norm_type", NORM_TYPES)
+def test_subnormal_beside_nothing(norm_type, device):
+    """A tensor of zeros has a scale of its own, which is beyond float64 in units of the other's."""
+    tiny = torch.tensor([9e-310, 3e-310], dtype=torch.float64, device=device)
+    zeros = torch.zeros(4, device=device)
+    for grads in ([tiny, zeros], [zeros, tiny]):
+        norm = true_norm(grads, norm_type)
+        got = gradfuse.get_total_norm(grads, norm_type)
+        assert_norm(got, norm, [torch.float64, torch.float32])
+        assert got.item() > 0.0
+
+
 @pytest.mark.parametrize("exponent", [-58, -57, -56, 55, 56, 57])
 def test_float32_around_the_rescaling_bounds(exponent, device):
     """Beyond 2^-57 and 2^56 a block's squares are summed again in float64."""

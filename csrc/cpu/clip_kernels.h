@@ -5,7 +5,7 @@
 // The hot loop is a load, a fused multiply-add, a maximum and a compare per vector.
 //
 // Included by clip_baseline.cpp, clip_avx2.cpp and clip_avx512.cpp, each of which sets
-// GRADFUSE_VEC_BYTES, GRADFUSE_CLIP_TABLE and the compiler's target first.
+// GRADFUSE_VEC_BYTES and the compiler's target first.
 
 #include "vec.h"
 

@@ -12,8 +12,8 @@ const ClipKernels& choose() {
   const std::string name = forced ? forced : "";
   if (name == "baseline") return kClipBaseline;
 #if defined(__x86_64__)
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                        __builtin_cpu_supports("f16c");
+  const bool has_avx2 = __builtin_cpu_supports("avx2") &&
+                        __builtin_cpu_supports("fma");  // and F16C, which every AVX2 machine has
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

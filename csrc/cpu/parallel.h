@@ -5,11 +5,39 @@
 
 #include <ATen/Parallel.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 namespace gradfuse::cpu {
+
+// Subnormals count while this lives: torch.set_flush_denormal sets a flag of one thread, and
+// results must not depend on the thread.
+class KeepSubnormals {
+#if defined(__x86_64__)
+  static constexpr unsigned kFlushToZero = 0x8000, kDenormalsAreZero = 0x0040;
+  const unsigned saved_ = _mm_getcsr();
+
+ public:
+  KeepSubnormals() {
+    if (saved_ & (kFlushToZero | kDenormalsAreZero))
+      _mm_setcsr(saved_ & ~(kFlushToZero | kDenormalsAreZero));
+  }
+  ~KeepSubnormals() {
+    if (saved_ & (kFlushToZero | kDenormalsAreZero)) _mm_setcsr(saved_);
+  }
+#else
+ public:
+  KeepSubnormals() {}
+  ~KeepSubnormals() {}
+#endif
+  KeepSubnormals(const KeepSubnormals&) = delete;
+};
 
 // True in a process forked from one that had this library loaded: the thread pool did not survive.
 bool forked();
@@ -25,6 +53,7 @@ void for_each_item(int64_t n, int64_t elements, F f) {
   const bool serial = forked() || elements < kLeastParallel;
   const int64_t threads = serial ? 1 : std::min<int64_t>(at::get_num_threads(), n);
   if (threads <= 1) {
+    const KeepSubnormals keep;
     for (int64_t i = 0; i < n; ++i) f(i);
     return;
   }
@@ -38,6 +67,7 @@ void for_each_item(int64_t n, int64_t elements, F f) {
     ranges[t].end = n * (t + 1) / threads;
   }
   at::parallel_for(0, threads, 1, [&](int64_t first, int64_t end) {
+    const KeepSubnormals keep;
     for (int64_t t = first; t < end; ++t) {
       for (int64_t k = 0; k < threads; ++k) {
         Range& range = ranges[(t + k) % threads];

@@ -128,19 +128,39 @@ inline void store_pair(Half* p, Pair<FloatVec> v) {
 }
 #endif
 
-// Halves of a vector and their concatenation, as register shuffles: through memory they would stall
-// on store forwarding.
+template <class E, size_t kBytes>
+struct VecOf {
+  typedef E type __attribute__((vector_size(kBytes)));
+};
+template <class V>
+using HalfOf = typename VecOf<std::decay_t<decltype(V{}[0])>, sizeof(V) / 2>::type;
+
+// Halves of a vector and their concatenation, as register shuffles: through memory, which is all
+// that GCC 11 offers, they stall on store forwarding.
 template <class V, size_t... I>
 inline auto low_half(V v, std::index_sequence<I...>) {
+#if defined(__clang__) || __GNUC__ >= 12
   return __builtin_shufflevector(v, v, static_cast<int>(I)...);
+#else
+  return load_bytes<HalfOf<V> >(&v);
+#endif
 }
 template <class V, size_t... I>
 inline auto high_half(V v, std::index_sequence<I...>) {
+#if defined(__clang__) || __GNUC__ >= 12
   return __builtin_shufflevector(v, v, static_cast<int>(I + sizeof...(I))...);
+#else
+  return load_bytes<HalfOf<V> >(reinterpret_cast<const char*>(&v) + sizeof(V) / 2);
+#endif
 }
-template <class V, size_t... I>
-inline auto concat(V low, V high, std::index_sequence<I...>) {
+template <size_t... I>
+inline FloatVec concat(HalfWidthFloats low, HalfWidthFloats high, std::index_sequence<I...>) {
+#if defined(__clang__) || __GNUC__ >= 12
   return __builtin_shufflevector(low, high, static_cast<int>(I)...);
+#else
+  const HalfWidthFloats halves[2] = {low, high};
+  return load_bytes<FloatVec>(halves);
+#endif
 }
 
 inline Pair<DoubleVec> widen(FloatVec v) {

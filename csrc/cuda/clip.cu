@@ -3,8 +3,7 @@
 //   dense_stats     a block per chunk: one read, a Stats into the chunk's slot
 //   merge_slots     a block per gradient: its slots in order, its table row
 //   finish          one block: all gradients in order, the plan, the norm
-//   dense_apply     a block per chunk: returns at once if the plan says Keep, else one read and
-//   write
+//   dense_apply     a block per chunk: returns at once if the plan says Keep, else reads and writes
 //
 // Assumes element-aligned data; reads 16 bytes at a time from the first 16-byte boundary on.
 // Strided and complex gradients take a launch each. Results do not depend on the order of the
@@ -51,6 +50,7 @@ struct SlotBatch {
   int64_t row[kCapacity];
   int64_t chunk;
 };
+static_assert(sizeof(SlotBatch) <= 32000, "kernel parameters end at 32,764 bytes");
 
 __global__ void __launch_bounds__(kThreads)
     merge_slots(const __grid_constant__ SlotBatch batch, const Stats* slots, double p,

@@ -58,7 +58,7 @@ GRADFUSE_HD double max_abs(double a, double b) { return (a >= b || a != a) ? a :
 // What one read of a chunk, a tensor or all of them yields.
 struct Stats {
   ScaledSum l2;       // sum of |x|^2
-  ScaledSum lp;       // sum of |x|^p for L1 and P; untouched zero otherwise
+  ScaledSum lp;       // sum of |x|^p for L1 and P; of no meaning otherwise
   double amax;        // largest |x|, NaN if any x is
   int64_t nonfinite;  // count of NaN and inf
   int64_t zeros;      // count of exact zeros
@@ -144,7 +144,11 @@ GRADFUSE_HD ClipPlan clip_plan(ScaledNorm norm, double max_norm, NonFinite polic
   const double wide = to_double(norm);
   if (std::isfinite(norm.value)) {
     if (wide <= max_norm) return {wide, 1.0, wide, Action::Keep};
-    const double ratio = max_norm / (norm.value + times_power(1e-6, -norm.exponent));
+    if (std::isfinite(wide)) {
+      const double coefficient = max_norm / (wide + 1e-6);
+      return {wide, coefficient, wide * coefficient, Action::Scale};
+    }
+    const double ratio = max_norm / norm.value;  // 1e-6 is nothing to a norm beyond float64
     return {wide, times_power(ratio, -norm.exponent), norm.value * ratio, Action::Scale};
   }
   if (policy == NonFinite::Zero) return {wide, 0.0, 0.0, Action::Zero};

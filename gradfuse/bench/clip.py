@@ -19,7 +19,7 @@ import gradfuse
 from gradfuse.bench import output
 from gradfuse.bench.gradients import Gradients, random_gradients
 from gradfuse.bench.harness import Contender, Plan, Result, Target, Workload, measure
-from gradfuse.bench.machine import Neighbours
+from gradfuse.bench.machine import machine
 from gradfuse.bench.models import MODELS, Shape, dtype_name
 from gradfuse.bench.peers import adaptive_clip_loop, compile_clip, timm_agc
 
@@ -203,17 +203,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.quick:
         notes.append("torch.compile: left out by --quick")
     results: list[Result] = []
-    neighbours = Neighbours()
     with output.progress() as show:
         for work in workloads(arguments, notes):
             show(f"{work.name}, {work.dtype}")
             results += measure(work, plan)
             del work  # and its memory, before the next is set up
-    if (share := neighbours.share()) is not None and share > 0.03:
-        notes.append(
-            f"Other processes took {share:.0%} of the processors: measure again on an idle machine."
-        )
-    output.report(results, notes, arguments.out, "bench_clip", quick=arguments.quick)
+    about = machine() | {"device": arguments.device, "quick": arguments.quick}
+    output.report(results, about, notes, arguments.out, "bench_clip")
     return 0
 
 

@@ -7,10 +7,12 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+
+from gradfuse.bench.machine import Neighbours
 
 __all__ = [
     "Contender",
@@ -108,6 +110,7 @@ class Result:
     extra_bytes: int | None
     target: Target | None
     reached: bool | None
+    others: float | None = None  # share of the processors that other processes took meanwhile
 
 
 def interleave(
@@ -118,8 +121,8 @@ def interleave(
 ) -> Times:
     """Seconds of every call, by contender. Each round calls each once, in an order that changes.
 
-    The order rotates, and every second round runs backwards, so that nobody always follows the same
-    neighbour.
+    It rotates every second round, and in between runs backwards, so that nobody always follows the
+    same neighbour.
     """
     times: Times = {c.name: [] for c in contenders}
     begin = clock()
@@ -225,4 +228,7 @@ def measure(workload: Workload, plan: Plan) -> list[Result]:
                 workload.verify()
         workload.prepare()
         extra[contender.name] = extra_memory(contender.run, workload.device)
-    return summarise(workload, interleave(workload.contenders, workload.prepare, plan), extra)
+    neighbours = Neighbours()
+    times = interleave(workload.contenders, workload.prepare, plan)
+    others = neighbours.share()
+    return [replace(r, others=others) for r in summarise(workload, times, extra)]

@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.table import Table
 
 from gradfuse.bench.harness import Result
-from gradfuse.bench.machine import machine
 
 __all__ = ["progress", "report"]
 
@@ -39,10 +38,9 @@ def progress() -> Iterator[Callable[[str], None]]:
 
 
 def report(
-    results: Sequence[Result], notes: Sequence[str], out: Path, stem: str, quick: bool
+    results: Sequence[Result], about: dict[str, Any], notes: Sequence[str], out: Path, stem: str
 ) -> None:
     """Prints the table and writes stem.json and stem.png to the folder `out`."""
-    about = machine()
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
     grid = table(results, about)
@@ -53,7 +51,6 @@ def report(
         console.print(note, highlight=False, soft_wrap=True)
     document = {
         "machine": about,
-        "quick": quick,
         "notes": list(notes),
         "results": [asdict(r) for r in results],
     }
@@ -62,18 +59,32 @@ def report(
     console.print(f"written: {out / stem}.json, {out / stem}.png", highlight=False, soft_wrap=True)
 
 
+def headline(about: dict[str, Any]) -> str:
+    """The machine in a line."""
+    processor = about["gpu" if about["device"] == "cuda" else "cpu"]
+    return (
+        f"{processor}, {about['threads']} threads, torch {about['torch']}, "
+        f"gradfuse {about['gradfuse']} ({about['isa']})"
+    )
+
+
+def disturbance(r: Result) -> str:
+    """A warning where other processes took a share of the processors that shows in the figures."""
+    if r.others is None or r.others < 0.03:
+        return ""
+    return f"disturbed: {r.others:.0%}"
+
+
 def table(results: Sequence[Result], about: dict[str, Any]) -> Table:
     """A row for every contender, a section for every workload."""
     grid = Table(
-        title=(
-            f"{about['cpu']}, {about['threads']} threads, torch {about['torch']}, "
-            f"gradfuse {about['gradfuse']} ({about['isa']})"
-        ),
+        title=headline(about),
         caption=(
             "Medians of interleaved calls. Speed-up (against a workload's first contender) and "
-            "x floor are medians of the ratios within each round.\nGB/s counts the bytes that must "
+            "x floor are medians of the ratios within each round. GB/s counts the bytes that must "
             "move, not those a contender moves. Extra memory: the peak of torch's allocator in one "
-            "call."
+            "call. Disturbed: the share of the processors that other processes took meanwhile; "
+            "such figures are not to be relied on."
         ),
         box=box.SIMPLE_HEAD,
     )
@@ -86,7 +97,8 @@ def table(results: Sequence[Result], about: dict[str, Any]) -> Table:
     for r in results:
         if section != (section := (r.workload, r.dtype)):
             grid.add_section()
-            grid.add_row(f"[bold]{r.workload}, {r.dtype}[/]")
+            warning = f"[red]{disturbance(r)}[/]"
+            grid.add_row(f"[bold]{r.workload}, {r.dtype}[/]", *6 * [""], warning)
         grid.add_row(
             f"  {r.contender}",
             f"{r.median_ms:.3f}",
@@ -121,11 +133,8 @@ def plot(results: Sequence[Result], about: dict[str, Any], path: Path) -> None:
     for ax, dtype in zip(axes, dtypes, strict=True):
         panel(ax, [r for r in results if r.dtype == dtype])
         ax.set_title(dtype)
-    figure.suptitle(
-        "How many times as fast as PyTorch: one gradient clip (longer is better)\n"
-        f"{about['cpu']}, {about['threads']} threads, torch {about['torch']}",
-        fontsize=12,
-    )
+    question = "How many times as fast as PyTorch: one gradient clip (longer is better)"
+    figure.suptitle(f"{question}\n{headline(about)}", fontsize=12)
     handles, labels = [], []
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
@@ -165,7 +174,8 @@ def panel(ax: Axes, results: list[Result]) -> None:
             top = max(top, r.speedup)
             y += 1
         middle = y - (len(bars) + 1) / 2
-        ticks.append((middle, f"{workload}\n(1x = {members[0].baseline})"))
+        disturbed = "disturbed, " if disturbance(members[0]) else ""
+        ticks.append((middle, f"{workload}\n({disturbed}1x = {members[0].baseline})"))
         for floor in (r for r in members if r.contender == r.floor):
             label = "floor: only reading the bytes (torch.dot)"
             half = len(bars) / 2

@@ -78,7 +78,7 @@ def get_total_norm(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
-    """Norm of all tensors, taken as one vector.
+    """Norm of all tensors, taken as one vector; one that is given twice counts twice.
 
     Right over the whole finite range of every dtype: accumulated in float64 across blocks, with
     a power-of-two scale where a square would overflow or vanish.
