@@ -121,6 +121,19 @@ def read_tensors(op: str, tensors: Tensor | Iterable[Tensor], of_grad: bool) -> 
     return [t.grad if of_grad else t for t in items]
 
 
+def layout_of(x: Tensor) -> list[tuple[int, int]]:
+    """(stride, size) of the dimensions in order of stride, adjoining ones as one."""
+    dims: list[tuple[int, int]] = []
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size == 1:
+            continue
+        if dims and dims[-1][0] * dims[-1][1] == stride:
+            dims[-1] = (dims[-1][0], dims[-1][1] * size)
+        else:
+            dims.append((stride, size))
+    return dims
+
+
 def check_gradients(
     op: str, tensors: list[Tensor | None], writes: bool
 ) -> list[tuple[int, Tensor]]:
@@ -160,7 +173,7 @@ def check_gradients(
             )
         if writes:
             address = t.data_ptr() if type(t) in (Tensor, torch.nn.Parameter) else id(t)
-            extent = (t.dtype, sorted(zip(t.stride(), t.shape, strict=True)))
+            extent = (t.dtype, t.numel(), layout_of(t))
             if seen.get(address, extent) != extent:
                 raise RuntimeError(
                     f"{op}: expected gradients that do not overlap in memory, got one that begins "
