@@ -108,9 +108,17 @@ def table(results: Sequence[Result], about: dict[str, Any]) -> Table:
             "" if r.contender == r.floor else f"{r.gb_per_s:.1f}",
             "?" if r.extra_bytes is None else readable(r.extra_bytes),
             "" if r.target is None else str(r.target),
-            {None: "", True: "[green]yes[/]", False: "[bold red]no[/]"}[r.reached],
+            verdict(r),
         )
     return grid
+
+
+def verdict(r: Result) -> str:
+    if r.reached is None:
+        return ""
+    if disturbance(r):
+        return "?"
+    return "[green]yes[/]" if r.reached else "[bold red]no[/]"
 
 
 def readable(nbytes: float) -> str:
