@@ -105,11 +105,12 @@ def adaptive_clip_tensor_(
     keep = gv * (gs / ws) <= factor * wv
     tiny = gs * gv < 1e-6
     gs, gv = gs.masked_fill(tiny, 1.0), gv.masked_fill(tiny, 1e-6)
-    coefficient = (factor * wv / gv) * (ws / gs)
     shape = (-1, *[1] * (grad.ndim - 1)) if grad.ndim > 1 else (1,) * grad.ndim
     scaled = grad.to(torch.complex128 if grad.is_complex() else torch.float64)
-    scaled = (scaled * coefficient.reshape(shape)).to(grad.dtype)
-    grad.copy_(torch.where(keep.reshape(shape), grad, scaled))
+    # In three steps: the whole coefficient may be too small for float64.
+    for step in (1.0 / gs, factor * wv / gv, ws):
+        scaled = scaled * step.reshape(shape)
+    grad.copy_(torch.where(keep.reshape(shape), grad, scaled.to(grad.dtype)))
 
 
 def read_tensors(op: str, tensors: Tensor | Iterable[Tensor], of_grad: bool) -> list[Tensor | None]:
