@@ -224,7 +224,7 @@ def plot(runs: Sequence[Run], title: str, path: Path) -> None:
             fontsize=9,
         )
     norms.legend(frameon=False, loc="center right")
-    figure.suptitle(title, fontsize=12, fontweight="bold")
+    figure.suptitle(title, fontsize=11, fontweight="bold", wrap=True)
     figure.savefig(path, dpi=130)
 
 

@@ -164,6 +164,8 @@ def test_a_norm_at_the_limit_is_left_alone(device):
         (torch.float64, 1.0, 1e305),
         (torch.float64, 1e200, 1e305),
         (torch.float64, 1e-200, 1e-160),
+        (torch.float64, 1e-5, 1e307),
+        (torch.float64, 1e-20, 1e307),
     ],
     ids=short,
 )

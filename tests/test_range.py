@@ -89,6 +89,17 @@ def test_extreme_magnitudes_end_at_max_norm_one(dtype, magnitude, device):
         assert bits(grads) == before
 
 
+@pytest.mark.parametrize("max_norm", [1e-3, 1e-12, 1e-20])
+def test_coefficients_below_float64(max_norm, device):
+    """The quotient is subnormal or 0, the gradients that it makes are neither."""
+    grads = [extreme(torch.float64, 1e308, 50, device), torch.ones(3, device=device)]
+    norm = true_norm(grads)
+    truth = [truly_clipped(g, norm, max_norm) for g in grads]
+    gradfuse.clip_grad_norm_(owners(grads), max_norm)
+    for grad, expected in zip(grads, truth, strict=True):
+        assert_values(grad, expected, 1e-12)
+
+
 @pytest.mark.parametrize("largest", [False, True], ids=["inf", "largest"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=short)
 def test_measuring_alone_leaves_overflowing_norms_alone(dtype, largest, device):

@@ -220,13 +220,23 @@ void clip_units(const std::vector<UnitRef>& units, double clip_factor, double ep
       grad.data = at(u.grad, row * u.grad_stride);
       const Stats w = run_stats(weight, 0, weight.numel, spec);
       const Stats g = run_stats(grad, 0, grad.numel, spec);
-      const double c = unit_coefficient(norm_of(sum_of(w, spec), spec),
-                                        norm_of(sum_of(g, spec), spec), clip_factor, eps);
-      if (c == 1.0) continue;
-      update_run(grad, 0, grad.numel, [&](void* x, int64_t n) {
-        clip_kernels().scale(x, grad.dtype, n, c);
-        return true;
-      });
+      const ScaledNorm c = unit_coefficient(norm_of(sum_of(w, spec), spec),
+                                            norm_of(sum_of(g, spec), spec), clip_factor, eps);
+      if (c.value == 1.0 && c.exponent == 0.0) continue;
+      auto scale_by = [&](double factor) {
+        update_run(grad, 0, grad.numel, [&](void* x, int64_t n) {
+          clip_kernels().scale(x, grad.dtype, n, factor);
+          return true;
+        });
+      };
+      const double whole = to_double(c);
+      if (whole >= 0x1p-1022 || !(c.value > 0.0) || grad.dtype != DType::Double) {
+        scale_by(whole);
+      } else {  // subnormal, so with few bits: in three normal steps
+        const double half = std::floor(c.exponent / 2.0);
+        for (double factor : {std::exp2(half), std::exp2(c.exponent - half), c.value})
+          scale_by(factor);
+      }
     }
   });
 }

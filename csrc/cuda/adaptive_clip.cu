@@ -35,8 +35,8 @@ __device__ double shared_coefficient(const Stats& weight, const Stats& grad, dou
   const Stats w = block_merge<kBlock>(weight, spec.p);
   const Stats g = block_merge<kBlock>(grad, spec.p);
   if (threadIdx.x == 0)
-    coefficient = unit_coefficient(norm_of(sum_of(w, spec), spec), norm_of(sum_of(g, spec), spec),
-                                   clip_factor, eps);
+    coefficient = to_double(unit_coefficient(norm_of(sum_of(w, spec), spec),
+                                             norm_of(sum_of(g, spec), spec), clip_factor, eps));
   __syncthreads();
   return coefficient;
 }

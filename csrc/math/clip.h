@@ -159,14 +159,15 @@ GRADFUSE_HD ClipPlan clip_plan(ScaledNorm norm, double max_norm, NonFinite polic
 }
 
 // Adaptive gradient clipping of one unit (Brock et al. 2021, eq. 3): the factor for its gradient,
-// 1 where it is to be left alone. Non-finite norms give the 0 or NaN that the division gives.
-GRADFUSE_HD double unit_coefficient(ScaledNorm weight, ScaledNorm grad, double clip_factor,
-                                    double eps) {
+// 1 where it is to be left alone, as value * 2^exponent: float64 gradients of 1e300 beside weights
+// of 1e-10 need one that float64 has no room for. Non-finite norms give what the division gives.
+GRADFUSE_HD ScaledNorm unit_coefficient(ScaledNorm weight, ScaledNorm grad, double clip_factor,
+                                        double eps) {
   if (to_double(weight) < eps) weight = {eps, 0.0};
   const ScaledNorm limit = {clip_factor * weight.value, weight.exponent};
-  if (times_power(grad.value, grad.exponent - limit.exponent) <= limit.value) return 1.0;
+  if (times_power(grad.value, grad.exponent - limit.exponent) <= limit.value) return {1.0, 0.0};
   if (to_double(grad) < 1e-6) grad = {1e-6, 0.0};
-  return times_power(limit.value / grad.value, limit.exponent - grad.exponent);
+  return {limit.value / grad.value, limit.exponent - grad.exponent};
 }
 
 }  // namespace gradfuse
