@@ -144,7 +144,7 @@ void apply_plan(GradList& grads, const at::Tensor& totals) {
       if (action == Action::Zero)
         cpu::zero(group.refs);
       else
-        cpu::scale(group.refs, t[1]);
+        cpu::scale(group.refs, {t[6], t[7]});
     } else {
 #if defined(GRADFUSE_CUDA)
       const at::Tensor here = totals.to(group.device);

@@ -54,8 +54,8 @@ inline int64_t chunk_elements(const std::vector<GradRef>& grads) {
 constexpr int64_t kTableColumns =
     5;  // L2 norm, largest |g|, non-finite count, zero count, elements
 // The totals: norm, coefficient, norm after clipping, Action, then the sum or maximum that the norm
-// is the root of, as value and exponent.
-constexpr int64_t kTotals = 6;
+// is the root of and the factor of the gradients, each as value and exponent.
+constexpr int64_t kTotals = 8;
 
 GRADFUSE_HD void write_table_row(const Stats& s, double numel, double* row) {
   row[0] = to_double(norm_of(s.l2, {NormKind::L2, 2.0}));
@@ -72,6 +72,8 @@ GRADFUSE_HD void write_totals(const ClipPlan& plan, ScaledSum sum, double* total
   totals[3] = static_cast<double>(plan.action);
   totals[4] = sum.value;
   totals[5] = sum.exponent;
+  totals[6] = plan.factor.value;
+  totals[7] = plan.factor.exponent;
 }
 
 namespace cpu {
@@ -82,7 +84,7 @@ Stats stats(const std::vector<GradRef>& grads,
             NormSpec spec,
             double* table);  // [above the largest row, kTableColumns]
 // g *= coefficient, or g = 0. Reads and writes each gradient once.
-void scale(const std::vector<GradRef>& grads, double coefficient);
+void scale(const std::vector<GradRef>& grads, ScaledNorm factor);
 void zero(const std::vector<GradRef>& grads);
 // g = clamp(g, -bound, bound). Reads each gradient once, writes the blocks that change.
 void clamp(const std::vector<GradRef>& grads, double bound);

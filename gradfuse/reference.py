@@ -54,8 +54,10 @@ def combine_norms(norms: list[tuple[float, float]], p: float) -> tuple[float, fl
 
 def clip_plan(
     norm: tuple[float, float], max_norm: float, policy: int
-) -> tuple[float, float, float, int]:
-    """(norm, coefficient, norm after clipping, action): min(1, max_norm / (norm + 1e-6)).
+) -> tuple[float, list[float], float, int]:
+    """(norm, steps, norm after clipping, action): min(1, max_norm / (norm + 1e-6)).
+
+    The coefficient is the product of the steps.
 
     A finite norm <= max_norm leaves the gradients alone.
     """
@@ -63,22 +65,27 @@ def clip_plan(
     wide = s * v
     if math.isfinite(v):
         if wide <= max_norm:
-            return wide, 1.0, wide, KEEP
-        coefficient = max_norm / (wide + 1e-6) if math.isfinite(wide) else max_norm / s / v
-        return wide, coefficient, coefficient * s * v, SCALE
+            return wide, [1.0], wide, KEEP
+        steps = [max_norm / (wide + 1e-6)]
+        if steps[0] < 2.0**-1022 or not math.isfinite(wide):  # float64 has no room for it
+            steps = [2.0**-600, max_norm / (s * 2.0**-600) / v]
+        return wide, steps, s * steps[0] * (v * steps[-1] if steps[1:] else v), SCALE
     if policy == ZERO_GRADIENTS:
-        return wide, 0.0, 0.0, ZERO
+        return wide, [0.0], 0.0, ZERO
     if policy == ERROR:
-        return wide, 1.0, wide, REFUSE
+        return wide, [1.0], wide, REFUSE
     ratio = max_norm / (wide + 1e-6)
     coefficient = 1.0 if ratio > 1.0 else ratio
-    return wide, coefficient, wide * coefficient, SCALE
+    return wide, [coefficient], wide * coefficient, SCALE
 
 
-def scale_tensor_(x: Tensor, coefficient: float) -> None:
-    """x *= coefficient, computed in float64 and rounded once."""
+def scale_tensor_(x: Tensor, steps: list[float]) -> None:
+    """x *= product of steps, computed in float64."""
     wide = torch.complex128 if x.is_complex() else torch.float64
-    x.copy_(x.to(wide) * coefficient)
+    scaled = x.to(wide)
+    for step in steps:
+        scaled = scaled * step
+    x.copy_(scaled)
 
 
 def unit_norms(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
@@ -195,8 +202,8 @@ def _result(
     max_norm: float,
     p: float,
     policy: int,
-) -> tuple[Result, float, int]:
-    """The result, the coefficient and the action."""
+) -> tuple[Result, list[float], int]:
+    """The result, the steps of the coefficient and the action."""
     device = grads[0][1].device if grads else torch.device("cpu")
     any_double = any(g.dtype in (torch.float64, torch.complex128) for _, g in grads)
     table = [[0.0, 0.0, 0.0, 0.0, -1.0] for _ in tensors]
@@ -211,26 +218,28 @@ def _result(
             float(g.numel()),
         ]
     norm = combine_norms([scaled_norm(g, p) for _, g in grads], p)
-    wide, coefficient, clipped, action = clip_plan(norm, max_norm, policy)
+    wide, steps, clipped, action = clip_plan(norm, max_norm, policy)
     if action == REFUSE:
         raise RuntimeError(
             f"{op}: expected a finite total norm of order {p:g}, got {wide}; nothing was "
             'written (nonfinite="propagate" or "zero" would go on; a GradReport names the layer)'
         )
     totals = torch.tensor(
-        [wide, coefficient, clipped, action, norm[1], 0.0], dtype=torch.float64, device=device
+        [wide, math.prod(steps), clipped, action, norm[1], 0.0, math.prod(steps), 0.0],
+        dtype=torch.float64,
+        device=device,
     )
     total_norm = totals[0].clone().to(torch.float64 if any_double else torch.float32)
     rows = torch.tensor(table, dtype=torch.float64, device=device).reshape(-1, 5)
-    return (total_norm, totals, rows), coefficient, action
+    return (total_norm, totals, rows), steps, action
 
 
-def _apply(grads: list[tuple[int, Tensor]], coefficient: float, action: int) -> None:
+def _apply(grads: list[tuple[int, Tensor]], steps: list[float], action: int) -> None:
     for _, g in grads:
         if action == ZERO:
             g.zero_()
         elif action == SCALE:
-            scale_tensor_(g, coefficient)
+            scale_tensor_(g, steps)
 
 
 def stats(tensors: Iterable[Tensor], of_grad: bool, norm_type: float, nonfinite: int) -> Result:
@@ -245,10 +254,10 @@ def clip_(
 ) -> Result:
     listed = read_tensors("clip_grad_norm_", tensors, of_grad)
     grads = check_gradients("clip_grad_norm_", listed, writes=True)
-    result, coefficient, action = _result(
+    result, steps, action = _result(
         "clip_grad_norm_", listed, grads, max_norm, norm_type, nonfinite
     )
-    _apply(grads, coefficient, action)
+    _apply(grads, steps, action)
     return result
 
 

@@ -134,6 +134,21 @@ void update(const std::vector<GradRef>& grads, bool backwards, F f) {
   });
 }
 
+// x *= factor. Where float64 holds the factor with few bits or not at all, float64 gradients are
+// multiplied in three normal steps.
+bool scale_by(void* x, DType dtype, int64_t n, ScaledNorm factor) {
+  const ClipKernels& kernels = clip_kernels();
+  const double whole = to_double(factor);
+  if (whole >= 0x1p-1022 || !(factor.value > 0.0) || dtype != DType::Double) {
+    kernels.scale(x, dtype, n, whole);
+  } else {
+    const double half = std::floor(factor.exponent / 2.0);
+    for (double step : {std::exp2(half), std::exp2(factor.exponent - half), factor.value})
+      kernels.scale(x, dtype, n, step);
+  }
+  return true;
+}
+
 }  // namespace
 
 bool forked() { return g_forked; }
@@ -180,11 +195,9 @@ Stats stats(const std::vector<GradRef>& grads, const std::vector<int64_t>& rows,
   return total;
 }
 
-void scale(const std::vector<GradRef>& grads, double coefficient) {
-  update(grads, true, [=](void* x, DType dtype, int64_t n) {
-    clip_kernels().scale(x, dtype, n, coefficient);
-    return true;
-  });
+void scale(const std::vector<GradRef>& grads, ScaledNorm factor) {
+  update(grads, true,
+         [=](void* x, DType dtype, int64_t n) { return scale_by(x, dtype, n, factor); });
 }
 
 void zero(const std::vector<GradRef>& grads) {
@@ -223,20 +236,8 @@ void clip_units(const std::vector<UnitRef>& units, double clip_factor, double ep
       const ScaledNorm c = unit_coefficient(norm_of(sum_of(w, spec), spec),
                                             norm_of(sum_of(g, spec), spec), clip_factor, eps);
       if (c.value == 1.0 && c.exponent == 0.0) continue;
-      auto scale_by = [&](double factor) {
-        update_run(grad, 0, grad.numel, [&](void* x, int64_t n) {
-          clip_kernels().scale(x, grad.dtype, n, factor);
-          return true;
-        });
-      };
-      const double whole = to_double(c);
-      if (whole >= 0x1p-1022 || !(c.value > 0.0) || grad.dtype != DType::Double) {
-        scale_by(whole);
-      } else {  // subnormal, so with few bits: in three normal steps
-        const double half = std::floor(c.exponent / 2.0);
-        for (double factor : {std::exp2(half), std::exp2(c.exponent - half), c.value})
-          scale_by(factor);
-      }
+      update_run(grad, 0, grad.numel,
+                 [&](void* x, int64_t n) { return scale_by(x, grad.dtype, n, c); });
     }
   });
 }

@@ -136,6 +136,7 @@ struct ClipPlan {
   double coefficient;
   double clipped_norm;
   Action action;
+  ScaledNorm factor;  // the coefficient, where float64 has no room for it
 };
 
 // Pascanu, Mikolov, Bengio 2013, Algorithm 1, in torch's form min(1, max_norm / (norm + 1e-6)),
@@ -143,19 +144,21 @@ struct ClipPlan {
 GRADFUSE_HD ClipPlan clip_plan(ScaledNorm norm, double max_norm, NonFinite policy) {
   const double wide = to_double(norm);
   if (std::isfinite(norm.value)) {
-    if (wide <= max_norm) return {wide, 1.0, wide, Action::Keep};
-    if (std::isfinite(wide)) {
-      const double coefficient = max_norm / (wide + 1e-6);
-      return {wide, coefficient, wide * coefficient, Action::Scale};
-    }
-    const double ratio = max_norm / norm.value;  // 1e-6 is nothing to a norm beyond float64
-    return {wide, times_power(ratio, -norm.exponent), norm.value * ratio, Action::Scale};
+    if (wide <= max_norm) return {wide, 1.0, wide, Action::Keep, {1.0, 0.0}};
+    ScaledNorm factor = {max_norm / (wide + 1e-6), 0.0};
+    if (!std::isfinite(wide))
+      factor = {max_norm / norm.value, -norm.exponent};
+    else if (factor.value < 0x1p-1022)
+      factor = {max_norm / (wide * 0x1p-900), -900.0};
+    const double clipped = std::isfinite(wide) ? times_power(wide, factor.exponent) * factor.value
+                                               : norm.value * factor.value;
+    return {wide, to_double(factor), clipped, Action::Scale, factor};
   }
-  if (policy == NonFinite::Zero) return {wide, 0.0, 0.0, Action::Zero};
-  if (policy == NonFinite::Error) return {wide, 1.0, wide, Action::Refuse};
+  if (policy == NonFinite::Zero) return {wide, 0.0, 0.0, Action::Zero, {0.0, 0.0}};
+  if (policy == NonFinite::Error) return {wide, 1.0, wide, Action::Refuse, {1.0, 0.0}};
   const double ratio = max_norm / (wide + 1e-6);
   const double coefficient = ratio > 1.0 ? 1.0 : ratio;
-  return {wide, coefficient, wide * coefficient, Action::Scale};
+  return {wide, coefficient, wide * coefficient, Action::Scale, {coefficient, 0.0}};
 }
 
 // Adaptive gradient clipping of one unit (Brock et al. 2021, eq. 3): the factor for its gradient,

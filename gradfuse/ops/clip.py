@@ -277,7 +277,7 @@ def _fake_result(grads: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     wide = any(g.dtype in (torch.float64, torch.complex128) for g in grads)
     return (
         torch.empty((), dtype=torch.float64 if wide else torch.float32, device=device),
-        torch.empty(6, dtype=torch.float64, device=device),
+        torch.empty(8, dtype=torch.float64, device=device),
         torch.empty(len(grads), 5, dtype=torch.float64, device=device),
     )
 
