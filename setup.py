@@ -131,7 +131,8 @@ def build_command():
     return BuildInTree
 
 
-if os.environ.get("GRADFUSE_NATIVE") == "0":
-    setup()
-else:
-    setup(ext_modules=[extension()], cmdclass={"build_ext": build_command()})
+if __name__ == "__main__":
+    if os.environ.get("GRADFUSE_NATIVE") == "0":
+        setup()
+    else:
+        setup(ext_modules=[extension()], cmdclass={"build_ext": build_command()})

@@ -103,7 +103,7 @@ class ParameterList {
 }  // namespace
 }  // namespace gradfuse
 
-PYBIND11_MODULE(_C, m) {
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace gradfuse;
   py::register_local_exception_translator([](std::exception_ptr p) {
     try {

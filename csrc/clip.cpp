@@ -5,23 +5,27 @@
 #include <algorithm>
 
 #include "checks.h"
+#include "device.h"
 #include "dispatch.h"
-
-#if defined(GRADFUSE_CUDA)
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#endif
 
 namespace gradfuse {
 namespace {
 
-ClipResult make_result(const GradList& grads, at::Device device) {
+// Room for the results; `empty` is at::empty or empty_on_device.
+template <class Empty>
+ClipResult make_result(const GradList& grads, at::Device device, Empty empty) {
   const auto wide = at::TensorOptions().dtype(at::kDouble).device(device);
   ClipResult r;
-  r.norm = at::empty({}, wide.dtype(grads.any_double ? at::kDouble : at::kFloat));
-  r.totals = at::empty({kTotals}, wide);
-  r.table = at::empty({static_cast<int64_t>(grads.tensors.size()), kTableColumns}, wide);
+  r.norm = empty({}, wide.dtype(grads.any_double ? at::kDouble : at::kFloat));
+  r.totals = empty({kTotals}, wide);
+  r.table = empty({static_cast<int64_t>(grads.tensors.size()), kTableColumns}, wide);
   return r;
+}
+
+ClipResult make_host_result(const GradList& grads) {
+  return make_result(grads, at::kCPU, [](at::IntArrayRef sizes, at::TensorOptions options) {
+    return at::empty(sizes, options);
+  });
 }
 
 void write_norm(const at::Tensor& norm, double value) {
@@ -34,7 +38,7 @@ void write_norm(const at::Tensor& norm, double value) {
 // Raises if the plan is to refuse. On CUDA this waits for the device.
 void check_refused(const char* op, const ClipResult& result, NormSpec spec, NonFinite policy) {
   if (policy != NonFinite::Error) return;
-  const at::Tensor totals = result.totals.cpu();
+  const at::Tensor totals = on_host(result.totals);
   const double* t = totals.const_data_ptr<double>();
   if (t[3] == static_cast<double>(Action::Refuse))
     fail<std::runtime_error>(
@@ -50,15 +54,8 @@ void mark_absent(const GradList& grads, double* table) {
 }
 
 #if defined(GRADFUSE_CUDA)
-// Runs f(stream) on the device's current stream.
-template <class F>
-void on_device(at::Device device, F f) {
-  const c10::cuda::CUDAGuard guard(device);
-  f(c10::cuda::getCurrentCUDAStream().stream());
-}
-
 at::Tensor device_bytes(int64_t bytes, at::Device device) {
-  return at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(device));
+  return empty_on_device({bytes}, at::TensorOptions().dtype(at::kByte).device(device));
 }
 
 // Stats of one CUDA group: totals for (max_norm, policy) and table rows, all on the device.
@@ -77,20 +74,20 @@ void cuda_stats(const DeviceGroup& group, NormSpec spec, double max_norm, NonFin
 // Gradients on several devices: each group's sum comes to the host, is combined there, and the plan
 // goes back. This waits for every CUDA device.
 ClipResult stats_on_all(const GradList& grads, double max_norm, NormSpec spec, NonFinite policy) {
-  ClipResult host = make_result(grads, at::kCPU);
+  ClipResult host = make_host_result(grads);
   double* table = host.table.mutable_data_ptr<double>();
   mark_absent(grads, table);
   ScaledSum total = {};
   for (const DeviceGroup& group : grads.groups) {
     ScaledSum sum = {};
-    if (group.device.is_cpu()) {
+    if (is_host(group.device)) {
       sum = sum_of(cpu::stats(group.refs, group.rows, spec, table), spec);
     } else {
 #if defined(GRADFUSE_CUDA)
-      const ClipResult part = make_result(grads, group.device);
+      const ClipResult part = make_result(grads, group.device, empty_on_device);
       cuda_stats(group, spec, max_norm, policy, part);
-      const at::Tensor totals = part.totals.cpu();
-      const at::Tensor rows = part.table.cpu();
+      const at::Tensor totals = on_host(part.totals);
+      const at::Tensor rows = on_host(part.table);
       const double* t = totals.const_data_ptr<double>();
       sum = {t[4], t[5]};
       for (int64_t row : group.rows)
@@ -110,14 +107,14 @@ ClipResult stats_on_all(const GradList& grads, double max_norm, NormSpec spec, N
 ClipResult stats_with_plan(const GradList& grads, double max_norm, NormSpec spec,
                            NonFinite policy) {
 #if defined(GRADFUSE_CUDA)
-  if (grads.groups.size() == 1 && grads.groups[0].device.is_cuda()) {
-    const ClipResult out = make_result(grads, grads.groups[0].device);
+  if (grads.groups.size() == 1 && !is_host(grads.groups[0].device)) {
+    const ClipResult out = make_result(grads, grads.groups[0].device, empty_on_device);
     cuda_stats(grads.groups[0], spec, max_norm, policy, out);
     return out;
   }
 #endif
   if (grads.groups.size() > 1) return stats_on_all(grads, max_norm, spec, policy);
-  ClipResult out = make_result(grads, at::kCPU);
+  ClipResult out = make_host_result(grads);
   double* table = out.table.mutable_data_ptr<double>();
   mark_absent(grads, table);
   ScaledSum total = {};
@@ -132,15 +129,15 @@ ClipResult stats_with_plan(const GradList& grads, double max_norm, NormSpec spec
 // Does to every gradient what the totals say. CUDA groups read them on the device; only a CPU group
 // makes the host wait for totals that lie on one.
 void apply_plan(GradList& grads, const at::Tensor& totals) {
-  bool any_cpu = totals.is_cpu();
-  for (const DeviceGroup& group : grads.groups) any_cpu |= group.device.is_cpu();
-  const at::Tensor host = any_cpu ? totals.cpu() : at::Tensor();
+  bool any_cpu = is_host(totals.device());
+  for (const DeviceGroup& group : grads.groups) any_cpu |= is_host(group.device);
+  const at::Tensor host = any_cpu ? on_host(totals) : at::Tensor();
   const double* t = any_cpu ? host.const_data_ptr<double>() : nullptr;
   const Action action = any_cpu ? static_cast<Action>(static_cast<int>(t[3])) : Action::Scale;
   if (action == Action::Keep) return;
   grads.prepare_write();
   for (const DeviceGroup& group : grads.groups) {
-    if (group.device.is_cpu()) {
+    if (is_host(group.device)) {
       if (action == Action::Zero)
         cpu::zero(group.refs);
       else
@@ -158,10 +155,10 @@ void apply_plan(GradList& grads, const at::Tensor& totals) {
 
 // The plan for a given norm, on the norm's device.
 at::Tensor totals_for(const at::Tensor& total_norm, double max_norm) {
-  const at::Tensor norm = total_norm.to(at::kDouble).resolve_neg().contiguous();
-  const at::Tensor totals = at::empty({kTotals}, norm.options());
+  const at::Tensor norm = converted(total_norm, at::kDouble);
+  const at::Tensor totals = empty_on_device({kTotals}, norm.options());
 #if defined(GRADFUSE_CUDA)
-  if (norm.is_cuda()) {
+  if (!is_host(norm.device())) {
     on_device(norm.device(), [&](cudaStream_t stream) {
       cuda::plan(norm.const_data_ptr<double>(), max_norm, totals.mutable_data_ptr<double>(),
                  stream);
@@ -203,7 +200,7 @@ void scale_by_norm(GradList& grads, double max_norm, const at::Tensor& total_nor
 void clip_by_value(GradList& grads, double clip_value) {
   grads.prepare_write();
   for (const DeviceGroup& group : grads.groups) {
-    if (group.device.is_cpu()) {
+    if (is_host(group.device)) {
       cpu::clamp(group.refs, clip_value);
     } else {
 #if defined(GRADFUSE_CUDA)
@@ -218,7 +215,7 @@ void clip_adaptively(UnitList& params, double clip_factor, double eps, NormSpec 
   params.grads.prepare_write();
   for (size_t i = 0; i < params.grads.groups.size(); ++i) {
     const std::vector<UnitRef> units = params.refs(i);
-    if (params.grads.groups[i].device.is_cpu()) {
+    if (is_host(params.grads.groups[i].device)) {
       cpu::clip_units(units, clip_factor, eps, spec);
     } else {
 #if defined(GRADFUSE_CUDA)

@@ -1,0 +1,248 @@
+"""Shadow memory: which bytes have been written, and which accesses race.
+
+Two accesses race if different threads touch the same bytes, one of them stores, not both are
+atomic, and nothing orders them: no __syncthreads (same block) and no __syncwarp (same warp) since.
+Blocks are ordered by the end of a launch only. This is decided by what each thread did, not by the
+values, so a race is found in whatever order the lanes happen to run.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Violation(Exception):
+    """Something a kernel must not do. `check` names the rule, the message says where."""
+
+    def __init__(self, check: str, message: str) -> None:
+        super().__init__(message)
+        self.check = check
+
+
+class Actors(NamedTuple):
+    """The threads behind the lanes of an access, and what is known to have happened before it."""
+
+    thread: np.ndarray  # [lanes] in the launch
+    warp: np.ndarray  # [lanes] in the launch
+    lane: np.ndarray  # [lanes] in the warp
+    block: np.ndarray  # [lanes] in the launch
+    barrier: np.ndarray  # [lanes] time of the block's last __syncthreads
+    warp_slot: np.ndarray  # [lanes] row of `known`
+    known: np.ndarray  # [warps, lane, other lane] time up to which a lane knows another's accesses
+    threads_per_block: int
+    warps_per_block: int
+
+    def take(self, lanes: np.ndarray | slice) -> Actors:
+        return self._replace(
+            thread=self.thread[lanes],
+            warp=self.warp[lanes],
+            lane=self.lane[lanes],
+            block=self.block[lanes],
+            barrier=self.barrier[lanes],
+            warp_slot=self.warp_slot[lanes],
+        )
+
+
+class Conflict(NamedTuple):
+    """The lane of an access that races, with whom, and with what that one did."""
+
+    lane: int
+    other_thread: int | None
+    what: str
+
+
+# Who read a cell since it was last of interest: a warp, or one of these.
+SEVERAL_BLOCKS = -1
+
+
+def several_warps_of(block: np.ndarray) -> np.ndarray:
+    return -(block + 2)
+
+
+class Shadow:
+    """What is known of a run of bytes, kept for cells of 4 bytes, or fewer once a narrower
+    access comes."""
+
+    def __init__(self, start: int, size: int, written: bool) -> None:
+        self.start = start // 16 * 16
+        self.cell = 4
+        cells = (start + size - self.start + 3) // 4
+        self.written = np.full(cells, written)
+        self.store_time = np.zeros(cells, np.int32)
+        self.store_thread = np.zeros(cells, np.int32)
+        self.atomic_time = np.zeros(cells, np.int32)
+        self.atomic_thread = np.zeros(cells, np.int32)
+        self.load_time = np.zeros(cells, np.int32)
+        self.load_warp = np.zeros(cells, np.int32)
+        self.load_lanes = np.zeros(cells, np.uint32)
+
+    _ARRAYS = (
+        *("written", "store_time", "store_thread", "atomic_time", "atomic_thread"),
+        *("load_time", "load_warp", "load_lanes"),
+    )
+
+    def refine(self, width: int) -> None:
+        """Makes the cells as small as an access of this many bytes needs."""
+        if width < self.cell:
+            for name in self._ARRAYS:
+                setattr(self, name, np.repeat(getattr(self, name), self.cell // width))
+            self.cell = width
+
+    def cells(self, addresses: np.ndarray, width: int) -> np.ndarray | slice:
+        """The cells of each lane's bytes: an index array [lanes, n], or a slice where lanes follow
+        each other without a gap."""
+        self.refine(width)
+        first = (addresses - self.start) // self.cell
+        count = width // self.cell
+        if len(first) == 1 or np.all(np.diff(first) == count):
+            return slice(int(first[0]), int(first[-1]) + count)
+        return first[:, None] + np.arange(count)
+
+    def mark_written(self, start: int, size: int) -> None:
+        """By the host: a copy or a fill."""
+        self.refine(1 if (start | size) % 4 else 4)
+        begin = (start - self.start) // self.cell
+        self.written[begin : begin + -(-size // self.cell)] = True
+
+    def unwritten_lane(self, cells: np.ndarray | slice, lanes: int) -> int | None:
+        """The first lane that reads what was never written."""
+        written = self.written[cells]
+        if written.all():
+            return None
+        return int(np.argmin(written.reshape(lanes, -1).all(axis=1)))
+
+    def load(self, cells, actors: Actors, now: int, since: int) -> Conflict | None:
+        """Records a load. `since` is when the launch began: what is older is ordered."""
+        found = self._against_stores(cells, actors, since, atomics=True)
+        if found is None:
+            self._record_load(cells, actors, now, since)
+        return found
+
+    def store(self, cells, actors: Actors, now: int, since: int) -> Conflict | None:
+        found = self._against_stores(cells, actors, since, atomics=True)
+        found = found or self._against_loads(cells, actors, since)
+        lanes = len(actors.thread)
+        thread = np.broadcast_to(actors.thread[:, None], self._shape(cells, lanes))
+        self.store_thread[cells] = thread.reshape(-1) if isinstance(cells, slice) else thread
+        self.store_time[cells] = now
+        self.written[cells] = True
+        if found is None and not isinstance(cells, slice):
+            lost = self.store_thread[cells] != thread
+            if lost.any():
+                lane = int(np.argmax(lost.any(axis=1)))
+                other = int(self.store_thread[cells][lane][np.argmax(lost[lane])])
+                return Conflict(lane, other, "stored in the same instruction")
+        return found
+
+    def atomic(self, cells, actors: Actors, now: int, since: int) -> Conflict | None:
+        found = self._against_stores(cells, actors, since, atomics=False)
+        found = found or self._against_loads(cells, actors, since)
+        lanes = len(actors.thread)
+        thread = np.broadcast_to(actors.thread[:, None], self._shape(cells, lanes))
+        self.atomic_thread[cells] = thread.reshape(-1) if isinstance(cells, slice) else thread
+        self.atomic_time[cells] = now
+        self.written[cells] = True
+        return found
+
+    @staticmethod
+    def _shape(cells, lanes: int) -> tuple[int, int]:
+        return (lanes, (cells.stop - cells.start) // lanes) if isinstance(cells, slice) else cells.shape
+
+    def _against_stores(self, cells, actors: Actors, since: int, atomics: bool) -> Conflict | None:
+        found = self._against(self.store_time, self.store_thread, cells, actors, since, "stored")
+        if found is None and atomics:
+            found = self._against(
+                self.atomic_time, self.atomic_thread, cells, actors, since, "changed atomically"
+            )
+        return found
+
+    def _against(self, times, threads, cells, actors: Actors, since: int, what: str):
+        time = times[cells]
+        if time.max(initial=0) <= since:
+            return None
+        lanes = len(actors.thread)
+        time, thread = time.reshape(lanes, -1), threads[cells].reshape(lanes, -1)
+        row, column = np.nonzero((time > since) & (thread != actors.thread[:, None]))
+        if not len(row):
+            return None
+        time, other = time[row, column], thread[row, column]
+        who = actors.take(row)
+        same_block = other // actors.threads_per_block == who.block
+        in_block = other % actors.threads_per_block
+        same_warp = same_block & (in_block // 32 == who.warp % actors.warps_per_block)
+        known = actors.known[who.warp_slot, who.lane, in_block % 32]
+        ordered = (same_block & (who.barrier > time)) | (same_warp & (known > time))
+        if ordered.all():
+            return None
+        first = int(np.argmin(ordered))
+        return Conflict(int(row[first]), int(other[first]), what)
+
+    def _against_loads(self, cells, actors: Actors, since: int) -> Conflict | None:
+        time = self.load_time[cells]
+        if time.max(initial=0) <= since:
+            return None
+        lanes = len(actors.thread)
+        time = time.reshape(lanes, -1)
+        warp, mask = self.load_warp[cells].reshape(lanes, -1), self.load_lanes[cells].reshape(lanes, -1)
+        mine = np.uint32(1) << actors.lane.astype(np.uint32)
+        alone = (warp == actors.warp[:, None]) & (mask == mine[:, None])
+        row, column = np.nonzero((time > since) & ~alone)
+        if not len(row):
+            return None
+        time, warp, mask = time[row, column], warp[row, column], mask[row, column]
+        who = actors.take(row)
+        same_block = self._block_of(warp, actors.warps_per_block) == who.block
+        others = (mask[:, None] >> np.arange(32, dtype=np.uint32) & 1).astype(bool)
+        others[np.arange(len(row)), who.lane] = False
+        known = actors.known[who.warp_slot, who.lane] > time[:, None]
+        same_warp = (warp == who.warp) & (known | ~others).all(axis=1)
+        ordered = (same_block & (who.barrier > time)) | same_warp
+        if ordered.all():
+            return None
+        first = int(np.argmin(ordered))
+        other = None
+        if warp[first] >= 0:
+            block, index = divmod(int(warp[first]), actors.warps_per_block)
+            other = block * actors.threads_per_block + 32 * index + int(np.argmax(others[first]))
+        return Conflict(int(row[first]), other, "loaded")
+
+    @staticmethod
+    def _block_of(warp: np.ndarray, warps_per_block: int) -> np.ndarray:
+        return np.where(warp >= 0, warp // warps_per_block, -warp - 2)
+
+    def _record_load(self, cells, actors: Actors, now: int, since: int) -> None:
+        lanes = len(actors.thread)
+        shape = self._shape(cells, lanes)
+        contiguous = isinstance(cells, slice)
+        warp = np.broadcast_to(actors.warp[:, None], shape)
+        bit = np.broadcast_to((np.uint32(1) << actors.lane.astype(np.uint32))[:, None], shape)
+        old_time = self.load_time[cells]
+        flat = (-1,) if contiguous else shape
+        if old_time.max(initial=0) > since:
+            block, barrier = actors.block[:, None], actors.barrier[:, None]
+            old = self.load_warp[cells].reshape(shape)
+            old_time = old_time.reshape(shape)
+            same_block = self._block_of(old, actors.warps_per_block) == block
+            # What the block's own barrier ordered need not be remembered.
+            stale = (old_time <= since) | (same_block & (old_time < barrier))
+            many = np.where(same_block, several_warps_of(block), SEVERAL_BLOCKS)
+            new = np.where(stale | (old == warp), warp, many)
+            mask = np.where(stale, np.uint32(0), self.load_lanes[cells].reshape(shape))
+        else:
+            new, mask = warp, np.zeros(shape, np.uint32)
+        self.load_warp[cells] = new.reshape(flat)
+        self.load_time[cells] = now
+        if contiguous:
+            self.load_lanes[cells] = (mask | bit).reshape(flat)
+            return
+        self.load_lanes[cells] = mask
+        np.bitwise_or.at(self.load_lanes, cells, bit)
+        # Several lanes of this very access may have read one cell.
+        kept = self.load_warp[cells]
+        lost = kept != new
+        if lost.any():
+            block = np.broadcast_to(actors.block[:, None], shape)[lost]
+            same = self._block_of(kept[lost], actors.warps_per_block) == block
+            self.load_warp[cells[lost]] = np.where(same, several_warps_of(block), SEVERAL_BLOCKS)

@@ -1,0 +1,102 @@
+"""The Python side of fake_cudart.cpp: what the host code of a library does, done by a Machine."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from ptx.machine import Machine
+from ptx.parser import Module
+
+LAUNCH = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    ctypes.c_char_p,
+    ctypes.POINTER(ctypes.c_uint),
+    ctypes.POINTER(ctypes.c_void_p),
+    ctypes.c_size_t,
+    ctypes.c_void_p,
+)
+EVENT = ctypes.CFUNCTYPE(
+    None, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
+)
+
+LAUNCH_FAILURE = 719  # cudaErrorLaunchFailure
+# What makes the host wait for the device.
+WAITS = ("cudaMemcpy", "cudaStreamSynchronize", "cudaDeviceSynchronize")
+
+
+class Runtime:
+    """A library built with fake_cudart.cpp, and the machine its launches run on.
+
+    A violation cannot pass through the host code as a Python exception: the launch returns an
+    error there, and `raise_pending` raises it once the host code has returned.
+    """
+
+    def __init__(self, library: Path, ptx: Sequence[Path]) -> None:
+        self.library = ctypes.CDLL(str(library))
+        self.machine = Machine()
+        self.events: Counter[str] = Counter()
+        self._modules = [Module(p.read_text()) for p in ptx]
+        self._by_kernel = {name: m for m in self._modules for name in m.kernel_names}
+        self._pending: BaseException | None = None
+        self._allocated = 0
+        self._hooks = LAUNCH(self._launch), EVENT(self._event)  # kept alive
+        self.library.ptx_set_hooks(*self._hooks)
+        atexit.register(self.library.ptx_set_hooks, LAUNCH(), EVENT())
+
+    def _launch(self, name, sizes, arguments, shared_bytes, stream) -> int:
+        try:
+            kernel = name.decode()
+            module = self._by_kernel[kernel]
+            params = b""
+            for i, p in enumerate(module.kernel(kernel).params):
+                params = params.ljust(-(-len(params) // p.align) * p.align, b"\0")
+                params += ctypes.string_at(arguments[i], p.size)
+            grid, block = tuple(sizes[0:3]), tuple(sizes[3:6])
+            self.events["launch"] += 1
+            self.machine.launch(
+                module, kernel, grid, block, params, shared_bytes, int(stream or 0)
+            )
+            return 0
+        except BaseException as error:
+            self._pending = self._pending or error
+            return LAUNCH_FAILURE
+
+    def _event(self, name, to, source, size) -> None:
+        try:
+            what = name.decode()
+            self.events[what] += 1
+            memory = self.machine.memory
+            if what == "cudaMalloc":
+                self._allocated += 1
+                memory.add(to, size, f"allocation {self._allocated}", written=False)
+            elif what == "cudaFree":
+                memory.remove(to)
+            elif what.startswith(("cudaMemcpy", "cudaMemset")):
+                found = memory.at(to)
+                if found:
+                    found.shadow.mark_written(to, size)
+            elif what == "cudaFuncSetAttribute":
+                self.machine.shared_bytes_allowed[ctypes.string_at(source).decode()] = size
+        except BaseException as error:
+            self._pending = self._pending or error
+
+    def raise_pending(self) -> None:
+        """Raises what went wrong in a launch since the last call."""
+        error, self._pending = self._pending, None
+        if error is not None:
+            raise error
+
+    def reset(self) -> None:
+        """Forgets the launches and events so far."""
+        self.machine.launches.clear()
+        self.events.clear()
+        self._pending = None
+
+    @property
+    def waits(self) -> int:
+        """How often the host waited for the device."""
+        return sum(self.events[name] for name in WAITS)

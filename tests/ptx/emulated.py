@@ -1,0 +1,175 @@
+"""gradfuse's compiled module with its CUDA kernels, launchers and all, run on the CPU's tensors.
+
+csrc/*.cpp is built against tests/ptx/device.h, linked with the ordinary nvcc objects and
+fake_cudart.cpp. `backend()` has the functions of gradfuse._C; a call registers the memory of the
+tensors it is given, and raises what the emulator found.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.machinery
+import importlib.util
+import sysconfig
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import cpp_extension
+
+from ptx.counts import Launch, Traffic
+from ptx.cudart import Runtime
+from ptx.memory import Buffer
+from ptx.toolchain import HERE, ROOT, compile_all, cuda_library
+
+NAME = "gradfuse_emulated"
+
+
+def kernel_sources() -> list[Path]:
+    return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+
+
+def build() -> tuple[Path, list[Path]]:
+    """The module's library and the PTX of its kernels."""
+    compiled = compile_all(kernel_sources())
+    includes = [*cpp_extension.include_paths(), sysconfig.get_path("include")]
+    libraries = cpp_extension.library_paths()
+    torch_version = f'-DGRADFUSE_TORCH_VERSION="{torch.__version__}"'
+    library = cuda_library(
+        f"{NAME}.so",
+        [c.object for c in compiled],
+        [str(p) for p in sorted((ROOT / "csrc").glob("*.cpp"))] + ["no_cpu.cpp"],
+        flags=[
+            *[f"-I{i}" for i in includes],
+            *["-include", str(HERE / "device.h"), torch_version],
+            *['-DGRADFUSE_CUDA_VERSION="emulated"', '-DGRADFUSE_CUDA_ARCHS=""'],
+            f"-DTORCH_EXTENSION_NAME={NAME}",
+        ],
+        links=[
+            *[f"-L{p}" for p in libraries],
+            *["-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"],
+        ],
+    )
+    return library, [c.ptx for c in compiled]
+
+
+def extent(t: Tensor) -> tuple[int, int]:
+    """Address and bytes from a tensor's first element to its last."""
+    if t.numel() == 0:
+        return 0, 0
+    last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), (last + 1) * t.element_size()
+
+
+class Emulated:
+    """The module's functions, and what the last call of one did."""
+
+    def __init__(self) -> None:
+        library, ptx = build()
+        loader = importlib.machinery.ExtensionFileLoader(NAME, str(library))
+        spec = importlib.util.spec_from_file_location(NAME, library, loader=loader)
+        assert spec
+        self._module: ModuleType = importlib.util.module_from_spec(spec)
+        loader.exec_module(self._module)
+        self.runtime = Runtime(library, ptx)
+
+    @property
+    def machine(self):
+        return self.runtime.machine
+
+    @property
+    def launches(self) -> list[Launch]:
+        """Of the last call."""
+        return self.machine.launches
+
+    @property
+    def traffic(self) -> Traffic:
+        """Of all launches of the last call."""
+        total = Traffic()
+        for launch in self.launches:
+            total += launch.traffic
+        return total
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._module, name)
+        if name == "ParameterList":
+            return functools.partial(_ParameterList, self, found)
+        return self.watched(found) if callable(found) else found
+
+    def watched(self, function: Callable, parameters: Callable[[], list[Tensor]] = list) -> Callable:
+        """The function, with its tensors' memory known to the machine while it runs."""
+
+        @functools.wraps(function)
+        def call(*arguments: Any) -> Any:
+            self.runtime.reset()
+            with self._registered([*arguments, parameters()]):
+                try:
+                    result = function(*arguments)
+                except RuntimeError:
+                    self.runtime.raise_pending()
+                    raise
+                self.runtime.raise_pending()
+            return result
+
+        return call
+
+    @contextmanager
+    def _registered(self, arguments: list[Any]) -> Iterator[None]:
+        memory = self.machine.memory
+        spans: dict[int, tuple[int, str]] = {}
+        for argument in arguments:
+            tensors = argument if isinstance(argument, (list, tuple)) else [argument]
+            for i, t in enumerate(tensors):
+                if isinstance(t, Tensor):
+                    self._note(spans, t, f"tensor {i}")
+                    if t.is_leaf and t.grad is not None:
+                        self._note(spans, t.grad, f"grad {i}")
+        buffers = [Buffer(start, size, name, True) for start, (size, name) in merged(spans)]
+        memory.add_all(buffers)
+        try:
+            yield
+        finally:
+            memory.remove_all(buffers)
+
+    @staticmethod
+    def _note(spans: dict[int, tuple[int, str]], t: Tensor, name: str) -> None:
+        if type(t) not in (Tensor, torch.nn.Parameter) or t.layout != torch.strided:
+            return  # left for the module to refuse
+        start, size = extent(t)
+        if size > spans.get(start, (0, ""))[0]:
+            spans[start] = size, name
+
+
+def merged(spans: dict[int, tuple[int, str]]) -> list[tuple[int, tuple[int, str]]]:
+    """Spans that do not overlap: views of one storage become one."""
+    found: list[tuple[int, tuple[int, str]]] = []
+    for start, (size, name) in sorted(spans.items()):
+        if found and start < found[-1][0] + found[-1][1][0]:
+            before, (length, known) = found[-1]
+            found[-1] = before, (max(length, start + size - before), known)
+        else:
+            found.append((start, (size, name)))
+    return found
+
+
+class _ParameterList:
+    """The module's ParameterList, watched."""
+
+    def __init__(self, emulated: Emulated, inner: type) -> None:
+        self._inner = inner()
+        self._parameters: list[Tensor] = []
+        self.clip_ = emulated.watched(self._inner.clip_, lambda: self._parameters)
+
+    def add(self, parameter: Tensor) -> None:
+        self._inner.add(parameter)
+        self._parameters.append(parameter)
+
+
+@functools.cache
+def backend() -> Emulated:
+    """The emulated module, built at first use."""
+    return Emulated()
