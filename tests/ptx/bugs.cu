@@ -4,7 +4,7 @@
 
 #include <cub/block/block_reduce.cuh>
 
-namespace {
+namespace bugs {
 
 constexpr int kThreads = 64;
 
@@ -38,8 +38,7 @@ __global__ void shared_index(bool bug, const float* in, float* out) {
   const int i = threadIdx.x;
   values[i + (bug ? 1 : 0)] = in[i % 32];  // BUG: out_of_bounds_shared
   __syncthreads();
-  out[i % 32] = 0.0f * i;
-  (void)values;
+  if (i < 32) out[i] = values[i] + values[i + 32];
 }
 
 __global__ void shared_alignment(bool bug, const float* in, float* out) {
@@ -125,15 +124,13 @@ __global__ void local_unwritten(bool bug, const float* in, float* out, int n) {
 }
 
 // nvcc gives a variable that is not set some value of its own, so this is in PTX.
+#define ADD_MAYBE_UNSET "{ .reg .pred p; .reg .f32 t; setp.lt.s32 p, %1, 5; @p mov.f32 t, %2; add.f32 %0, t, %2; }"
+
 __global__ void register_unset(bool bug, const float* in, float* out) {
-  float value;
-  asm("{ .reg .pred p; .reg .f32 t;\n"
-      "  setp.lt.s32 p, %1, 5;\n"
-      "  @p mov.f32 t, %2;\n"
-      "  add.f32 %0, t, %2; }"  // BUG: unset_register
-      : "=f"(value)
-      : "r"(bug ? static_cast<int>(threadIdx.x) : 0), "f"(in[threadIdx.x % 32]));
-  if (threadIdx.x < 32) out[threadIdx.x] = value;
+  const int i = threadIdx.x, when = bug ? i : 0;
+  float sum;
+  asm(ADD_MAYBE_UNSET : "=f"(sum) : "r"(when), "f"(in[i % 32]));  // BUG: unset_register
+  if (i < 32) out[i] = sum;
 }
 
 // Races in global memory
@@ -229,50 +226,52 @@ __global__ void asserts(bool bug, const float* in, float* out) {
   if (threadIdx.x == 0) out[0] = in[0];
 }
 
-}  // namespace
+}  // namespace bugs
+
+using bugs::kThreads;
 
 // in and out are arrays of 32 floats on the device; in holds 0, 1, 2, ... 31.
 #define RUN(name) extern "C" __attribute__((visibility("default"))) void name(bool bug, const float* in, float* out)
 
-RUN(out_of_bounds_load) { load_past_end<<<1, kThreads>>>(bug, in, out, 32); }
-RUN(out_of_bounds_store) { store_before_start<<<1, kThreads>>>(bug, in, out, 32); }
-RUN(misaligned_load) { wide_load<<<1, kThreads>>>(bug, in, out); }
-RUN(unwritten_output) { read_output<<<1, kThreads>>>(bug, in, out, 32); }
-RUN(out_of_bounds_shared) { shared_index<<<1, kThreads>>>(bug, in, out); }
-RUN(misaligned_shared) { shared_alignment<<<1, kThreads>>>(bug, in, out); }
-RUN(unwritten_shared) { shared_unwritten<<<1, kThreads>>>(bug, in, out); }
-RUN(missing_syncthreads) { shared_neighbour<<<1, kThreads>>>(bug, in, out); }
-RUN(missing_syncwarp) { warp_neighbour<<<1, kThreads>>>(bug, in, out); }
-RUN(half_synced_warp) { half_warps<<<1, kThreads>>>(bug, in, out); }
-RUN(reused_storage) { two_reductions<<<1, kThreads>>>(bug, in, out); }
-RUN(atomic_race) { shared_count<<<1, kThreads>>>(bug, in, out); }
-RUN(out_of_bounds_local) { local_index<<<1, kThreads>>>(bug, in, out, 32); }
-RUN(unwritten_local) { local_unwritten<<<1, kThreads>>>(bug, in, out, 32); }
-RUN(unset_register) { register_unset<<<1, kThreads>>>(bug, in, out); }
-RUN(blocks_store) { blocks_store<<<8, kThreads>>>(bug, in, out); }
-RUN(blocks_exchange) { blocks_exchange<<<2, kThreads>>>(bug, in, out); }
-RUN(threads_exchange) { threads_exchange<<<1, kThreads>>>(bug, in, out); }
-RUN(barrier_after_exit) { early_return<<<1, kThreads>>>(bug, in, out); }
-RUN(divergent_barrier) { two_barriers<<<1, kThreads>>>(bug, in, out); }
-RUN(exited_lanes) { exited_lanes<<<1, kThreads>>>(bug, in, out); }
-RUN(absent_lanes) { absent_lanes<<<1, bug ? 40 : kThreads>>>(in, out); }
-RUN(unnamed_lane) { unnamed_lane<<<1, kThreads>>>(bug, in, out); }
-RUN(launch_bounds) { bounded<<<1, bug ? kThreads + 1 : kThreads>>>(in, out); }
-RUN(shared_by_default) { much_shared<<<1, kThreads, bug ? 48 * 1024 + 4 : 48 * 1024>>>(in, out); }
+RUN(out_of_bounds_load) { bugs::load_past_end<<<1, kThreads>>>(bug, in, out, 32); }
+RUN(out_of_bounds_store) { bugs::store_before_start<<<1, kThreads>>>(bug, in, out, 32); }
+RUN(misaligned_load) { bugs::wide_load<<<1, kThreads>>>(bug, in, out); }
+RUN(unwritten_output) { bugs::read_output<<<1, kThreads>>>(bug, in, out, 32); }
+RUN(out_of_bounds_shared) { bugs::shared_index<<<1, kThreads>>>(bug, in, out); }
+RUN(misaligned_shared) { bugs::shared_alignment<<<1, kThreads>>>(bug, in, out); }
+RUN(unwritten_shared) { bugs::shared_unwritten<<<1, kThreads>>>(bug, in, out); }
+RUN(missing_syncthreads) { bugs::shared_neighbour<<<1, kThreads>>>(bug, in, out); }
+RUN(missing_syncwarp) { bugs::warp_neighbour<<<1, kThreads>>>(bug, in, out); }
+RUN(half_synced_warp) { bugs::half_warps<<<1, kThreads>>>(bug, in, out); }
+RUN(reused_storage) { bugs::two_reductions<<<1, kThreads>>>(bug, in, out); }
+RUN(atomic_race) { bugs::shared_count<<<1, kThreads>>>(bug, in, out); }
+RUN(out_of_bounds_local) { bugs::local_index<<<1, kThreads>>>(bug, in, out, 32); }
+RUN(unwritten_local) { bugs::local_unwritten<<<1, kThreads>>>(bug, in, out, 32); }
+RUN(unset_register) { bugs::register_unset<<<1, kThreads>>>(bug, in, out); }
+RUN(blocks_store) { bugs::blocks_store<<<8, kThreads>>>(bug, in, out); }
+RUN(blocks_exchange) { bugs::blocks_exchange<<<2, kThreads>>>(bug, in, out); }
+RUN(threads_exchange) { bugs::threads_exchange<<<1, kThreads>>>(bug, in, out); }
+RUN(barrier_after_exit) { bugs::early_return<<<1, kThreads>>>(bug, in, out); }
+RUN(divergent_barrier) { bugs::two_barriers<<<1, kThreads>>>(bug, in, out); }
+RUN(exited_lanes) { bugs::exited_lanes<<<1, kThreads>>>(bug, in, out); }
+RUN(absent_lanes) { bugs::absent_lanes<<<1, bug ? 40 : kThreads>>>(in, out); }
+RUN(unnamed_lane) { bugs::unnamed_lane<<<1, kThreads>>>(bug, in, out); }
+RUN(launch_bounds) { bugs::bounded<<<1, bug ? kThreads + 1 : kThreads>>>(in, out); }
+RUN(shared_by_default) { bugs::much_shared<<<1, kThreads, bug ? 48 * 1024 + 4 : 48 * 1024>>>(in, out); }
 RUN(shared_asked_for) {
   const int bytes = bug ? 65 * 1024 : 64 * 1024;
-  cudaFuncSetAttribute(much_shared, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  much_shared<<<1, kThreads, bytes>>>(in, out);
+  cudaFuncSetAttribute(bugs::much_shared, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  bugs::much_shared<<<1, kThreads, bytes>>>(in, out);
 }
-RUN(endless_loop) { endless<<<1, 32>>>(bug, in, out); }
-RUN(division_by_zero) { quotient<<<1, kThreads>>>(bug, in, out, 32); }
-RUN(trap) { asserts<<<1, kThreads>>>(bug, in, out); }
+RUN(endless_loop) { bugs::endless<<<1, 32>>>(bug, in, out); }
+RUN(division_by_zero) { bugs::quotient<<<1, kThreads>>>(bug, in, out, 32); }
+RUN(trap) { bugs::asserts<<<1, kThreads>>>(bug, in, out); }
 RUN(freed_memory) {
   void* scratch = nullptr;
   cudaMalloc(&scratch, 128);
   cudaMemcpyAsync(scratch, in, 128, cudaMemcpyDeviceToDevice, nullptr);
   if (bug) cudaFree(scratch);
-  bounded<<<1, kThreads>>>(static_cast<float*>(scratch), out);
+  bugs::bounded<<<1, kThreads>>>(static_cast<float*>(scratch), out);
   if (!bug) cudaFree(scratch);
 }
-RUN(too_many_blocks) { bounded<<<dim3(1, bug ? 65536 : 1), kThreads>>>(in, out); }
+RUN(too_many_blocks) { bugs::bounded<<<dim3(1, bug ? 65536 : 1), kThreads>>>(in, out); }

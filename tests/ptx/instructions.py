@@ -40,6 +40,14 @@ class UnknownInstruction(Exception):
     """An instruction, modifier or type that the table does not have."""
 
 
+class DivisionByZero(Exception):
+    """By the lane at this place."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__("integer division by zero")
+        self.place = place
+
+
 class Opcode(NamedTuple):
     """The parts of an instruction's name: setp.eq.f64 -> "setp", {"eq"}, ("f64",)."""
 
@@ -186,7 +194,7 @@ def _(op: Opcode) -> Arithmetic:
 def truncated_quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """a / b towards zero. The most negative number by -1 wraps around."""
     if not np.all(b):
-        raise ZeroDivisionError("integer division by zero")
+        raise DivisionByZero(int(np.argmax(b == 0)))
     size = unsigned(np.abs(a)) // unsigned(np.abs(b))
     return np.where((a < 0) != (b < 0), -size, size).view(a.dtype)
 

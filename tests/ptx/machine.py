@@ -17,7 +17,7 @@ from ptx import accesses, collectives, flow
 from ptx.batch import Batch, Lanes, Layout
 from ptx.checks import Violation
 from ptx.counts import Launch
-from ptx.instructions import Opcode, UnknownInstruction, arithmetic, opcode
+from ptx.instructions import DivisionByZero, Opcode, UnknownInstruction, arithmetic, opcode
 from ptx.memory import Memory
 from ptx.operands import packed_reader, packed_writer, parts, reader, writer
 from ptx.parser import SIZES, Instruction, Kernel, Module, Register, Vector
@@ -227,6 +227,7 @@ class Machine:
         lanes = parked[pc]
         assert lanes is not None
         waiting = program.collective[pc]
+        waiting.ready(batch, lanes)  # knows better what is wrong, if lanes have exited since
         lane = int(lanes[0])
         same_block = batch.slot == batch.slot[lane]
         gone = int(np.count_nonzero(batch.exited & same_block))
@@ -381,8 +382,8 @@ class _Compiler:
         def step(batch: Batch, lanes: Lanes) -> None:
             try:
                 write(batch, lanes, compute(*[read(batch, lanes) for read in readers]))
-            except ZeroDivisionError as error:
-                lane = int(batch.all_lanes(lanes)[0])
+            except DivisionByZero as error:
+                lane = int(batch.all_lanes(lanes)[error.place])
                 where = self.machine.where(instruction, batch, lane)
                 raise Violation("division by zero", f"{where}: {error}") from None
 

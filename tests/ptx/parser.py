@@ -208,7 +208,7 @@ class _Body:
         pending = ""
         for line in body.splitlines():
             line = line.partition("//")[0].strip()
-            if line.startswith(".loc"):
+            if line.startswith((".loc ", ".loc\t")):
                 self.location = self._locate(line, seen, called_at)
                 continue
             pending = f"{pending} {line}" if pending else line
