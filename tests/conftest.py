@@ -48,14 +48,16 @@ def native():
     return _native.backend
 
 
-@pytest.fixture(params=["reference"] if NATIVE_OFF else ["native", "reference"])
+@pytest.fixture(params=["reference"] if NATIVE_OFF else ["native", "reference", "ptx"])
 def backend(request, monkeypatch):
     """Which implementation gradfuse's public functions use."""
     if request.param == "native":
         request.getfixturevalue("native")
     else:
-        monkeypatch.setattr("gradfuse.ops.clip.backend", reference)
-        monkeypatch.setattr("gradfuse.clipper.backend", reference)
+        from ptx import emulated
+        b = reference if request.param == "reference" else emulated.backend()
+        monkeypatch.setattr("gradfuse.ops.clip.backend", b)
+        monkeypatch.setattr("gradfuse.clipper.backend", b)
     return request.param
 
 

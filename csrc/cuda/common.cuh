@@ -66,9 +66,11 @@ __device__ Word<T> load_word(const T* p) {
   w.raw = *reinterpret_cast<const uint4*>(p);
   return w;
 }
+// An intrinsic, for nvcc takes a plain store of a union apart again: it made stores of 4, 4 and 8
+// bytes of some of them.
 template <class T>
 __device__ void store_word(T* p, const Word<T>& w) {
-  *reinterpret_cast<uint4*>(p) = w.raw;
+  __stwb(reinterpret_cast<uint4*>(p), w.raw);
 }
 
 // Elements before the first 16-byte boundary at or after x, at most n.

@@ -33,7 +33,12 @@ class Collective:
         self.machine = machine
         self.instruction = instruction
 
+    def is_complete(self, batch: Batch) -> bool:
+        """Whether nobody need wait if all lanes of the batch are here."""
+        return True
+
     def ready(self, batch: Batch, lanes: np.ndarray) -> np.ndarray:
+        """Which of the lanes that are here may go on."""
         raise NotImplementedError
 
     def run(self, batch: Batch, lanes: Lanes) -> None:
@@ -88,6 +93,10 @@ class WarpWide(Collective):
     def __init__(self, machine: Machine, instruction: Instruction, mask: int) -> None:
         super().__init__(machine, instruction)
         self.mask = reader(instruction.operands[mask], "b32")
+
+    def is_complete(self, batch: Batch) -> bool:
+        """With whole warps and a mask of all lanes; else ready() has to look."""
+        return batch.threads % 32 == 0 and bool(np.all(self.mask(batch, None) == ALL))
 
     def masks(self, batch: Batch, lanes: Lanes) -> np.ndarray:
         return np.broadcast_to(self.mask(batch, lanes), len(batch.all_lanes(lanes)))
@@ -154,8 +163,10 @@ class Shuffle(WarpWide):
     """shfl.sync: a register of another lane."""
 
     def __init__(self, machine: Machine, instruction: Instruction) -> None:
-        super().__init__(machine, instruction, 4)
         op = opcode(instruction.name)
+        if "sync" not in op.modifiers:
+            raise UnknownInstruction(instruction.name)
+        super().__init__(machine, instruction, 4)
         self.mode = op.one_of("up", "down", "bfly", "idx")
         if op.modifiers != {"sync", self.mode} or op.types != ("b32",):
             raise UnknownInstruction(instruction.name)
@@ -166,10 +177,8 @@ class Shuffle(WarpWide):
 
     def run(self, batch: Batch, lanes: Lanes) -> None:
         warp, lane = self.places(batch, lanes)
-        lane = lane.astype(np.int64)
-        count = len(lane)
-        by = np.broadcast_to(self.by(batch, lanes), count).astype(np.int64) & 31
-        clamp = np.broadcast_to(self.clamp(batch, lanes), count).astype(np.int64)
+        by = self.by(batch, lanes).astype(np.int64) & 31
+        clamp = self.clamp(batch, lanes).astype(np.int64)
         segment = clamp >> 8 & 31
         low = lane & segment
         high = low | (clamp & 31 & ~segment)
@@ -181,16 +190,20 @@ class Shuffle(WarpWide):
         }[self.mode]
         inside = source >= high if self.mode == "up" else source <= high
         source = np.where(inside, source, lane)
-        silent = ~self.named(batch, lanes)[np.arange(count), source]
+        if lanes is not None or not self.is_complete(batch):
+            self._check_named(batch, lanes, source)
+        values = np.broadcast_to(self.value(batch, lanes), len(lane))
+        self.write(batch, lanes, self.table(batch, lanes, values)[warp, source])
+        self.write_inside(batch, lanes, inside)
+
+    def _check_named(self, batch: Batch, lanes: Lanes, source: np.ndarray) -> None:
+        silent = ~self.named(batch, lanes)[np.arange(len(source)), source]
         if silent.any():
             at = int(np.argmax(silent))
             self.fail(
                 "shuffle mask", batch, int(batch.all_lanes(lanes)[at]),
                 f"reads lane {int(source[at])}, which its mask does not name",
             )  # fmt: skip
-        values = np.broadcast_to(self.value(batch, lanes), count)
-        self.write(batch, lanes, self.table(batch, lanes, values)[warp, source])
-        self.write_inside(batch, lanes, inside)
 
 
 class Vote(WarpWide):

@@ -76,6 +76,7 @@ class Emulated:
         self._module: ModuleType = importlib.util.module_from_spec(spec)
         loader.exec_module(self._module)
         self.runtime = Runtime(library, ptx)
+        self.buffers: list[Buffer] = []  # those of the tensors given to the last call
 
     @property
     def machine(self):
@@ -93,6 +94,13 @@ class Emulated:
         for launch in self.launches:
             total += launch.traffic
         return total
+
+    def stored(self, t: Tensor) -> Tensor:
+        """By element of a dense tensor, whether the last call stored to it."""
+        buffer = next(b for b in self.buffers if b.start <= t.data_ptr() < b.end)
+        offset = t.data_ptr() - buffer.start
+        touched = buffer.stored()[offset : offset + t.nbytes]
+        return torch.from_numpy(touched.reshape(-1, t.element_size()).any(axis=1)).view(t.shape)
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._module, name)
@@ -129,6 +137,7 @@ class Emulated:
                     if t.is_leaf and t.grad is not None:
                         self._note(spans, t.grad, f"grad {i}")
         buffers = [Buffer(start, size, name, True) for start, (size, name) in merged(spans)]
+        self.buffers = buffers
         memory.add_all(buffers)
         try:
             yield

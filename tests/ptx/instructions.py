@@ -531,6 +531,8 @@ def _(op: Opcode) -> Arithmetic:
     elif is_float(target) and is_float(source):
         if len(rounding) == 3:
             compute = ROUND[rounding[1]]
+        elif SIZES[source] > SIZES[target] and not rounding:
+            raise UnknownInstruction(op.name)
         elif (source, target) == ("f64", "f32"):
             compute = lambda x: narrowed(x, rounding[1])  # noqa: E731
         elif rounding == "rz":
@@ -545,6 +547,8 @@ def _(op: Opcode) -> Arithmetic:
             raise UnknownInstruction(op.name)
         compute = lambda x: x.astype(dtype)  # noqa: E731
     elif is_float(source):
+        if len(rounding) != 3:
+            raise UnknownInstruction(op.name)
         compute = to_integer(source, target, rounding[1])
     elif "sat" in op.modifiers:
         compute = clamped(np.dtype(numpy_type(source)), dtype)

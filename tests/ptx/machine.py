@@ -188,10 +188,9 @@ class Machine:
             pc = min(groups)
             lanes = groups.pop(pc)
             if pc in program.collective:
-                lanes = self._gather(program.collective[pc], batch, join(batch, lanes, parked.pop(pc, _NOBODY)), parked, pc)
+                lanes = join(batch, lanes, parked.pop(pc, _NOBODY))
+                lanes = self._gather(program.collective[pc], batch, lanes, parked, pc)
                 if lanes is not None and not len(lanes):
-                    if not groups:
-                        break
                     continue
             code = program.code[pc]
             self.record.instructions += code.count * (batch.lanes if lanes is None else len(lanes))
@@ -214,6 +213,8 @@ class Machine:
     @staticmethod
     def _gather(collective, batch: Batch, lanes: Lanes, parked: dict, pc: int) -> Lanes:
         """The lanes that may go on; the others stay parked."""
+        if lanes is None and collective.is_complete(batch):
+            return None
         everyone = batch.all_lanes(lanes)
         ready = collective.ready(batch, everyone)
         if ready.all():

@@ -50,6 +50,13 @@ class Buffer:
     def end(self) -> int:
         return self.start + self.size
 
+    def stored(self) -> np.ndarray:
+        """By byte, whether a kernel has stored to it."""
+        shadow = self.shadow
+        cells = np.maximum(shadow.store_time, shadow.atomic_time) > 0
+        skip = self.start - shadow.start
+        return np.repeat(cells, shadow.cell)[skip : skip + self.size]
+
     def __repr__(self) -> str:
         return f"{self.name} ({self.size} bytes)"
 
