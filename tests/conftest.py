@@ -1,6 +1,7 @@
-"""Fixtures: the devices and the two implementations that the tests run on."""
+"""Fixtures: the implementations and devices that the tests run on."""
 
 import os
+from collections import defaultdict
 
 import hypothesis
 import pytest
@@ -26,16 +27,75 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 NATIVE_OFF = _native.reason == "GRADFUSE_NATIVE=0"
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+# The same tests for all: the CPU kernels, the pure-torch reference, the CUDA kernels on the
+# emulator of tests/ptx, and, where there is one, on a GPU.
+BACKENDS = ["reference"] if NATIVE_OFF else ["cpu", "reference", "ptx", *DEVICES[1:]]
+
+# GRADFUSE_PTX: auto (emulate if nvcc is there), 0 (never), 1 (it must be there, and be used),
+# all (the same, and none of the tests are thinned out).
+PTX = os.environ.get("GRADFUSE_PTX", "auto")
+PTX_REQUIRED = PTX in ("1", "all")
+# The emulator takes a thousand times as long as the CPU kernels. Of a test with many combinations
+# of arguments it runs this many, and none of these files: thousands of examples, other processes,
+# or what is refused before any kernel runs.
+PTX_VARIANTS = 12
+NOT_ON_PTX = {"test_hypothesis.py", "test_process.py", "test_errors.py", "test_compile.py"}
+
+
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames:
+        marks = metafunc.definition.iter_markers("parametrize")
+        if all(mark.args[0] != "backend" for mark in marks):
+            metafunc.parametrize("backend", BACKENDS, indirect=True)
+    elif "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", DEVICES, indirect=True)
+
+
+def thinned(items):
+    """Those of the tests on the emulator that are to be left out."""
+    by_function = defaultdict(list)
+    for item in items:
+        if getattr(item, "callspec", None) and item.callspec.params.get("backend") == "ptx":
+            by_function[item.path, item.originalname].append(item)
+    for (path, _), variants in by_function.items():
+        if PTX == "0" or (PTX != "all" and path.name in NOT_ON_PTX):
+            yield from variants
+        elif PTX != "all" and len(variants) > PTX_VARIANTS:
+            count = len(variants)
+            kept = {i * count // PTX_VARIANTS for i in range(PTX_VARIANTS)}
+            yield from (v for i, v in enumerate(variants) if i not in kept)
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out the slow tests unless -m says what to run."""
+    """Leaves out the slow tests unless -m says what to run, and what the emulator need not run."""
+    out = set(thinned(items))
     if not config.getoption("markexpr"):
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in slow]
+        out |= {item for item in items if item.get_closest_marker("slow")}
+    config.hook.pytest_deselected(items=list(out))
+    items[:] = [item for item in items if item not in out]
+
+
+class EmulatedTests:
+    """Where the emulator is required, a session in which none of its tests passed is a failure."""
+
+    def __init__(self):
+        self.passed = 0
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" and report.passed and "ptx" in report.nodeid:
+            self.passed += 1
+
+    def pytest_sessionfinish(self, session):
+        if not self.passed and session.exitstatus == 0:
+            print("\nGRADFUSE_PTX: no test ran on the emulator")
+            session.exitstatus = 1
+
+
+def pytest_configure(config):
+    if PTX_REQUIRED:
+        config.pluginmanager.register(EmulatedTests())
 
 
 @pytest.fixture
@@ -48,24 +108,53 @@ def native():
     return _native.backend
 
 
-@pytest.fixture(params=["reference"] if NATIVE_OFF else ["native", "reference", "ptx"])
+@pytest.fixture(scope="session")
+def nvcc():
+    """The CUDA toolkit. Without one the CUDA kernels cannot be compiled to PTX."""
+    from ptx import toolchain
+
+    if PTX == "0":
+        pytest.skip("GRADFUSE_PTX=0")
+    if toolchain.toolkit() is None:
+        assert not PTX_REQUIRED, f"GRADFUSE_PTX={PTX}, and nvcc was not found"
+        pytest.skip("nvcc was not found: the CUDA kernels cannot be compiled to PTX")
+    return toolchain.toolkit()
+
+
+@pytest.fixture
+def ptx(nvcc, monkeypatch):
+    """gradfuse's functions with the CUDA kernels on the emulator; nothing set by an earlier test."""
+    from ptx import emulated
+
+    found = emulated.backend()
+    found.reset()
+    monkeypatch.setattr("gradfuse.ops.clip.backend", found)
+    monkeypatch.setattr("gradfuse.clipper.backend", found)
+    return found
+
+
+@pytest.fixture
 def backend(request, monkeypatch):
     """Which implementation gradfuse's public functions use."""
-    if request.param == "native":
-        request.getfixturevalue("native")
-    else:
-        from ptx import emulated
-        b = reference if request.param == "reference" else emulated.backend()
-        monkeypatch.setattr("gradfuse.ops.clip.backend", b)
-        monkeypatch.setattr("gradfuse.clipper.backend", b)
+    if request.param == "reference":
+        monkeypatch.setattr("gradfuse.ops.clip.backend", reference)
+        monkeypatch.setattr("gradfuse.clipper.backend", reference)
+    elif request.param == "ptx":
+        request.getfixturevalue("ptx")
+    elif not request.getfixturevalue("native").cuda_version and request.param == "cuda":
+        pytest.skip("the compiled module was built without CUDA")
     return request.param
 
 
-@pytest.fixture(params=DEVICES)
+@pytest.fixture
 def device(request):
-    if request.param == "cuda" and _native.available and not _native.backend.cuda_version:
+    """Where the test's tensors lie: the backend's device, or one of all where there is none."""
+    name = getattr(request, "param", None)
+    if name is None:
+        name = "cuda" if request.getfixturevalue("backend") == "cuda" else "cpu"
+    if name == "cuda" and _native.available and not _native.backend.cuda_version:
         pytest.skip("the compiled module was built without CUDA")
-    return torch.device(request.param)
+    return torch.device(name)
 
 
 @pytest.fixture

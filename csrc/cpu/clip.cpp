@@ -134,16 +134,13 @@ void update(const std::vector<GradRef>& grads, bool backwards, F f) {
   });
 }
 
-// x *= factor. Where float64 holds the factor with few bits or not at all, float64 gradients are
-// multiplied in three normal steps.
-bool scale_by(void* x, DType dtype, int64_t n, ScaledNorm factor) {
+// x *= factor.
+bool scale_by(void* x, DType dtype, int64_t n, const Factor& factor) {
   const ClipKernels& kernels = clip_kernels();
-  const double whole = to_double(factor);
-  if (whole >= 0x1p-1022 || !(factor.value > 0.0) || dtype != DType::Double) {
-    kernels.scale(x, dtype, n, whole);
+  if ((factor.second == 1.0 && factor.third == 1.0) || dtype != DType::Double) {
+    kernels.scale(x, dtype, n, factor.whole);
   } else {
-    const double half = std::floor(factor.exponent / 2.0);
-    for (double step : {std::exp2(half), std::exp2(factor.exponent - half), factor.value})
+    for (double step : {factor.first, factor.second, factor.third})
       kernels.scale(x, dtype, n, step);
   }
   return true;
@@ -195,7 +192,8 @@ Stats stats(const std::vector<GradRef>& grads, const std::vector<int64_t>& rows,
   return total;
 }
 
-void scale(const std::vector<GradRef>& grads, ScaledNorm factor) {
+void scale(const std::vector<GradRef>& grads, ScaledNorm norm_factor) {
+  const Factor factor = factor_of(norm_factor);
   update(grads, true,
          [=](void* x, DType dtype, int64_t n) { return scale_by(x, dtype, n, factor); });
 }
@@ -237,7 +235,7 @@ void clip_units(const std::vector<UnitRef>& units, double clip_factor, double ep
                                             norm_of(sum_of(g, spec), spec), clip_factor, eps);
       if (c.value == 1.0 && c.exponent == 0.0) continue;
       update_run(grad, 0, grad.numel,
-                 [&](void* x, int64_t n) { return scale_by(x, grad.dtype, n, c); });
+                 [&](void* x, int64_t n) { return scale_by(x, grad.dtype, n, factor_of(c)); });
     }
   });
 }

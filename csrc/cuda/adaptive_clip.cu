@@ -29,17 +29,19 @@ static_assert(sizeof(UnitBatch) <= 32000, "kernel parameters end at 32,764 bytes
 
 // The unit's coefficient, in every thread.
 template <int kBlock>
-__device__ double shared_coefficient(const Stats& weight, const Stats& grad, double clip_factor,
+__device__ ScaledNorm shared_coefficient(const Stats& weight, const Stats& grad, double clip_factor,
                                      double eps, NormSpec spec) {
-  __shared__ double coefficient;
+  __shared__ ScaledNorm coefficient;
   const Stats w = block_merge<kBlock>(weight, spec.p);
   const Stats g = block_merge<kBlock>(grad, spec.p);
   if (threadIdx.x == 0)
-    coefficient = to_double(unit_coefficient(norm_of(sum_of(w, spec), spec),
-                                             norm_of(sum_of(g, spec), spec), clip_factor, eps));
+    coefficient = unit_coefficient(norm_of(sum_of(w, spec), spec), norm_of(sum_of(g, spec), spec),
+                                   clip_factor, eps);
   __syncthreads();
   return coefficient;
 }
+
+__device__ bool clips(ScaledNorm c) { return c.value != 1.0 || c.exponent != 0.0; }
 
 // Two blocks a multiprocessor leave enough registers for two runs; asked for more, ptxas spills.
 template <class T, int kBlock>
@@ -53,8 +55,8 @@ __global__ void __launch_bounds__(kBlock, 2)
   T* grad = static_cast<T*>(batch.grad[param]) + unit * batch.grad_stride[param];
   const Stats w = thread_stats<T, kBlock, kUnroll, false>(weight, n, spec);
   const Stats g = thread_stats<T, kBlock, kUnroll, false>(grad, n, spec);
-  const double c = shared_coefficient<kBlock>(w, g, clip_factor, eps, spec);
-  if (c != 1.0) scale_run<T, kBlock>(grad, n, c);
+  const ScaledNorm c = shared_coefficient<kBlock>(w, g, clip_factor, eps, spec);
+  if (clips(c)) scale_run<T, kBlock>(grad, n, factor_of(c));
 }
 
 template <bool kPower>
@@ -67,8 +69,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t n = grad.numel;
   const Stats w = strided_thread_stats<kThreads, kPower>(weight, weight_base, 0, n, spec);
   const Stats g = strided_thread_stats<kThreads, kPower>(grad, grad_base, 0, n, spec);
-  const double c = shared_coefficient<kThreads>(w, g, clip_factor, eps, spec);
-  if (c != 1.0) scale_strided<kThreads>(grad, grad_base, 0, n, c);
+  const ScaledNorm c = shared_coefficient<kThreads>(w, g, clip_factor, eps, spec);
+  if (clips(c)) scale_strided<kThreads>(grad, grad_base, 0, n, factor_of(c));
 }
 
 bool is_batched(const UnitRef& u, NormSpec spec) {

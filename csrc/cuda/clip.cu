@@ -98,6 +98,8 @@ __device__ Action action_of(const double* totals) {
   return static_cast<Action>(static_cast<int32_t>(totals[3]));
 }
 
+__device__ Factor factor_in(const double* totals) { return factor_of({totals[6], totals[7]}); }
+
 template <class T>
 __device__ void zero_run(T* x, int64_t n) {
   constexpr int kPer = kPer16Bytes<T>;
@@ -123,7 +125,7 @@ __global__ void __launch_bounds__(kThreads)
   if (action == Action::Zero)
     zero_run(x, n);
   else
-    scale_run<T, kThreads>(x, n, totals[1]);
+    scale_run<T, kThreads>(x, n, factor_in(totals));
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -132,7 +134,8 @@ __global__ void __launch_bounds__(kThreads)
   if (action == Action::Keep || action == Action::Refuse) return;
   const int64_t start = static_cast<int64_t>(blockIdx.x) * chunk;
   const int64_t end = start + chunk < run.numel ? start + chunk : run.numel;
-  if (action == Action::Scale) return scale_strided<kThreads>(run, 0, start, end, totals[1]);
+  if (action == Action::Scale)
+    return scale_strided<kThreads>(run, 0, start, end, factor_in(totals));
   const int parts = run.is_complex ? 2 : 1;
   for (int64_t i = start + threadIdx.x; i < end; i += kThreads)
     for (int k = 0; k < parts; ++k)

@@ -172,27 +172,28 @@ __device__ Stats strided_thread_stats(const StridedRun& run, int64_t base, int64
   return stats.finish();
 }
 
-// x * coefficient as T. float32 holds a normal coefficient to 24 bits; a smaller one needs float64.
+// x * factor as T. float32 holds a normal factor to 24 bits; a smaller one needs float64.
 template <class T>
-__device__ T scaled(T x, double coefficient) {
+__device__ T scaled(T x, const Factor& factor) {
   using E = Element<T>;
-  if (sizeof(T) == 8 || !(coefficient >= 0x1p-126))
-    return E::narrow(static_cast<typename E::Wide>(E::widen(x) * coefficient));
-  return E::narrow(E::widen(x) * static_cast<typename E::Wide>(coefficient));
+  using Wide = typename E::Wide;
+  if (sizeof(T) == 8 || !(factor.whole >= 0x1p-126))
+    return E::narrow(static_cast<Wide>(factor.times(E::widen(x))));
+  return E::narrow(E::widen(x) * static_cast<Wide>(factor.whole));
 }
 
-// x[0..n) *= coefficient, dense.
+// x[0..n) *= factor, dense.
 template <class T, int kBlock>
-__device__ void scale_run(T* x, int64_t n, double coefficient) {
+__device__ void scale_run(T* x, int64_t n, const Factor& factor) {
   constexpr int kPer = kPer16Bytes<T>;
   constexpr int kUnroll = 4;
   auto update = [=](Word<T> w) {
 #pragma unroll
-    for (int k = 0; k < kPer; ++k) w.element[k] = scaled(w.element[k], coefficient);
+    for (int k = 0; k < kPer; ++k) w.element[k] = scaled(w.element[k], factor);
     return w;
   };
   visit_run<T, kBlock, kUnroll>(
-      x, n, [=](int64_t i) { x[i] = scaled(x[i], coefficient); },
+      x, n, [=](int64_t i) { x[i] = scaled(x[i], factor); },
       [=](int64_t i, const Word<T>(&words)[kUnroll]) {
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u) store_word(x + i + u * kBlock * kPer, update(words[u]));
@@ -203,14 +204,14 @@ __device__ void scale_run(T* x, int64_t n, double coefficient) {
 // The same for elements [start, end) of a strided or complex run.
 template <int kBlock>
 __device__ void scale_strided(const StridedRun& run, int64_t base, int64_t start, int64_t end,
-                              double coefficient) {
+                              const Factor& factor) {
   const int parts = run.is_complex ? 2 : 1;
   for (int64_t i = start + threadIdx.x; i < end; i += kBlock) {
     const int64_t element = parts * (base + strided_offset(run, i));
     for (int k = 0; k < parts; ++k)
       with_type(run.dtype, [&](auto type) {
         auto* x = static_cast<decltype(type)*>(run.data) + element + k;
-        *x = scaled(*x, coefficient);
+        *x = scaled(*x, factor);
       });
   }
 }

@@ -126,6 +126,23 @@ GRADFUSE_HD ScaledNorm norm_of(ScaledSum sum, NormSpec spec) {
 
 GRADFUSE_HD double to_double(ScaledNorm norm) { return times_power(norm.value, norm.exponent); }
 
+// A factor for gradients. float64 has few bits for one below 2^-1022, or none, though a gradient of
+// 1e300 times it is a number like any other: there it is a product of three normal ones.
+struct Factor {
+  double whole;
+  double first, second, third;  // whole, 1, 1 but there
+
+  // Exact in each step but the last where the result is normal.
+  GRADFUSE_HD double times(double x) const { return x * first * second * third; }
+};
+
+GRADFUSE_HD Factor factor_of(ScaledNorm f) {
+  const double whole = to_double(f);
+  if (whole >= 0x1p-1022 || !(f.value > 0.0)) return {whole, whole, 1.0, 1.0};
+  const double half = std::floor(f.exponent / 2.0);
+  return {whole, std::exp2(half), std::exp2(f.exponent - half), f.value};
+}
+
 enum class NonFinite : int32_t { Propagate, Error, Zero };
 // Refuse: the policy is Error and the norm is not finite, so the caller raises.
 enum class Action : int32_t { Keep, Scale, Zero, Refuse };

@@ -11,6 +11,7 @@ import functools
 import importlib.machinery
 import importlib.util
 import sysconfig
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ from ptx.memory import Buffer
 from ptx.toolchain import HERE, ROOT, compile_all, cuda_library
 
 NAME = "gradfuse_emulated"
+HUGE, EDGE = 1 << 30, 1 << 20
 
 
 def kernel_sources() -> list[Path]:
@@ -77,6 +79,13 @@ class Emulated:
         loader.exec_module(self._module)
         self.runtime = Runtime(library, ptx)
         self.buffers: list[Buffer] = []  # those of the tensors given to the last call
+        self._lock = threading.RLock()
+
+    def reset(self) -> None:
+        """Forgets the last call, and settings of the machine."""
+        self.runtime.reset()
+        self.machine.order = "forward"
+        self.machine.only_blocks = None
 
     @property
     def machine(self):
@@ -113,8 +122,8 @@ class Emulated:
 
         @functools.wraps(function)
         def call(*arguments: Any) -> Any:
-            self.runtime.reset()
-            with self._registered([*arguments, parameters()]):
+            with self._lock, self._registered([*arguments, parameters()]):
+                self.runtime.reset()
                 try:
                     result = function(*arguments)
                 except RuntimeError:
@@ -146,10 +155,14 @@ class Emulated:
 
     @staticmethod
     def _note(spans: dict[int, tuple[int, str]], t: Tensor, name: str) -> None:
-        if type(t) not in (Tensor, torch.nn.Parameter) or t.layout != torch.strided:
+        plain = type(t) in (Tensor, torch.nn.Parameter) and t.layout == torch.strided
+        if not plain or t.is_nested:
             return  # left for the module to refuse
         start, size = extent(t)
-        if size > spans.get(start, (0, ""))[0]:
+        if size > HUGE:  # too much to keep shadows of: its ends alone may be touched
+            spans[start] = EDGE, f"{name}, beginning"
+            spans[start + size - EDGE] = EDGE, f"{name}, end"
+        elif size > spans.get(start, (0, ""))[0]:
             spans[start] = size, name
 
 

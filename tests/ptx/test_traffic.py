@@ -13,12 +13,6 @@ SIZES = [1, 31, 32, 33, 4097, 32767, 32768, 32769]
 DTYPES = pytest.mark.parametrize("dtype", REAL, ids=short)
 
 
-@pytest.fixture(autouse=True)
-def _on_ptx(ptx, monkeypatch):
-    monkeypatch.setattr("gradfuse.ops.clip.backend", ptx)
-    monkeypatch.setattr("gradfuse.clipper.backend", ptx)
-
-
 def gradients(dtype, scale=1e-3):
     """One gradient of each size, every other one beginning off a 16-byte boundary."""
     found = []

@@ -1,0 +1,180 @@
+"""All CUDA kernels are run, agree with the reference, do not mind the order of their blocks, and
+count past 2^31."""
+
+import math
+import mmap
+
+import numpy as np
+import pytest
+import torch
+from helpers import COMPLEX, REAL, bits, owners, random, short
+
+import gradfuse
+from gradfuse import reference
+from ptx import emulated
+from ptx.parser import Module
+from ptx.toolchain import demangled
+
+# A step of each op, on parameters with gradients.
+STEPS = {
+    "norm 2": lambda p: gradfuse.clip_grad_norm_(p, 0.5),
+    "norm 1": lambda p: gradfuse.clip_grad_norm_(p, 0.5, 1.0),
+    "norm inf": lambda p: gradfuse.clip_grad_norm_(p, 0.1, math.inf),
+    "norm 3": lambda p: gradfuse.clip_grad_norm_(p, 0.5, 3.0),
+    "quiet": lambda p: gradfuse.clip_grad_norm_(p, 1e9),
+    "report": lambda p: gradfuse.GradClipper(p, 0.5).clip_()._table,
+    "given norm": lambda p: gradfuse.clip_grads_with_norm_(p, 1.0, torch.tensor(7.0)),
+    "value": lambda p: gradfuse.clip_grad_value_([q for q in p if not q.is_complex()], 0.25),
+    "adaptive": lambda p: gradfuse.adaptive_clip_grad_(p, 0.05),
+    "adaptive 3": lambda p: gradfuse.adaptive_clip_grad_(p, 0.05, norm_type=3.0),
+}
+
+
+def parameters(dtype, sizes=(1, 31, 33, 4097, 32769)):
+    """Parameters of awkward sizes and strides, one of them without a gradient."""
+    grads = [random(n, dtype=dtype, seed=i) for i, n in enumerate(sizes)]
+    grads += [random(4098, dtype=dtype)[1:], random(14, 80, dtype=dtype)[::2, 1::2]]
+    grads += [random(7, 40, dtype=dtype).t(), random(3, 1100, dtype=dtype)]
+    params = [torch.nn.Parameter(random(*g.shape, dtype=dtype, seed=9)) for g in grads]
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g
+    return [*params[:2], torch.nn.Parameter(torch.ones(3, dtype=dtype)), *params[2:]]
+
+
+def run(step, dtype):
+    """(bits of the result and of all gradients) after a step on fresh parameters."""
+    params = parameters(dtype)
+    result = STEPS[step](params)
+    tensors = [p.grad for p in params if p.grad is not None]
+    return bits([*([] if result is None else [result]), *tensors])
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_any_order_of_the_blocks_gives_the_same_bits(ptx, step):
+    for dtype in (torch.float32, torch.bfloat16):
+        found = {}
+        for order in ("forward", "backward", "shuffled"):
+            ptx.machine.order = order
+            found[order] = run(step, dtype)
+        assert found["forward"] == found["backward"] == found["shuffled"]
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("dtype", [*REAL, *COMPLEX], ids=short)
+def test_as_the_reference(ptx, monkeypatch, step, dtype):
+    ours = parameters(dtype)
+    result = STEPS[step](ours)
+    KERNELS_RUN.update(launch.kernel for launch in ptx.launches)
+    monkeypatch.setattr("gradfuse.ops.clip.backend", reference)
+    monkeypatch.setattr("gradfuse.clipper.backend", reference)
+    theirs = parameters(dtype)
+    expected = STEPS[step](theirs)
+    ulp = torch.finfo(dtype).eps
+    if result is not None:
+        torch.testing.assert_close(result, expected, rtol=2e-6, atol=0.0)
+    for p, q in zip(ours, theirs, strict=True):
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=max(ulp, 2e-6), atol=0.0)
+
+
+KERNELS_RUN: set[str] = set()
+
+
+def test_every_kernel_was_run(ptx):
+    """By the tests above; those of zero gradients and a lone norm here."""
+    params = parameters(torch.float32)
+    params[0].grad[0] = math.nan
+    gradfuse.clip_grad_norm_(params, 1.0, nonfinite="zero")
+    KERNELS_RUN.update(launch.kernel for launch in ptx.launches)
+    mixed = torch.nn.Parameter(torch.ones(5, 7, dtype=torch.float64))
+    mixed.grad = random(5, 7, dtype=torch.float64)
+    gradfuse.adaptive_clip_grad_([mixed])
+    _, files = emulated.build()
+    every = {demangled(k) for file in files for k in Module(file.read_text()).kernel_names}
+    assert every <= KERNELS_RUN, f"never run: {sorted(every - KERNELS_RUN)}"
+
+
+def virtual(numel, dtype):
+    """A tensor of zeros that takes address space and no memory until it is touched."""
+    size = numel * torch.empty((), dtype=dtype).element_size()
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    pages = mmap.mmap(-1, size, flags=flags)
+    return torch.from_numpy(np.frombuffer(pages, np.uint8)).view(dtype)
+
+
+@pytest.fixture
+def only(ptx):
+    """only(kernel, block, ...) runs these blocks of that kernel, and all of the other kernels."""
+
+    def select(kernel, *blocks):
+        ptx.machine.only_blocks = lambda name, block: block in blocks or not name.startswith(kernel)
+
+    return select
+
+
+LONG = 2**31 + 5
+
+
+def test_elements_past_2_to_the_31_are_clamped(only):
+    grad = virtual(LONG, torch.float16)
+    grad[[0, 2**31 - 1, 2**31, LONG - 1]] = 8.0
+    only("dense_clamp", 0, 16384)
+    gradfuse.clip_grad_value_(owner_of(grad), 2.0)
+    assert grad[[0, 2**31 - 1, 2**31, LONG - 1]].tolist() == [2.0, 8.0, 2.0, 2.0]
+
+
+def test_elements_past_2_to_the_31_are_scaled(only):
+    grad = virtual(LONG, torch.float16)
+    grad[[0, 2**31 - 1, 2**31, LONG - 1]] = 8.0
+    only("dense_apply", 0, 16384)
+    gradfuse.clip_grads_with_norm_(owner_of(grad), 1.0, torch.tensor(4.0, dtype=torch.float64))
+    assert grad[[0, 2**31 - 1, 2**31, LONG - 1]].tolist() == [2.0, 8.0, 2.0, 2.0]
+
+
+def test_elements_past_2_to_the_31_are_read_once(ptx):
+    grad = virtual(LONG, torch.bfloat16)
+    ptx.machine.only_blocks = lambda name, block: name.startswith("dense") and block in (0, 16384)
+    gradfuse.get_total_norm([grad])
+    loaded = ptx.traffic.loaded
+    assert loaded["tensor 0, beginning", 16] == 2 * 131072
+    assert {k: n for k, n in loaded.items() if k[0] == "tensor 0, end"} == {("tensor 0, end", 2): 10}
+
+
+def test_units_past_2_to_the_31_are_clipped(only):
+    rows, columns = 2**16 + 1, 2**15
+    weight, grad = (virtual(rows * columns, torch.float16).view(rows, columns) for _ in range(2))
+    weight[[0, -1]] = 1.0
+    grad[[0, -2, -1]] = 1.0
+    weight.grad = grad
+    only("dense_units", 0, rows - 1)
+    gradfuse.adaptive_clip_grad_([weight], clip_factor=0.5)
+    assert grad[0].eq(0.5).all()
+    assert grad[-1].eq(0.5).all()
+    assert grad[-2].eq(1.0).all()  # its block did not run
+
+
+def test_strides_past_2_to_the_31(only):
+    grad = virtual(2 * LONG, torch.float16).view(LONG, 2)[:, 0]
+    grad[[0, LONG - 1]] = 8.0
+    only("strided_clamp", 0, 16384)
+    gradfuse.clip_grad_value_(owner_of(grad), 2.0)
+    assert grad[[0, LONG - 1]].tolist() == [2.0, 2.0]
+
+
+def owner_of(grad):
+    """A parameter with this gradient and, as nobody reads it, without memory of its own."""
+    parameter = torch.zeros((), dtype=grad.dtype).expand(grad.shape)
+    parameter.grad = grad
+    return [parameter]
+
+
+def test_an_endless_loop_would_be_found(ptx):
+    """The budget is for a launch, and a large one ends within it."""
+    ptx.machine.budget = 10_000
+    try:
+        with pytest.raises(Exception, match="expected to end within 10000"):
+            gradfuse.get_total_norm([torch.ones(4097)])
+    finally:
+        ptx.machine.budget = 2_000_000_000
+
+
