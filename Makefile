@@ -4,9 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch>=2.11
 PY = $(VENV)/bin/python
-CPP = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+CPP = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: demo test build bench lint format pytest pytest-reference pytest-isa sanitize gpu-check clean
+.PHONY: demo test build bench lint format pytest pytest-reference pytest-isa pytest-ptx traffic sanitize gpu-check clean
 
 demo: build
 	$(PY) -m gradfuse demo
@@ -42,14 +42,22 @@ pytest: build
 	$(PY) -m pytest -q
 
 pytest-reference: build
-	GRADFUSE_NATIVE=0 $(PY) -m pytest -q
+	GRADFUSE_NATIVE=0 GRADFUSE_PTX=0 $(PY) -m pytest -q
 
 # What differs between instruction sets is the kernels' arithmetic; those tests run for each.
 KERNEL_TESTS = tests/test_clip.py tests/test_range.py tests/test_value.py tests/test_adaptive.py \
 	tests/test_nonfinite.py tests/test_quiet.py tests/test_hypothesis.py
 ISAS = $(shell grep -q avx2 /proc/cpuinfo && echo avx2) baseline
 pytest-isa: build
-	for isa in $(ISAS); do GRADFUSE_ISA=$$isa $(PY) -m pytest -q $(KERNEL_TESTS) || exit 1; done
+	for isa in $(ISAS); do GRADFUSE_PTX=0 GRADFUSE_ISA=$$isa $(PY) -m pytest -q $(KERNEL_TESTS) || exit 1; done
+
+# Every test that takes a backend, on the emulated CUDA kernels; `make test` runs a part of each.
+pytest-ptx: build
+	GRADFUSE_PTX=all $(PY) -m pytest -q -k ptx
+
+# What the CUDA kernels move and take, counted by the emulator and by ptxas: the README's tables.
+traffic: build
+	PYTHONPATH=tests:. $(PY) -m ptx.traffic
 
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own.
 SANITIZED = build/sanitize
@@ -57,7 +65,7 @@ sanitize: $(VENV)/.installed
 	mkdir -p $(SANITIZED)
 	cp -r gradfuse $(SANITIZED)/ && rm -f $(SANITIZED)/gradfuse/_C*.so
 	GRADFUSE_CUDA=0 GRADFUSE_SANITIZE=1 $(PY) setup.py -q build_ext --build-lib $(SANITIZED)
-	cd $(SANITIZED) && env GRADFUSE_SANITIZE=1 PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 \
+	cd $(SANITIZED) && env GRADFUSE_PTX=0 GRADFUSE_SANITIZE=1 PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 		$(abspath $(PY)) -m pytest -q -p no:cacheprovider \
 		$(addprefix ../../,$(KERNEL_TESTS)) ../../tests/test_errors.py ../../tests/test_clipper.py

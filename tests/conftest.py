@@ -123,7 +123,7 @@ def nvcc():
 
 @pytest.fixture
 def ptx(nvcc, monkeypatch):
-    """gradfuse's functions with the CUDA kernels on the emulator; nothing set by an earlier test."""
+    """gradfuse's functions, with the CUDA kernels on the emulator as no test has left it."""
     from ptx import emulated
 
     found = emulated.backend()

@@ -8,7 +8,17 @@ import sys
 
 import pytest
 import torch
-from helpers import COMPLEX, HOST_BACKENDS, REAL, assert_ran, bits, owners, random, run_python, short
+from helpers import (
+    COMPLEX,
+    HOST_BACKENDS,
+    REAL,
+    assert_ran,
+    bits,
+    owners,
+    random,
+    run_python,
+    short,
+)
 
 import gradfuse
 

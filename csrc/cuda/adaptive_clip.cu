@@ -30,7 +30,7 @@ static_assert(sizeof(UnitBatch) <= 32000, "kernel parameters end at 32,764 bytes
 // The unit's coefficient, in every thread.
 template <int kBlock>
 __device__ ScaledNorm shared_coefficient(const Stats& weight, const Stats& grad, double clip_factor,
-                                     double eps, NormSpec spec) {
+                                         double eps, NormSpec spec) {
   __shared__ ScaledNorm coefficient;
   const Stats w = block_merge<kBlock>(weight, spec.p);
   const Stats g = block_merge<kBlock>(grad, spec.p);

@@ -14,16 +14,34 @@ from ptx.counts import Request, sectors_of_warps
 from ptx.instructions import UNSIGNED, UnknownInstruction, numpy_type, opcode
 from ptx.memory import Buffer
 from ptx.operands import WINDOW, parts, reader, writer
-from ptx.parser import SIZES, Address, Immediate, Instruction
+from ptx.parser import SIZES, Address, Instruction
 
 if TYPE_CHECKING:
-    from ptx.machine import Machine, Step
+    from ptx.compiler import Step
+    from ptx.machine import Machine
 
 SPACES = ("global", "shared", "local", "param", "const")
 # What does not change the meaning of an access: volatility, scope, order, caching.
 HINTS = frozenset(
-    "volatile relaxed weak acquire release acq_rel cta gpu sys nc ca cg cs lu cv wb wt "
-    "L1::evict_last L1::evict_first L1::no_allocate L2::128B L2::64B L2::256B".split()
+    [
+        "volatile",
+        "relaxed",
+        "weak",
+        "acquire",
+        "release",
+        "acq_rel",
+        "cta",
+        "gpu",
+        "sys",
+        "nc",
+        "ca",
+        "cg",
+        "cs",
+        "lu",
+        "cv",
+        "wb",
+        "wt",
+    ]
 )
 VECTORS = {"v2": 2, "v4": 4, "v8": 8}
 GLOBAL_END = 1 << 47
@@ -47,7 +65,9 @@ class Access:
     def fail(self, check: str, batch: Batch, lane: int, problem: str) -> None:
         raise Violation(check, self.machine.where(self.instruction, batch, lane) + ": " + problem)
 
-    def check_alignment(self, batch: Batch, lanes: Lanes, addresses: np.ndarray, space: str) -> None:
+    def check_alignment(
+        self, batch: Batch, lanes: Lanes, addresses: np.ndarray, space: str
+    ) -> None:
         odd = addresses % self.width
         if odd.any():
             at = int(np.argmax(odd != 0))
@@ -57,7 +77,9 @@ class Access:
                 f"{int(odd[at])} bytes past a multiple",
             )  # fmt: skip
 
-    def check_conflict(self, batch: Batch, lanes: np.ndarray, found: Conflict | None, space: str) -> None:
+    def check_conflict(
+        self, batch: Batch, lanes: np.ndarray, found: Conflict | None, space: str
+    ) -> None:
         if found is None:
             return
         who = "several threads"
@@ -99,7 +121,9 @@ class Access:
             found = record(cells, actors.take(run), machine.time, machine.launch_time)
             self.check_conflict(batch, everyone[run], found, "global")
 
-    def _check_written(self, shadow: Shadow, cells, batch: Batch, lanes: np.ndarray, of: str) -> None:
+    def _check_written(
+        self, shadow: Shadow, cells, batch: Batch, lanes: np.ndarray, of: str
+    ) -> None:
         at = shadow.unwritten_lane(cells, len(lanes))
         if at is not None:
             self.fail(
@@ -244,7 +268,9 @@ def store(machine: Machine, instruction: Instruction) -> Step:
     readers = [reader(item, kind) for item in parts(value)]
     access = Access(machine, instruction, address, size * len(readers))
 
-    def put(name: str, batch: Batch, lanes: Lanes, own: np.ndarray, words: list[np.ndarray]) -> None:
+    def put(
+        name: str, batch: Batch, lanes: Lanes, own: np.ndarray, words: list[np.ndarray]
+    ) -> None:
         if name == "param":
             access.fail("out of bounds", batch, 0, "store to a parameter")
         if name == "global":
@@ -316,7 +342,11 @@ def atomic(machine: Machine, instruction: Instruction) -> Step:
             shared = batch.shared.view(dtype)
             for i, lane in enumerate(order):
                 one = own[i : i + 1]
-                old[i] = host.load_words(one, size).view(dtype)[0] if where == "global" else shared[one[0]]
+                old[i] = (
+                    host.load_words(one, size).view(dtype)[0]
+                    if where == "global"
+                    else shared[one[0]]
+                )
                 new = ATOMICS[name](old[i], *(x[lane] for x in operands))
                 word = np.array([new], dtype)
                 if where == "global":
@@ -356,5 +386,3 @@ BUILDERS: dict[str, Callable[[Machine, Instruction], Step]] = {
     "fence": nothing,
     "prefetch": nothing,
 }
-
-__all__ = ["BUILDERS", "Access", "Immediate"]

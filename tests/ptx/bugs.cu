@@ -1,5 +1,5 @@
-// A kernel for each check of the emulator, with the bug and, for bug = false, without. The line that
-// the message must name is marked BUG: and the name of the host function.
+// A kernel for each check of the emulator, with the bug and, for bug = false, without. The line
+// that the message must name is marked BUG: and the name of the host function.
 #include <cuda_runtime.h>
 
 #include <cub/block/block_reduce.cuh>
@@ -124,7 +124,8 @@ __global__ void local_unwritten(bool bug, const float* in, float* out, int n) {
 }
 
 // nvcc gives a variable that is not set some value of its own, so this is in PTX.
-#define ADD_MAYBE_UNSET "{ .reg .pred p; .reg .f32 t; setp.lt.s32 p, %1, 5; @p mov.f32 t, %2; add.f32 %0, t, %2; }"
+#define ADD_MAYBE_UNSET \
+  "{ .reg .pred p; .reg .f32 t; setp.lt.s32 p, %1, 5; @p mov.f32 t, %2; add.f32 %0, t, %2; }"
 
 __global__ void register_unset(bool bug, const float* in, float* out) {
   const int i = threadIdx.x, when = bug ? i : 0;
@@ -210,8 +211,7 @@ __global__ void much_shared(const float* in, float* out) {
 
 __global__ void endless(bool bug, const float* in, float* out) {
   volatile const float* watched = in;
-  while (bug && watched[0] > -1.0f) {
-  }
+  while (bug && watched[0] > -1.0f) {}
   out[threadIdx.x % 32 + 0 * blockIdx.x] = 0.0f;
 }
 
@@ -231,7 +231,8 @@ __global__ void asserts(bool bug, const float* in, float* out) {
 using bugs::kThreads;
 
 // in and out are arrays of 32 floats on the device; in holds 0, 1, 2, ... 31.
-#define RUN(name) extern "C" __attribute__((visibility("default"))) void name(bool bug, const float* in, float* out)
+#define RUN(name) \
+  extern "C" __attribute__((visibility("default"))) void name(bool bug, const float* in, float* out)
 
 RUN(out_of_bounds_load) { bugs::load_past_end<<<1, kThreads>>>(bug, in, out, 32); }
 RUN(out_of_bounds_store) { bugs::store_before_start<<<1, kThreads>>>(bug, in, out, 32); }
@@ -257,7 +258,9 @@ RUN(exited_lanes) { bugs::exited_lanes<<<1, kThreads>>>(bug, in, out); }
 RUN(absent_lanes) { bugs::absent_lanes<<<1, bug ? 40 : kThreads>>>(in, out); }
 RUN(unnamed_lane) { bugs::unnamed_lane<<<1, kThreads>>>(bug, in, out); }
 RUN(launch_bounds) { bugs::bounded<<<1, bug ? kThreads + 1 : kThreads>>>(in, out); }
-RUN(shared_by_default) { bugs::much_shared<<<1, kThreads, bug ? 48 * 1024 + 4 : 48 * 1024>>>(in, out); }
+RUN(shared_by_default) {
+  bugs::much_shared<<<1, kThreads, bug ? 48 * 1024 + 4 : 48 * 1024>>>(in, out);
+}
 RUN(shared_asked_for) {
   const int bytes = bug ? 65 * 1024 : 64 * 1024;
   cudaFuncSetAttribute(bugs::much_shared, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
@@ -273,5 +276,12 @@ RUN(freed_memory) {
   if (bug) cudaFree(scratch);
   bugs::bounded<<<1, kThreads>>>(static_cast<float*>(scratch), out);
   if (!bug) cudaFree(scratch);
+}
+RUN(copied_unwritten) {
+  void* scratch = nullptr;
+  cudaMalloc(&scratch, 128);
+  bugs::blocks_store<<<bug ? 31 : 32, kThreads>>>(false, in, static_cast<float*>(scratch));
+  cudaMemcpy(out, scratch, 128, cudaMemcpyDeviceToDevice);
+  cudaFree(scratch);
 }
 RUN(too_many_blocks) { bugs::bounded<<<dim3(1, bug ? 65536 : 1), kThreads>>>(in, out); }

@@ -106,6 +106,10 @@ class Shadow:
         begin = (start - self.start) // self.cell
         self.written[begin : begin + -(-size // self.cell)] = True
 
+    def is_written(self, start: int, size: int) -> bool:
+        begin = (start - self.start) // self.cell
+        return bool(self.written[begin : begin + -(-size // self.cell)].all())
+
     def unwritten_lane(self, cells: np.ndarray | slice, lanes: int) -> int | None:
         """The first lane that reads what was never written."""
         written = self.written[cells]
@@ -148,7 +152,11 @@ class Shadow:
 
     @staticmethod
     def _shape(cells, lanes: int) -> tuple[int, int]:
-        return (lanes, (cells.stop - cells.start) // lanes) if isinstance(cells, slice) else cells.shape
+        return (
+            (lanes, (cells.stop - cells.start) // lanes)
+            if isinstance(cells, slice)
+            else cells.shape
+        )
 
     def _against_stores(self, cells, actors: Actors, since: int, atomics: bool) -> Conflict | None:
         found = self._against(self.store_time, self.store_thread, cells, actors, since, "stored")
@@ -185,7 +193,10 @@ class Shadow:
             return None
         lanes = len(actors.thread)
         time = time.reshape(lanes, -1)
-        warp, mask = self.load_warp[cells].reshape(lanes, -1), self.load_lanes[cells].reshape(lanes, -1)
+        warp, mask = (
+            self.load_warp[cells].reshape(lanes, -1),
+            self.load_lanes[cells].reshape(lanes, -1),
+        )
         mine = np.uint32(1) << actors.lane.astype(np.uint32)
         alone = (warp == actors.warp[:, None]) & (mask == mine[:, None])
         row, column = np.nonzero((time > since) & ~alone)

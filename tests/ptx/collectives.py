@@ -15,7 +15,7 @@ from ptx.batch import Batch, Lanes
 from ptx.checks import Violation
 from ptx.instructions import UNSIGNED, Opcode, UnknownInstruction, numpy_type, opcode
 from ptx.operands import reader, writer
-from ptx.parser import SIZES, Immediate, Instruction, Register, Vector
+from ptx.parser import Immediate, Instruction, Vector
 
 if TYPE_CHECKING:
     from ptx.machine import Machine
@@ -120,7 +120,7 @@ class WarpWide(Collective):
             at, which = (int(i[0]) for i in np.nonzero(absent))
             self.fail(
                 "shuffle mask", batch, int(lanes[at]),
-                f"mask {int(masks[at]):#010x} names lane {which}, which has exited or does not exist",
+                f"mask {int(masks[at]):#010x} names lane {which}, which has exited or is not there",
             )  # fmt: skip
         # A lane may go on once all it names have come with the same mask.
         agreed = np.zeros((len(batch.known), 32), np.uint32)
@@ -253,7 +253,9 @@ class Match(WarpWide):
         same = (self.table(batch, lanes, mine)[warp] == mine[:, None]) & named
         bits = (same.astype(np.uint32) << WARP).sum(axis=1, dtype=np.uint32)
         agreed = (same == named).all(axis=1)
-        self.write(batch, lanes, bits if self.mode == "any" else np.where(agreed, bits, np.uint32(0)))
+        self.write(
+            batch, lanes, bits if self.mode == "any" else np.where(agreed, bits, np.uint32(0))
+        )
         self.write_all(batch, lanes, agreed)
 
 
@@ -277,7 +279,10 @@ class Reduction(WarpWide):
         if self.neutral is None:
             info = np.iinfo(dtype)
             self.neutral = {"min": info.max, "max": info.min, "and": UNSIGNED[4](ALL)}[name]
-        self.value, self.write = reader(instruction.operands[1], op.type), writer(instruction.operands[0])
+        self.value, self.write = (
+            reader(instruction.operands[1], op.type),
+            writer(instruction.operands[0]),
+        )
 
     def run(self, batch: Batch, lanes: Lanes) -> None:
         warp, _ = self.places(batch, lanes)
@@ -319,5 +324,3 @@ BUILDERS: dict[str, Callable[[Machine, Instruction], Collective]] = {
     "redux": Reduction,
     "activemask": ActiveMask,
 }
-
-__all__ = ["BUILDERS", "Collective", "Register", "SIZES"]

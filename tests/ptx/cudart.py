@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from ptx.checks import Violation
 from ptx.machine import Machine
 from ptx.parser import Module
 
@@ -19,9 +20,7 @@ LAUNCH = ctypes.CFUNCTYPE(
     ctypes.c_size_t,
     ctypes.c_void_p,
 )
-EVENT = ctypes.CFUNCTYPE(
-    None, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
-)
+EVENT = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 LAUNCH_FAILURE = 719  # cudaErrorLaunchFailure
 # What makes the host wait for the device.
@@ -57,9 +56,7 @@ class Runtime:
                 params += ctypes.string_at(arguments[i], p.size)
             grid, block = tuple(sizes[0:3]), tuple(sizes[3:6])
             self.events["launch"] += 1
-            self.machine.launch(
-                module, kernel, grid, block, params, shared_bytes, int(stream or 0)
-            )
+            self.machine.launch(module, kernel, grid, block, params, shared_bytes, int(stream or 0))
             return 0
         except BaseException as error:
             self._pending = self._pending or error
@@ -76,6 +73,8 @@ class Runtime:
             elif what == "cudaFree":
                 memory.remove(to)
             elif what.startswith(("cudaMemcpy", "cudaMemset")):
+                if source:
+                    self.require_written(source, size, what)
                 found = memory.at(to)
                 if found:
                     found.shadow.mark_written(to, size)
@@ -83,6 +82,13 @@ class Runtime:
                 self.machine.shared_bytes_allowed[ctypes.string_at(source).decode()] = size
         except BaseException as error:
             self._pending = self._pending or error
+
+    def require_written(self, start: int, size: int, reader: str) -> None:
+        """Violation if the host reads device memory that was never written."""
+        found = self.machine.memory.at(start)
+        if found and not found.shadow.is_written(start, size):
+            text = f"{reader}: reads {size} bytes of {found}, not all of which were ever written"
+            raise Violation("uninitialised", text)
 
     def raise_pending(self) -> None:
         """Raises what went wrong in a launch since the last call."""

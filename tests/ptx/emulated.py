@@ -25,7 +25,7 @@ from torch.utils import cpp_extension
 from ptx.counts import Launch, Traffic
 from ptx.cudart import Runtime
 from ptx.memory import Buffer
-from ptx.toolchain import HERE, ROOT, compile_all, cuda_library
+from ptx.toolchain import HERE, ROOT, Compiled, compile_all, cuda_library
 
 NAME = "gradfuse_emulated"
 HUGE, EDGE = 1 << 30, 1 << 20
@@ -35,8 +35,8 @@ def kernel_sources() -> list[Path]:
     return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
-def build() -> tuple[Path, list[Path]]:
-    """The module's library and the PTX of its kernels."""
+def build() -> tuple[Path, list[Compiled]]:
+    """The module's library, and its kernels."""
     compiled = compile_all(kernel_sources())
     includes = [*cpp_extension.include_paths(), sysconfig.get_path("include")]
     libraries = cpp_extension.library_paths()
@@ -56,7 +56,7 @@ def build() -> tuple[Path, list[Path]]:
             *["-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"],
         ],
     )
-    return library, [c.ptx for c in compiled]
+    return library, compiled
 
 
 def extent(t: Tensor) -> tuple[int, int]:
@@ -71,13 +71,13 @@ class Emulated:
     """The module's functions, and what the last call of one did."""
 
     def __init__(self) -> None:
-        library, ptx = build()
+        library, compiled = build()
         loader = importlib.machinery.ExtensionFileLoader(NAME, str(library))
         spec = importlib.util.spec_from_file_location(NAME, library, loader=loader)
         assert spec
         self._module: ModuleType = importlib.util.module_from_spec(spec)
         loader.exec_module(self._module)
-        self.runtime = Runtime(library, ptx)
+        self.runtime = Runtime(library, [c.ptx for c in compiled])
         self.buffers: list[Buffer] = []  # those of the tensors given to the last call
         self._lock = threading.RLock()
 
@@ -117,7 +117,9 @@ class Emulated:
             return functools.partial(_ParameterList, self, found)
         return self.watched(found) if callable(found) else found
 
-    def watched(self, function: Callable, parameters: Callable[[], list[Tensor]] = list) -> Callable:
+    def watched(
+        self, function: Callable, parameters: Callable[[], list[Tensor]] = list
+    ) -> Callable:
         """The function, with its tensors' memory known to the machine while it runs."""
 
         @functools.wraps(function)
@@ -130,6 +132,8 @@ class Emulated:
                     self.runtime.raise_pending()
                     raise
                 self.runtime.raise_pending()
+                for i, t in enumerate(result or ()):
+                    self.runtime.require_written(t.data_ptr(), t.nbytes, f"result {i}")
             return result
 
         return call

@@ -342,9 +342,13 @@ def _(op: Opcode) -> Arithmetic:
         top = (unsigned(a) >> np.maximum(source, 0).astype(word)) & word(1)
         fill = np.where((op.type[0] == "s") & (length > 0), top, word(0)).astype(bool)
         fill = np.where(start >= bits, sign & (length > 0), fill)
-        shifted = np.where(start >= bits, word(0), unsigned(a) >> np.minimum(start, bits - 1).astype(word))
+        shifted = np.where(
+            start >= bits, word(0), unsigned(a) >> np.minimum(start, bits - 1).astype(word)
+        )
         kept = np.maximum(np.minimum(length, bits - start), 0)
-        mask = np.where(kept >= bits, ~word(0), (word(1) << np.minimum(kept, bits - 1).astype(word)) - word(1))
+        mask = np.where(
+            kept >= bits, ~word(0), (word(1) << np.minimum(kept, bits - 1).astype(word)) - word(1)
+        )
         return np.where(fill, shifted & mask | ~mask, shifted & mask).astype(word).view(a.dtype)
 
     return Arithmetic(op.type, (op.type, "u32", "u32"), compute)
@@ -358,7 +362,11 @@ def _(op: Opcode) -> Arithmetic:
 
     def compute(a: np.ndarray, b: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
         start, length = start & 255, length & 255
-        field = np.where(length >= bits, ~word(0), (word(1) << np.minimum(length, bits - 1).astype(word)) - word(1))
+        field = np.where(
+            length >= bits,
+            ~word(0),
+            (word(1) << np.minimum(length, bits - 1).astype(word)) - word(1),
+        )
         at = np.minimum(start, bits - 1).astype(word)
         mask = np.where(start >= bits, word(0), field << at)
         return a << at & mask | b & ~mask
@@ -368,7 +376,10 @@ def _(op: Opcode) -> Arithmetic:
 
 def bit_length(x: np.ndarray) -> np.ndarray:
     """One more than the index of the highest bit set; float64 holds 32 bits exactly."""
-    high, low = (x >> np.uint64(32)).astype(np.float64), (x & np.uint64(0xFFFFFFFF)).astype(np.float64)
+    high, low = (
+        (x >> np.uint64(32)).astype(np.float64),
+        (x & np.uint64(0xFFFFFFFF)).astype(np.float64),
+    )
     return np.where(high > 0, np.frexp(high)[1] + 32, np.frexp(low)[1]).astype(np.uint32)
 
 
@@ -388,7 +399,9 @@ def _(op: Opcode) -> Arithmetic:
     def compute(a: np.ndarray) -> np.ndarray:
         octets = a.reshape(-1, 1).view(np.uint8)
         flipped = np.unpackbits(octets, axis=1, bitorder="little")
-        return np.packbits(flipped[:, ::-1], axis=1, bitorder="little").view(a.dtype).reshape(a.shape)
+        return (
+            np.packbits(flipped[:, ::-1], axis=1, bitorder="little").view(a.dtype).reshape(a.shape)
+        )
 
     return Arithmetic(op.type, (op.type,), compute)
 
@@ -416,7 +429,9 @@ def _(op: Opcode) -> Arithmetic:
         out = np.zeros(np.broadcast(a, b, selectors).shape, np.uint32)
         for k in range(4):
             selector = (selectors >> np.uint32(4 * k)) & np.uint32(15)
-            octet = (both >> (8 * (selector & 7)).astype(np.uint64)).astype(np.uint32) & np.uint32(255)
+            octet = (both >> (8 * (selector & 7)).astype(np.uint64)).astype(np.uint32) & np.uint32(
+                255
+            )
             sign = np.where(octet & 128, np.uint32(255), np.uint32(0))
             out |= np.where(selector & 8, sign, octet) << np.uint32(8 * k)
         return out
@@ -461,97 +476,3 @@ def _(op: Opcode) -> Arithmetic:
 @instruction("selp", BITS | INTEGERS | WIDE_FLOATS)
 def _(op: Opcode) -> Arithmetic:
     return Arithmetic(op.type, (op.type, op.type, "pred"), lambda a, b, p: np.where(p, a, b))
-
-
-# Conversion
-
-ROUND = {"i": np.rint, "n": np.rint, "z": np.trunc, "m": np.floor, "p": np.ceil}
-
-
-def to_integer(source: str, target: str, rounding: str) -> Callable[[np.ndarray], np.ndarray]:
-    """Rounded and clamped to the target's range. NaN becomes 0, or, where either side has 64
-    bits, the top bit alone."""
-    dtype = np.dtype(numpy_type(target))
-    info = np.iinfo(dtype)
-    top_bit = dtype.type(info.min) if dtype.kind == "i" else dtype.type((int(info.max) >> 1) + 1)
-    of_nan = dtype.type(0) if source != "f64" and SIZES[target] < 8 else top_bit
-
-    def compute(x: np.ndarray) -> np.ndarray:
-        y = ROUND[rounding](x.astype(np.float64))
-        inside = (y >= float(info.min)) & (y < float(info.max) + 1.0)
-        out = np.where(inside, y, 0.0).astype(dtype)
-        out = np.where(~inside & (y > 0), dtype.type(info.max), out)
-        out = np.where(~inside & (y < 0), dtype.type(info.min), out)
-        return np.where(np.isnan(y), of_nan, out)
-
-    return compute
-
-
-def narrowed(x: np.ndarray, rounding: str) -> np.ndarray:
-    """float64 as float32, rounded to nearest or towards zero."""
-    near = x.astype(np.float32)
-    if rounding == "n":
-        return near
-    too_large = np.abs(near.astype(np.float64)) > np.abs(x)
-    return np.where(too_large, np.nextafter(near, np.float32(0)), near)
-
-
-def to_bfloat16(x: np.ndarray) -> np.ndarray:
-    """The bits of float32 rounded to nearest even; NaN becomes 0x7fff."""
-    bits = x.view(np.uint32)
-    near = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
-    return np.where(np.isnan(x), np.uint16(0x7FFF), near.astype(np.uint16))
-
-
-def clamped(source: np.dtype, target: np.dtype) -> Callable[[np.ndarray], np.ndarray]:
-    """.sat of integers: to the target's range."""
-    low = max(int(np.iinfo(source).min), int(np.iinfo(target).min))
-    high = min(int(np.iinfo(source).max), int(np.iinfo(target).max))
-    return lambda x: np.clip(x, source.type(low), source.type(high)).astype(target)
-
-
-@instruction(
-    "cvt", set(SIZES) - {"b8", "b16", "b32", "b64", "f16x2", "bf16x2", "pred"},
-    "rn rz rni rzi rmi rpi sat ftz",
-)  # fmt: skip
-def _(op: Opcode) -> Arithmetic:
-    if len(op.types) != 2:
-        raise UnknownInstruction(op.name)
-    target, source = op.types
-    rounding = op.one_of("rni", "rzi", "rmi", "rpi", "rn", "rz")
-    dtype = np.dtype(numpy_type(target))
-    if source == "bf16":
-        if target != "f32":
-            raise UnknownInstruction(op.name)
-        compute = lambda x: (x.astype(np.uint32) << np.uint32(16)).view(np.float32)  # noqa: E731
-    elif target == "bf16":
-        if source != "f32" or rounding != "rn":
-            raise UnknownInstruction(op.name)
-        compute = to_bfloat16
-    elif is_float(target) and is_float(source):
-        if len(rounding) == 3:
-            compute = ROUND[rounding[1]]
-        elif SIZES[source] > SIZES[target] and not rounding:
-            raise UnknownInstruction(op.name)
-        elif (source, target) == ("f64", "f32"):
-            compute = lambda x: narrowed(x, rounding[1])  # noqa: E731
-        elif rounding == "rz":
-            raise UnknownInstruction(op.name)
-        else:
-            compute = lambda x: x.astype(dtype)  # noqa: E731
-        if "sat" in op.modifiers:  # to [0, 1], NaN to 0
-            inner = compute
-            compute = lambda x: np.fmin(np.fmax(inner(x), dtype.type(0)), dtype.type(1))  # noqa: E731
-    elif is_float(target):
-        if rounding != "rn" or "sat" in op.modifiers:
-            raise UnknownInstruction(op.name)
-        compute = lambda x: x.astype(dtype)  # noqa: E731
-    elif is_float(source):
-        if len(rounding) != 3:
-            raise UnknownInstruction(op.name)
-        compute = to_integer(source, target, rounding[1])
-    elif "sat" in op.modifiers:
-        compute = clamped(np.dtype(numpy_type(source)), dtype)
-    else:
-        compute = lambda x: x.astype(dtype)  # noqa: E731
-    return Arithmetic(target, (source,), compute)

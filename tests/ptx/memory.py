@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -112,13 +113,15 @@ class Memory:
         inside = (index >= 0) & (addresses + width <= self._ends[index])
         return None if inside.all() else int(np.argmin(inside))
 
-    def runs(self, addresses: np.ndarray, width: int) -> Iterator[tuple[Buffer, np.ndarray | slice]]:
+    def runs(
+        self, addresses: np.ndarray, width: int
+    ) -> Iterator[tuple[Buffer, np.ndarray | slice]]:
         """Splits lanes, all of them inside, by buffer: (buffer, lanes). Where they follow each
         other in a few runs, each run comes by itself."""
         breaks = np.flatnonzero(np.diff(addresses) != width) + 1
         if len(breaks) < 16:
             edges = [0, *breaks.tolist(), len(addresses)]
-            for begin, end in zip(edges, edges[1:], strict=False):
+            for begin, end in itertools.pairwise(edges):
                 first, last = self.at(int(addresses[begin])), self.at(int(addresses[end - 1]))
                 assert first
                 if first is last:

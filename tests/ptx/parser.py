@@ -140,7 +140,9 @@ class Module:
             self._routines[name[1]] = (header, body)
             if kind == "entry":
                 self.kernel_names.append(name[1])
-        self.files = {int(n): path for n, path in re.findall(r'^\t?\.file\s+(\d+) "(.*?)"', text, re.M)}
+        self.files = {
+            int(n): path for n, path in re.findall(r'^\t?\.file\s+(\d+) "(.*?)"', text, re.M)
+        }
         outside = _ROUTINE.sub("", text)
         declared = re.findall(r"^(?:\.\w+ )*\.(?:shared|global|const)[^;]*", outside, re.M)
         self.variables = {v.name: v for v in map(_variable, declared)}
@@ -158,10 +160,13 @@ class Module:
         kernel = Kernel(name, params, threads)
         _Body(self, kernel).parse(body)
         named = {
-            part.base.name if isinstance(part, Address) and isinstance(part.base, Symbol) else part.name
+            part.base.name
+            if isinstance(part, Address) and isinstance(part.base, Symbol)
+            else part.name
             for i in kernel.instructions
             for part in i.operands
-            if isinstance(part, Symbol) or (isinstance(part, Address) and isinstance(part.base, Symbol))
+            if isinstance(part, Symbol)
+            or (isinstance(part, Address) and isinstance(part.base, Symbol))
         }
         kernel.variables += [v for n, v in self.variables.items() if n in named]
         return kernel
@@ -234,7 +239,9 @@ class _Body:
         self.location = called_at
 
     def _locate(self, line: str, seen: dict, called_at: Location | None) -> Location:
-        numbers = re.match(r"\.loc\s+(\d+)\s+(\d+)\s+(\d+)(?:.*inlined_at\s+(\d+)\s+(\d+)\s+(\d+))?", line)
+        numbers = re.match(
+            r"\.loc\s+(\d+)\s+(\d+)\s+(\d+)(?:.*inlined_at\s+(\d+)\s+(\d+)\s+(\d+))?", line
+        )
         if not numbers:
             raise ParseError(f"expected a source line, got {line!r}")
         key = tuple(int(n) for n in numbers.groups()[:3])
@@ -351,7 +358,9 @@ class _Body:
             raise ParseError(f"expected a direct call, got {text!r}")
         results, name, arguments = found.groups()
         outer_returns, outer_params, body = self.module.function(name)
-        passed = [a.strip() for part in (results, arguments) for a in (part or "").split(",") if a.strip()]
+        passed = [
+            a.strip() for part in (results, arguments) for a in (part or "").split(",") if a.strip()
+        ]
         keys = [self._lookup(a) for a in passed]
         self.calls += 1
         scope, prefix = self.scope, self.prefix

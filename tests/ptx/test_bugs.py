@@ -42,12 +42,13 @@ BUGS = {
     "division_by_zero": ("division by zero", "thread 3"),
     "trap": ("trap", "trap"),
     "freed_memory": ("out of bounds", "global load"),
+    "copied_unwritten": ("uninitialised", "cudaMemcpy: reads 128 bytes of allocation"),
     "too_many_blocks": ("launch", "expected a grid within"),
 }
 # Found by the launch, or by its length: there is no line to name.
 WITHOUT_LINE = {
     "launch_bounds", "shared_by_default", "shared_asked_for", "endless_loop", "freed_memory",
-    "too_many_blocks",
+    "copied_unwritten", "too_many_blocks",
 }  # fmt: skip
 ORDERS = ["forward", "backward", "shuffled"]
 

@@ -7,13 +7,14 @@ import mmap
 import numpy as np
 import pytest
 import torch
-from helpers import COMPLEX, REAL, bits, owners, random, short
+from helpers import COMPLEX, REAL, bits, random, short
 
 import gradfuse
 from gradfuse import reference
 from ptx import emulated
+from ptx.checks import Violation
 from ptx.parser import Module
-from ptx.toolchain import demangled
+from ptx.toolchain import demangled, resources
 
 # A step of each op, on parameters with gradients.
 STEPS = {
@@ -89,9 +90,18 @@ def test_every_kernel_was_run(ptx):
     mixed = torch.nn.Parameter(torch.ones(5, 7, dtype=torch.float64))
     mixed.grad = random(5, 7, dtype=torch.float64)
     gradfuse.adaptive_clip_grad_([mixed])
-    _, files = emulated.build()
-    every = {demangled(k) for file in files for k in Module(file.read_text()).kernel_names}
+    _, compiled = emulated.build()
+    every = {demangled(k) for c in compiled for k in Module(c.ptx.read_text()).kernel_names}
     assert every <= KERNELS_RUN, f"never run: {sorted(every - KERNELS_RUN)}"
+
+
+def test_no_kernel_spills_registers():
+    """On the one architecture that is compiled here; make traffic shows all."""
+    _, compiled = emulated.build()
+    for c in compiled:
+        used = resources(c.ptxas.read_text())
+        assert set(used) == set(Module(c.ptx.read_text()).kernel_names)
+        assert not {demangled(k): r for k, r in used.items() if r.spilled_bytes}
 
 
 def virtual(numel, dtype):
@@ -134,10 +144,15 @@ def test_elements_past_2_to_the_31_are_scaled(only):
 def test_elements_past_2_to_the_31_are_read_once(ptx):
     grad = virtual(LONG, torch.bfloat16)
     ptx.machine.only_blocks = lambda name, block: name.startswith("dense") and block in (0, 16384)
-    gradfuse.get_total_norm([grad])
+    with pytest.raises(
+        Violation, match="result 0: reads 4 bytes .* not all of which were ever written"
+    ):
+        gradfuse.get_total_norm([grad])  # the kernels that would write it are left out
     loaded = ptx.traffic.loaded
     assert loaded["tensor 0, beginning", 16] == 2 * 131072
-    assert {k: n for k, n in loaded.items() if k[0] == "tensor 0, end"} == {("tensor 0, end", 2): 10}
+    assert {k: n for k, n in loaded.items() if k[0] == "tensor 0, end"} == {
+        ("tensor 0, end", 2): 10
+    }
 
 
 def test_units_past_2_to_the_31_are_clipped(only):
@@ -176,5 +191,3 @@ def test_an_endless_loop_would_be_found(ptx):
             gradfuse.get_total_norm([torch.ones(4097)])
     finally:
         ptx.machine.budget = 2_000_000_000
-
-

@@ -1,4 +1,4 @@
-"""What the kernels move, byte by byte: each gradient read once, written only where it is clipped."""
+"""What the kernels move, byte by byte: gradients are read once, and written where clipped."""
 
 import math
 
@@ -45,7 +45,9 @@ def assert_loaded(ptx, grads, times, prefix="grad"):
         widths = ptx.traffic.widths(name)
         size, narrow = total_bytes([g]), narrow_elements(g) * g.element_size()
         assert sum(n for (b, _), n in ptx.traffic.loaded.items() if b == name) == times * size
-        per_launch = [launch.traffic for launch in ptx.launches if launch.traffic.distinct_loaded[name]]
+        per_launch = [
+            launch.traffic for launch in ptx.launches if launch.traffic.distinct_loaded[name]
+        ]
         assert len(per_launch) == times
         for traffic in per_launch:
             loaded = {w: n for (b, w), n in traffic.loaded.items() if b == name}

@@ -30,7 +30,8 @@ CXX_FLAGS = ["-std=c++20", "-O2", "-g0", "-fPIC", "-fvisibility=hidden", "-Wno-p
 def setup_script():
     """setup.py as a module: it knows where a toolkit is, and the default architectures."""
     spec = importlib.util.spec_from_file_location("gradfuse_setup", ROOT / "setup.py")
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -95,6 +96,7 @@ class Compiled(NamedTuple):
 
     object: Path
     ptx: Path
+    ptxas: Path  # what ptxas -v said
 
 
 def compile_cuda(source: Path) -> Compiled:
@@ -102,20 +104,23 @@ def compile_cuda(source: Path) -> Compiled:
     inputs = {*sources_of(ROOT / "csrc"), *source.parent.glob("*.cuh"), source}
 
     def build(folder: Path) -> None:
-        run(
+        said = run(
             [
                 *[nvcc(), *NVCC_FLAGS, f"-arch={TARGET}", "-lineinfo", "-Xcompiler=-fPIC"],
-                *["--keep", f"--keep-dir={folder}", f"-I{ROOT / 'csrc'}"],
+                *["--keep", f"--keep-dir={folder}", "-Xptxas=-v", f"-I{ROOT / 'csrc'}"],
                 *["-c", source, "-o", folder / f"{source.stem}.o"],
             ]
         )
         for kept in folder.iterdir():
             if kept.suffix not in (".o", ".ptx"):
                 kept.unlink()
+        (folder / "ptxas.txt").write_text(said)
 
     digest = _digest(list(inputs), NVCC_FLAGS, TARGET, str(nvcc()), run([nvcc(), "--version"]))
     folder = _built(source.stem, digest, build)
-    return Compiled(folder / f"{source.stem}.o", folder / f"{source.stem}.ptx")
+    return Compiled(
+        folder / f"{source.stem}.o", folder / f"{source.stem}.ptx", folder / "ptxas.txt"
+    )
 
 
 def compile_all(sources: Sequence[Path]) -> list[Compiled]:
@@ -154,7 +159,9 @@ def shared_library(
     return _built(Path(name).stem, digest, build) / f"{Path(name).stem}.so"
 
 
-def cuda_library(name: str, objects: Sequence[Path], sources: Sequence[str] = (), **options) -> Path:
+def cuda_library(
+    name: str, objects: Sequence[Path], sources: Sequence[str] = (), **options
+) -> Path:
     """A library in which fake_cudart.cpp stands in for libcudart."""
     root = toolkit()
     assert root
@@ -170,17 +177,21 @@ class Resources(NamedTuple):
     spilled_bytes: int  # stores and loads
 
 
-def resources(source: Path, arch: str) -> dict[str, Resources]:
-    """Registers and spills by kernel, from ptxas -v."""
-    command = [nvcc(), *NVCC_FLAGS, f"-arch={arch}", "-Xptxas=-v", "-cubin", f"-I{ROOT / 'csrc'}"]
-    text = run([*command, source, "-o", os.devnull])
+def resources(said: str) -> dict[str, Resources]:
+    """Registers and spills by kernel, from what ptxas -v said."""
     found = re.findall(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
         r".*?Used (\d+) registers",
-        text,
+        said,
         re.S,
     )
     return {n: Resources(int(regs), int(st) + int(ld)) for n, st, ld, regs in found}
+
+
+def ptxas(source: Path, arch: str) -> str:
+    """What ptxas -v says of a .cu file for an architecture."""
+    command = [nvcc(), *NVCC_FLAGS, f"-arch={arch}", "-Xptxas=-v", "-cubin", f"-I{ROOT / 'csrc'}"]
+    return run([*command, source, "-o", os.devnull])
 
 
 @functools.cache
