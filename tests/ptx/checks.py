@@ -125,13 +125,10 @@ class Shadow:
         return found
 
     def store(self, cells, actors: Actors, now: int, since: int) -> Conflict | None:
+        """Records a store."""
         found = self._against_stores(cells, actors, since, atomics=True)
         found = found or self._against_loads(cells, actors, since)
-        lanes = len(actors.thread)
-        thread = np.broadcast_to(actors.thread[:, None], self._shape(cells, lanes))
-        self.store_thread[cells] = thread.reshape(-1) if isinstance(cells, slice) else thread
-        self.store_time[cells] = now
-        self.written[cells] = True
+        thread = self._record_store(self.store_time, self.store_thread, cells, actors, now)
         if found is None and not isinstance(cells, slice):
             lost = self.store_thread[cells] != thread
             if lost.any():
@@ -141,14 +138,20 @@ class Shadow:
         return found
 
     def atomic(self, cells, actors: Actors, now: int, since: int) -> Conflict | None:
+        """Records an atomic access, which races with loads and stores alone."""
         found = self._against_stores(cells, actors, since, atomics=False)
         found = found or self._against_loads(cells, actors, since)
-        lanes = len(actors.thread)
-        thread = np.broadcast_to(actors.thread[:, None], self._shape(cells, lanes))
-        self.atomic_thread[cells] = thread.reshape(-1) if isinstance(cells, slice) else thread
-        self.atomic_time[cells] = now
-        self.written[cells] = True
+        self._record_store(self.atomic_time, self.atomic_thread, cells, actors, now)
         return found
+
+    def _record_store(self, times, threads, cells, actors: Actors, now: int) -> np.ndarray:
+        """The threads by cell, as they were recorded."""
+        shape = self._shape(cells, len(actors.thread))
+        thread = np.broadcast_to(actors.thread[:, None], shape)
+        threads[cells] = thread.reshape(-1) if isinstance(cells, slice) else thread
+        times[cells] = now
+        self.written[cells] = True
+        return thread
 
     @staticmethod
     def _shape(cells, lanes: int) -> tuple[int, int]:

@@ -132,7 +132,7 @@ class Emulated:
                     self.runtime.raise_pending()
                     raise
                 self.runtime.raise_pending()
-                for i, t in enumerate(result or ()):
+                for i, t in enumerate(result if isinstance(result, tuple) else ()):
                     self.runtime.require_written(t.data_ptr(), t.nbytes, f"result {i}")
             return result
 

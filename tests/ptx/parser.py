@@ -9,6 +9,7 @@ Source: NVIDIA, "Parallel Thread Execution ISA".
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -141,7 +142,8 @@ class Module:
             if kind == "entry":
                 self.kernel_names.append(name[1])
         self.files = {
-            int(n): path for n, path in re.findall(r'^\t?\.file\s+(\d+) "(.*?)"', text, re.M)
+            int(n): os.path.normpath(path)
+            for n, path in re.findall(r'^\t?\.file\s+(\d+) "(.*?)"', text, re.M)
         }
         outside = _ROUTINE.sub("", text)
         declared = re.findall(r"^(?:\.\w+ )*\.(?:shared|global|const)[^;]*", outside, re.M)

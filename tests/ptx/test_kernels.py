@@ -145,7 +145,7 @@ def test_elements_past_2_to_the_31_are_read_once(ptx):
     grad = virtual(LONG, torch.bfloat16)
     ptx.machine.only_blocks = lambda name, block: name.startswith("dense") and block in (0, 16384)
     with pytest.raises(
-        Violation, match="result 0: reads 4 bytes .* not all of which were ever written"
+        Violation, match=r"result 0: reads 4 bytes .* not all of which were ever written"
     ):
         gradfuse.get_total_norm([grad])  # the kernels that would write it are left out
     loaded = ptx.traffic.loaded
