@@ -67,8 +67,10 @@ def clip_plan(
         if wide <= max_norm:
             return wide, [1.0], wide, KEEP
         steps = [max_norm / (wide + 1e-6)]
-        if steps[0] < 2.0**-1022 or not math.isfinite(wide):  # float64 has no room for it
+        if not math.isfinite(wide):
             steps = [2.0**-600, max_norm / (s * 2.0**-600) / v]
+        elif steps[0] < 2.0**-1022:  # float64 has no room for it
+            steps = [2.0**-600, max_norm / ((wide + 1e-6) * 2.0**-600)]
         return wide, steps, s * steps[0] * (v * steps[-1] if steps[1:] else v), SCALE
     if policy == ZERO_GRADIENTS:
         return wide, [0.0], 0.0, ZERO

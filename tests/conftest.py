@@ -1,6 +1,7 @@
 """Fixtures: the implementations and devices that the tests run on."""
 
 import os
+import random
 from collections import defaultdict
 
 import hypothesis
@@ -38,8 +39,8 @@ BACKENDS = ["reference"] if NATIVE_OFF else ["cpu", "reference", "ptx", *DEVICES
 PTX = os.environ.get("GRADFUSE_PTX", "auto")
 PTX_REQUIRED = PTX in ("1", "all")
 # The emulator takes a thousand times as long as the CPU kernels. Of a test with many combinations
-# of arguments it runs this many, and none of these files: thousands of examples, other processes,
-# or what is refused before any kernel runs.
+# of arguments it runs about this many, and none of these files: thousands of examples, other
+# processes, or what is refused before any kernel runs.
 PTX_VARIANTS = 12
 NOT_ON_PTX = {"test_hypothesis.py", "test_process.py", "test_errors.py", "test_compile.py"}
 
@@ -62,10 +63,21 @@ def thinned(items):
     for (path, _), variants in by_function.items():
         if PTX == "0" or (PTX != "all" and path.name in NOT_ON_PTX):
             yield from variants
-        elif PTX != "all" and len(variants) > PTX_VARIANTS:
-            count = len(variants)
-            kept = {i * count // PTX_VARIANTS for i in range(PTX_VARIANTS)}
-            yield from (v for i, v in enumerate(variants) if i not in kept)
+        elif PTX != "all":
+            kept = covering(variants)
+            yield from (v for v in variants if v not in kept)
+
+
+def covering(variants):
+    """PTX_VARIANTS of them in a fixed random order, and more until each value of each argument
+    occurs."""
+    kept, seen = [], set()
+    for item in random.Random(0).sample(variants, len(variants)):
+        values = {(name, repr(value)) for name, value in item.callspec.params.items()}
+        if len(kept) < PTX_VARIANTS or not values <= seen:
+            kept.append(item)
+            seen |= values
+    return kept
 
 
 def pytest_collection_modifyitems(config, items):

@@ -100,6 +100,16 @@ def test_coefficients_below_float64(max_norm, device):
         assert_values(grad, expected, 1e-12)
 
 
+@pytest.mark.parametrize("scale", [1e-320, 1e-315, 1e-308, 1e-300])
+def test_norm_and_max_norm_at_the_end_of_float64(scale, device):
+    """Of such a quotient the 1e-6 is all that counts."""
+    grad = random(50, dtype=torch.float64, scale=scale, device=device)
+    norm = true_norm([grad])
+    expected = truly_clipped(grad, norm, float(norm) / 2)
+    gradfuse.clip_grad_norm_(owner(grad), float(norm) / 2)
+    assert_values(grad, expected, 1e-12)
+
+
 @pytest.mark.parametrize("largest", [False, True], ids=["inf", "largest"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=short)
 def test_measuring_alone_leaves_overflowing_norms_alone(dtype, largest, device):

@@ -166,7 +166,7 @@ GRADFUSE_HD ClipPlan clip_plan(ScaledNorm norm, double max_norm, NonFinite polic
     if (!std::isfinite(wide))
       factor = {max_norm / norm.value, -norm.exponent};
     else if (factor.value < 0x1p-1022)
-      factor = {max_norm / (wide * 0x1p-900), -900.0};
+      factor = {max_norm / ((wide + 1e-6) * 0x1p-900), -900.0};
     const double clipped = std::isfinite(wide) ? times_power(wide, factor.exponent) * factor.value
                                                : norm.value * factor.value;
     return {wide, to_double(factor), clipped, Action::Scale, factor};

@@ -55,6 +55,9 @@ class Access:
         self.instruction = instruction
         self.width = width
         self.verb = {"ld": "load", "st": "store"}.get(instruction.name.split(".")[0], "atomic")
+        # Loads and stores with an order are atomic: they race with plain ones alone.
+        ordered = opcode(instruction.name).modifiers & {"relaxed", "acquire", "release"}
+        self.is_atomic = self.verb == "atomic" or bool(ordered)
         self.offset = address.offset
         self._base = reader(address.base, "u64")
 
@@ -114,12 +117,16 @@ class Access:
             shadow = buffer.shadow
             cells = shadow.cells(addresses[run], self.width)
             self._count_bytes(buffer, everyone[run])
-            record: Callable = shadow.store
             if self.verb != "store":
                 self._check_written(shadow, cells, batch, everyone[run], repr(buffer))
-                record = shadow.load if self.verb == "load" else shadow.atomic
+            record = self._record(shadow)
             found = record(cells, actors.take(run), machine.time, machine.launch_time)
             self.check_conflict(batch, everyone[run], found, "global")
+
+    def _record(self, shadow: Shadow) -> Callable:
+        if self.is_atomic:
+            return shadow.atomic
+        return shadow.load if self.verb == "load" else shadow.store
 
     def _check_written(
         self, shadow: Shadow, cells, batch: Batch, lanes: np.ndarray, of: str
@@ -154,10 +161,9 @@ class Access:
         shadow, machine = batch.shared_shadow, self.machine
         machine.time += 1
         cells = shadow.cells(index, self.width)
-        record: Callable = shadow.store
         if self.verb != "store":
             self._check_written(shadow, cells, batch, everyone, "shared memory")
-            record = shadow.load if self.verb == "load" else shadow.atomic
+        record = self._record(shadow)
         found = record(cells, batch.actors(lanes), machine.time, 0)
         self.check_conflict(batch, everyone, found, "shared")
         return index
@@ -241,8 +247,11 @@ def load(machine: Machine, instruction: Instruction) -> Step:
             return [host.load_words(own + s, size) for s in starts]
         if name == "param":
             offsets = own - WINDOW["param"]
-            if offsets.min() < 0 or offsets.max() + access.width > len(batch.params):
-                access.fail("out of bounds", batch, 0, "out-of-bounds load of a parameter")
+            access.check_alignment(batch, lanes, offsets, "parameter")
+            outside = (offsets < 0) | (offsets + access.width > batch.param_bytes)
+            if outside.any():
+                lane = int(batch.all_lanes(lanes)[np.argmax(outside)])
+                access.fail("out of bounds", batch, lane, "out-of-bounds load of a parameter")
             return [batch.params.view(UNSIGNED[size])[(offsets + s) // size] for s in starts]
         index = access.shared_index if name == "shared" else access.local_index
         array = (batch.shared if name == "shared" else batch.local).view(UNSIGNED[size])
@@ -262,6 +271,8 @@ def load(machine: Machine, instruction: Instruction) -> Step:
 
 def store(machine: Machine, instruction: Instruction) -> Step:
     space, kind = space_of(instruction), kind_of(instruction)
+    if ".const" in instruction.name:
+        raise UnknownInstruction(instruction.name)
     size = SIZES[kind]
     address, value = instruction.operands
     assert isinstance(address, Address)
@@ -272,7 +283,8 @@ def store(machine: Machine, instruction: Instruction) -> Step:
         name: str, batch: Batch, lanes: Lanes, own: np.ndarray, words: list[np.ndarray]
     ) -> None:
         if name == "param":
-            access.fail("out of bounds", batch, 0, "store to a parameter")
+            lane = int(batch.all_lanes(lanes)[0])
+            access.fail("out of bounds", batch, lane, "store to a parameter")
         if name == "global":
             access.check_global(batch, lanes, own)
             for i, word in enumerate(words):
@@ -295,6 +307,7 @@ def store(machine: Machine, instruction: Instruction) -> Step:
     return step
 
 
+TINY = np.finfo(np.float32).smallest_normal
 ATOMICS: dict[str, Callable] = {
     "add": lambda old, x: old + x,
     "min": min,
@@ -338,7 +351,8 @@ def atomic(machine: Machine, instruction: Instruction) -> Step:
             elif where == "shared":
                 own = access.shared_index(batch, who, own) // size
             else:
-                access.fail("out of bounds", batch, 0, f"atomic on {where} memory")
+                lane = int(batch.all_lanes(who)[0])
+                access.fail("out of bounds", batch, lane, f"atomic on {where} memory")
             shared = batch.shared.view(dtype)
             for i, lane in enumerate(order):
                 one = own[i : i + 1]
@@ -349,6 +363,8 @@ def atomic(machine: Machine, instruction: Instruction) -> Step:
                 )
                 new = ATOMICS[name](old[i], *(x[lane] for x in operands))
                 word = np.array([new], dtype)
+                if op.type == "f32" and where == "global":  # where subnormal sums become zero
+                    word = np.where(np.abs(word) < TINY, np.copysign(np.float32(0), word), word)
                 if where == "global":
                     host.store_words(one, word.view(UNSIGNED[size]))
                 else:

@@ -25,15 +25,23 @@ class Layout:
 
     def __init__(self, variables: Sequence[Variable], dynamic_bytes: int = 0) -> None:
         self.offsets: dict[str, int] = {}
-        self.real_bytes = 0  # without the gaps
+        self.static_bytes = 0  # without the gaps
         ranges = []
         offset = GAP
+        dynamic: int | None = None  # extern arrays are all the same memory
         for v in variables:
-            size = v.size or dynamic_bytes  # an extern array has what the launch gives it
-            self.offsets[v.name] = start = _aligned(offset, max(v.align, 16))
+            if not v.size and dynamic is not None:
+                self.offsets[v.name] = dynamic
+                continue
+            size = v.size or dynamic_bytes
+            # An odd multiple of the alignment, so that no wider access happens to be aligned.
+            self.offsets[v.name] = start = _aligned(offset, 2 * v.align) + v.align
             ranges.append((start, start + size))
             offset = start + size + GAP
-            self.real_bytes = _aligned(self.real_bytes, v.align) + size
+            if v.size:
+                self.static_bytes = _aligned(self.static_bytes, v.align) + size
+            else:
+                dynamic = start
         self.stride = _aligned(offset, 16)
         self.inside = np.zeros(self.stride + 1, bool)
         for start, end in ranges:
@@ -49,7 +57,8 @@ class Batch:
         blocks: np.ndarray,  # [blocks] linear indices
         grid: tuple[int, int, int],
         block: tuple[int, int, int],
-        params: np.ndarray,  # bytes
+        params: np.ndarray,  # bytes, and some more for wide words
+        param_bytes: int,
         shared: Layout,
         local: Layout,
         module_variables: dict[str, int],  # addresses of __device__ and __constant__ ones
@@ -62,7 +71,7 @@ class Batch:
         self.lanes = count * threads
         self.threads, self.warps = threads, warps
         self.blocks = blocks
-        self.params = params
+        self.params, self.param_bytes = params, param_bytes
         self.globals = module_variables
         self.registers: list[np.ndarray | None] = [None] * len(kernel.registers)
         self.unset: dict[int, np.ndarray] = {}

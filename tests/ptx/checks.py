@@ -53,12 +53,19 @@ class Conflict(NamedTuple):
     what: str
 
 
-# Who read a cell since it was last of interest: a warp, or one of these.
+# Who loaded a cell, or changed it atomically, since that was last of interest: a warp or a thread,
+# or one of these.
 SEVERAL_BLOCKS = -1
 
 
-def several_warps_of(block: np.ndarray) -> np.ndarray:
+def several_of(block: np.ndarray) -> np.ndarray:
+    """Several warps or threads of one block."""
     return -(block + 2)
+
+
+def block_of(who: np.ndarray, per_block: int) -> np.ndarray:
+    """The block of a warp or thread, or of several of one block; -1 for several blocks."""
+    return np.where(who >= 0, who // per_block, -who - 2)
 
 
 class Shadow:
@@ -71,11 +78,11 @@ class Shadow:
         cells = (start + size - self.start + 3) // 4
         self.written = np.full(cells, written)
         self.store_time = np.zeros(cells, np.int32)
-        self.store_thread = np.zeros(cells, np.int32)
+        self.store_thread = np.zeros(cells, np.int64)
         self.atomic_time = np.zeros(cells, np.int32)
-        self.atomic_thread = np.zeros(cells, np.int32)
+        self.atomic_thread = np.zeros(cells, np.int64)
         self.load_time = np.zeros(cells, np.int32)
-        self.load_warp = np.zeros(cells, np.int32)
+        self.load_warp = np.zeros(cells, np.int64)
         self.load_lanes = np.zeros(cells, np.uint32)
 
     _ARRAYS = (
@@ -128,7 +135,10 @@ class Shadow:
         """Records a store."""
         found = self._against_stores(cells, actors, since, atomics=True)
         found = found or self._against_loads(cells, actors, since)
-        thread = self._record_store(self.store_time, self.store_thread, cells, actors, now)
+        thread = self._per_cell(actors.thread, cells)
+        self._put(self.store_thread, cells, thread)
+        self.store_time[cells] = now
+        self.written[cells] = True
         if found is None and not isinstance(cells, slice):
             lost = self.store_thread[cells] != thread
             if lost.any():
@@ -141,17 +151,48 @@ class Shadow:
         """Records an atomic access, which races with loads and stores alone."""
         found = self._against_stores(cells, actors, since, atomics=False)
         found = found or self._against_loads(cells, actors, since)
-        self._record_store(self.atomic_time, self.atomic_thread, cells, actors, now)
+        thread = self._per_cell(actors.thread, cells)
+        block, barrier = actors.block[:, None], actors.barrier[:, None]
+        time, old = (
+            self._get(a, cells, len(thread)) for a in (self.atomic_time, self.atomic_thread)
+        )
+        same_block = block_of(old, actors.threads_per_block) == block
+        stale = (time <= since) | (same_block & (time < barrier))
+        many = np.where(same_block, several_of(block), SEVERAL_BLOCKS)
+        new = np.where(stale | (old == thread), thread, many)
+        self._put_all(self.atomic_thread, cells, new, actors.block, actors.threads_per_block)
+        self.atomic_time[cells] = now
+        self.written[cells] = True
         return found
 
-    def _record_store(self, times, threads, cells, actors: Actors, now: int) -> np.ndarray:
-        """The threads by cell, as they were recorded."""
-        shape = self._shape(cells, len(actors.thread))
-        thread = np.broadcast_to(actors.thread[:, None], shape)
-        threads[cells] = thread.reshape(-1) if isinstance(cells, slice) else thread
-        times[cells] = now
-        self.written[cells] = True
-        return thread
+    def _put_all(
+        self, array: np.ndarray, cells, new: np.ndarray, block: np.ndarray, per_block: int
+    ):
+        """Stores who touched the cells; where lanes of this very access share one, several."""
+        self._put(array, cells, new)
+        if isinstance(cells, slice):
+            return
+        kept = array[cells]
+        lost = kept != new
+        if lost.any():
+            block = np.broadcast_to(block[:, None], cells.shape)
+            same = block_of(kept, per_block) == block
+            array[cells[lost & same]] = several_of(block[lost & same])
+            array[cells[lost & ~same]] = SEVERAL_BLOCKS
+
+    @staticmethod
+    def _per_cell(of_lane: np.ndarray, cells) -> np.ndarray:
+        """A value of each lane for each of its cells."""
+        shape = Shadow._shape(cells, len(of_lane))
+        return np.broadcast_to(of_lane[:, None], shape)
+
+    @staticmethod
+    def _get(array: np.ndarray, cells, lanes: int) -> np.ndarray:
+        return array[cells].reshape(Shadow._shape(cells, lanes))
+
+    @staticmethod
+    def _put(array: np.ndarray, cells, values: np.ndarray) -> None:
+        array[cells] = values.reshape(-1) if isinstance(cells, slice) else values
 
     @staticmethod
     def _shape(cells, lanes: int) -> tuple[int, int]:
@@ -180,15 +221,17 @@ class Shadow:
             return None
         time, other = time[row, column], thread[row, column]
         who = actors.take(row)
-        same_block = other // actors.threads_per_block == who.block
+        same_block = block_of(other, actors.threads_per_block) == who.block
         in_block = other % actors.threads_per_block
-        same_warp = same_block & (in_block // 32 == who.warp % actors.warps_per_block)
+        same_warp = in_block // 32 == who.warp % actors.warps_per_block
+        same_warp &= same_block & (other >= 0)
         known = actors.known[who.warp_slot, who.lane, in_block % 32]
         ordered = (same_block & (who.barrier > time)) | (same_warp & (known > time))
         if ordered.all():
             return None
         first = int(np.argmin(ordered))
-        return Conflict(int(row[first]), int(other[first]), what)
+        whom = int(other[first]) if other[first] >= 0 else None
+        return Conflict(int(row[first]), whom, what)
 
     def _against_loads(self, cells, actors: Actors, since: int) -> Conflict | None:
         time = self.load_time[cells]
@@ -207,7 +250,7 @@ class Shadow:
             return None
         time, warp, mask = time[row, column], warp[row, column], mask[row, column]
         who = actors.take(row)
-        same_block = self._block_of(warp, actors.warps_per_block) == who.block
+        same_block = block_of(warp, actors.warps_per_block) == who.block
         others = (mask[:, None] >> np.arange(32, dtype=np.uint32) & 1).astype(bool)
         others[np.arange(len(row)), who.lane] = False
         known = actors.known[who.warp_slot, who.lane] > time[:, None]
@@ -222,41 +265,32 @@ class Shadow:
             other = block * actors.threads_per_block + 32 * index + int(np.argmax(others[first]))
         return Conflict(int(row[first]), other, "loaded")
 
-    @staticmethod
-    def _block_of(warp: np.ndarray, warps_per_block: int) -> np.ndarray:
-        return np.where(warp >= 0, warp // warps_per_block, -warp - 2)
-
     def _record_load(self, cells, actors: Actors, now: int, since: int) -> None:
         lanes = len(actors.thread)
-        shape = self._shape(cells, lanes)
-        contiguous = isinstance(cells, slice)
-        warp = np.broadcast_to(actors.warp[:, None], shape)
-        bit = np.broadcast_to((np.uint32(1) << actors.lane.astype(np.uint32))[:, None], shape)
-        old_time = self.load_time[cells]
-        flat = (-1,) if contiguous else shape
-        if old_time.max(initial=0) > since:
+        warp = self._per_cell(actors.warp, cells)
+        bit = self._per_cell(np.uint32(1) << actors.lane.astype(np.uint32), cells)
+        time = self._get(self.load_time, cells, lanes)
+        if time.max(initial=0) > since:
             block, barrier = actors.block[:, None], actors.barrier[:, None]
-            old = self.load_warp[cells].reshape(shape)
-            old_time = old_time.reshape(shape)
-            same_block = self._block_of(old, actors.warps_per_block) == block
-            # What the block's own barrier ordered need not be remembered.
-            stale = (old_time <= since) | (same_block & (old_time < barrier))
-            many = np.where(same_block, several_warps_of(block), SEVERAL_BLOCKS)
+            old = self._get(self.load_warp, cells, lanes)
+            same_block = block_of(old, actors.warps_per_block) == block
+            # What a barrier ordered before this load need not be remembered: what comes to be
+            # ordered after this load is ordered after that too.
+            stale = (time <= since) | (same_block & (time < barrier))
+            many = np.where(same_block, several_of(block), SEVERAL_BLOCKS)
             new = np.where(stale | (old == warp), warp, many)
-            mask = np.where(stale, np.uint32(0), self.load_lanes[cells].reshape(shape))
+            known = actors.known[actors.warp_slot, actors.lane][:, None, :] > time[:, :, None]
+            past = (known.astype(np.uint32) << np.arange(32, dtype=np.uint32)).sum(
+                axis=2, dtype=np.uint32
+            )
+            mask = self._get(self.load_lanes, cells, lanes) & ~past
+            mask = np.where(stale, np.uint32(0), mask)
         else:
-            new, mask = warp, np.zeros(shape, np.uint32)
-        self.load_warp[cells] = new.reshape(flat)
+            new, mask = warp, np.zeros(warp.shape, np.uint32)
         self.load_time[cells] = now
-        if contiguous:
-            self.load_lanes[cells] = (mask | bit).reshape(flat)
-            return
-        self.load_lanes[cells] = mask
-        np.bitwise_or.at(self.load_lanes, cells, bit)
-        # Several lanes of this very access may have read one cell.
-        kept = self.load_warp[cells]
-        lost = kept != new
-        if lost.any():
-            block = np.broadcast_to(actors.block[:, None], shape)[lost]
-            same = self._block_of(kept[lost], actors.warps_per_block) == block
-            self.load_warp[cells[lost]] = np.where(same, several_warps_of(block), SEVERAL_BLOCKS)
+        self._put_all(self.load_warp, cells, new, actors.block, actors.warps_per_block)
+        if isinstance(cells, slice):
+            self._put(self.load_lanes, cells, mask | bit)
+        else:
+            self.load_lanes[cells] = mask
+            np.bitwise_or.at(self.load_lanes, cells, bit)

@@ -88,7 +88,11 @@ class Barrier(Collective):
 
 
 class WarpWide(Collective):
-    """What is for the lanes that a member mask names."""
+    """What is for the lanes that a member mask names.
+
+    All of them must come, with the same mask. A GPU lets a mask name lanes that have exited; such a
+    mask was not made for the lanes that are there, so here it is an error.
+    """
 
     def __init__(self, machine: Machine, instruction: Instruction, mask: int) -> None:
         super().__init__(machine, instruction)

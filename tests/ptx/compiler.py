@@ -89,8 +89,8 @@ class _Compiler:
     def _ending(self, block: flow.Block):
         last = self.kernel.instructions[block.end - 1]
         if flow.base(last) == "trap":
-            return self._trap(last)
-        if flow.base(last) == "bra":
+            taken = self._trap(last)
+        elif flow.base(last) == "bra":
             target = flow.target_of(self.kernel, last)
             taken = self._falls_to(target)
         else:
@@ -121,7 +121,7 @@ class _Compiler:
     def _guard(self, instruction: Instruction, pc: int):
         assert instruction.guard
         read = reader(instruction.guard, "pred")
-        check = self._require_set(pc)
+        check = self._require_set(pc, {instruction.guard.index} & self.unset.get(pc, set()))
 
         def holds(batch: Batch, lanes: Lanes) -> np.ndarray:
             check(batch, lanes)
@@ -172,8 +172,7 @@ class _Compiler:
 
     # Registers that may be unset
 
-    def _require_set(self, pc: int) -> Step:
-        indices = self.unset.get(pc, set())
+    def _require_set(self, pc: int, indices: set[int]) -> Step:
         instruction = self.kernel.instructions[pc]
 
         def check(batch: Batch, lanes: Lanes) -> None:
@@ -195,22 +194,45 @@ class _Compiler:
         passes_on = flow.base(instruction) in flow.PASSES_ON and pc in self.unset
         if not targets and pc not in self.unset:
             return step
-        check = self._require_set(pc)
-        givers = [r.index for r in flow.sources(instruction) if r.index in self.unset.get(pc, ())]
+        unset_here = self.unset.get(pc, set())
+        check = self._require_set(pc, unset_here)
+        marks = self._marks(instruction, unset_here)
 
         def checked(batch: Batch, lanes: Lanes) -> None:
             if not passes_on:
                 check(batch, lanes)
             step(batch, lanes)
             where = slice(None) if lanes is None else lanes
-            unset = np.zeros(batch.lanes, bool)
-            if passes_on:
-                for index in givers:
-                    unset |= batch.unset[index]
+            unset = marks(batch) if passes_on else np.zeros(batch.lanes, bool)
             for index in targets:
                 batch.unset[index][where] = unset[where]
 
         return checked
+
+    @staticmethod
+    def _marks(instruction: Instruction, unset_here: set[int]) -> Callable[[Batch], np.ndarray]:
+        """Which lanes' values are not set that a mov or selp passes on; of selp, the chosen one."""
+
+        def of(operands) -> Callable[[Batch], np.ndarray]:
+            found = [
+                r.index for o in operands for r in flow.registers_in(o) if r.index in unset_here
+            ]
+
+            def marks(batch: Batch) -> np.ndarray:
+                unset = np.zeros(batch.lanes, bool)
+                for index in found:
+                    unset |= batch.unset[index]
+                return unset
+
+            return marks
+
+        if flow.base(instruction) != "selp":
+            return of(instruction.operands[1:])
+        first, second, condition = (of([o]) for o in instruction.operands[1:])
+        chosen = reader(instruction.operands[3], "pred")
+        return lambda batch: (
+            condition(batch) | np.where(chosen(batch, None), first(batch), second(batch))
+        )
 
 
 def _exit(batch: Batch, lanes: Lanes) -> list[tuple[int, Lanes]]:

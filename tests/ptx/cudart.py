@@ -43,12 +43,14 @@ class Runtime:
         self._pending: BaseException | None = None
         self._allocated = 0
         self._hooks = LAUNCH(self._launch), EVENT(self._event)  # kept alive
+        self.library.ptx_release_freed.restype = ctypes.c_void_p
         self.library.ptx_set_hooks(*self._hooks)
         atexit.register(self.library.ptx_set_hooks, LAUNCH(), EVENT())
 
     def _launch(self, name, sizes, arguments, shared_bytes, stream) -> int:
         try:
             kernel = name.decode()
+            self.forget_freed()
             module = self._by_kernel[kernel]
             params = b""
             for i, p in enumerate(module.kernel(kernel).params):
@@ -66,12 +68,11 @@ class Runtime:
         try:
             what = name.decode()
             self.events[what] += 1
+            self.forget_freed()
             memory = self.machine.memory
             if what == "cudaMalloc":
                 self._allocated += 1
                 memory.add(to, size, f"allocation {self._allocated}", written=False)
-            elif what == "cudaFree":
-                memory.remove(to)
             elif what.startswith(("cudaMemcpy", "cudaMemset")):
                 if source:
                     self.require_written(source, size, what)
@@ -82,6 +83,11 @@ class Runtime:
                 self.machine.shared_bytes_allowed[ctypes.string_at(source).decode()] = size
         except BaseException as error:
             self._pending = self._pending or error
+
+    def forget_freed(self) -> None:
+        """Takes what the library has freed out of the machine's memory."""
+        while address := self.library.ptx_release_freed():
+            self.machine.memory.remove(address)
 
     def require_written(self, start: int, size: int, reader: str) -> None:
         """Violation if the host reads device memory that was never written."""
@@ -98,6 +104,7 @@ class Runtime:
 
     def reset(self) -> None:
         """Forgets the launches and events so far."""
+        self.forget_freed()
         self.machine.launches.clear()
         self.events.clear()
         self._pending = None

@@ -6,8 +6,10 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <string>
 #include <unordered_map>
+#include <vector>
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -34,6 +36,12 @@ std::unordered_map<const void*, std::string>& kernel_names() {
   return *names;
 }
 
+std::mutex freed_mutex;
+std::vector<void*>& freed() {
+  static auto* pointers = new std::vector<void*>;
+  return *pointers;
+}
+
 void event(const char* name, void* to = nullptr, const void* from = nullptr, size_t bytes = 0) {
   if (on_event) on_event(name, to, from, bytes);
 }
@@ -57,6 +65,16 @@ cudaError_t launch(const void* stub, dim3 grid, dim3 block, void** arguments, si
 EXPORT void ptx_set_hooks(LaunchHook launch_hook, EventHook event_hook) {
   on_launch = launch_hook;
   on_event = event_hook;
+}
+
+// Releases one of the allocations given to cudaFree and tells its address; null if there is none.
+EXPORT void* ptx_release_freed() {
+  const std::lock_guard<std::mutex> lock(freed_mutex);
+  if (freed().empty()) return nullptr;
+  void* const pointer = freed().back();
+  freed().pop_back();
+  std::free(pointer);
+  return pointer;
 }
 
 extern "C" {
@@ -121,9 +139,11 @@ cudaError_t cudaMalloc(void** pointer, size_t bytes) {
   event("cudaMalloc", *pointer, nullptr, bytes);
   return cudaSuccess;
 }
+// May be called wherever a tensor dies, also where no Python code may run: the hooks hear of it
+// when they ask.
 cudaError_t cudaFree(void* pointer) {
-  event("cudaFree", pointer);
-  std::free(pointer);
+  const std::lock_guard<std::mutex> lock(freed_mutex);
+  freed().push_back(pointer);
   return cudaSuccess;
 }
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {

@@ -199,7 +199,7 @@ def truncated_quotient(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.where((a < 0) != (b < 0), -size, size).view(a.dtype)
 
 
-@instruction("div", INTEGERS | WIDE_FLOATS, "rn full approx ftz")
+@instruction("div", INTEGERS | WIDE_FLOATS, "rn full ftz")
 def _(op: Opcode) -> Arithmetic:
     divide = np.divide if is_float(op.type) else truncated_quotient
     return Arithmetic(op.type, (op.type,) * 2, divide)

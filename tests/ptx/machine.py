@@ -50,8 +50,9 @@ class Machine:
         self.launches: list[Launch] = []
         self.record = Launch("", (0, 0, 0), (0, 0, 0), 0, 0)
         self.shared_bytes_allowed: dict[str, int] = {}
-        self._programs: dict[str, Program] = {}
+        self._programs: dict[tuple[int, str], Program] = {}
         self._globals: dict[str, np.ndarray] = {}
+        self._modules: list[Module] = []  # kept, so that their ids are
 
     def where(self, instruction: Instruction, batch: Batch, lane: int) -> str:
         """kernel, file:line, block and thread, for messages."""
@@ -79,7 +80,8 @@ class Machine:
         kernel = module.kernel(name)
         shared = Layout([v for v in kernel.variables if v.space == "shared"], dynamic_bytes)
         local = Layout([v for v in kernel.variables if v.space == "local"])
-        self._check_launch(kernel, grid, block, len(params), shared.real_bytes)
+        self._check_launch(kernel, grid, block, len(params))
+        self._check_shared(kernel, shared.static_bytes, dynamic_bytes)
         program = self._program(module, name)
         addresses = {
             v.name: self._global(v) for v in kernel.variables if v.space in ("global", "const")
@@ -91,7 +93,7 @@ class Machine:
         size = max(1, BATCH_LANES // (block[0] * block[1] * block[2]))
         for first in range(0, len(blocks), size):
             some = blocks[first : first + size]
-            batch = Batch(kernel, some, grid, block, padded, shared, local, addresses)
+            batch = Batch(kernel, some, grid, block, padded, len(params), shared, local, addresses)
             with np.errstate(all="ignore"):
                 self._run(program, batch)
         self._count_distinct()
@@ -108,7 +110,7 @@ class Machine:
             return np.random.default_rng(count).permutation(blocks)
         return blocks
 
-    def _check_launch(self, kernel: Kernel, grid, block, param_bytes: int, shared: int) -> None:
+    def _check_launch(self, kernel: Kernel, grid, block, param_bytes: int) -> None:
         name, target = demangled(kernel.name), self.target
 
         def check(holds: bool, rule: str, text: str) -> None:
@@ -126,28 +128,39 @@ class Machine:
             most = x * y * z
             text = f"expected at most the {most} threads of its __launch_bounds__, got {threads}"
             check(threads <= most, "launch bounds", text)
+            text = f"expected the {most} threads it was compiled for, got {threads}"
+            check(threads == most or not kernel.exactly, "launch bounds", text)
         most = target.parameter_bytes
         text = f"expected at most {most} bytes of parameters, got {param_bytes}"
         check(param_bytes <= most, "launch", text)
-        asked, most = self.shared_bytes_allowed.get(kernel.name, 0), target.shared_bytes_asked_for
-        text = (
-            f"asks for {asked} bytes of shared memory, not all supported devices have over {most}"
-        )
-        check(asked <= most, "shared memory size", text)
-        most = max(target.shared_bytes, asked)
-        text = f"expected at most {most} bytes of shared memory, got {shared}"
-        check(shared <= most, "shared memory size", text)
+
+    def _check_shared(self, kernel: Kernel, static: int, dynamic: int) -> None:
+        """A kernel may ask for more dynamic shared memory than it gets by default."""
+        name, target = demangled(kernel.name), self.target
+        asked, rule = self.shared_bytes_allowed.get(kernel.name, 0), "shared memory size"
+        if asked > target.shared_bytes_asked_for:
+            raise Violation(
+                rule,
+                f"{name}: asks for {asked} bytes of shared memory, not all supported devices have "
+                f"over {target.shared_bytes_asked_for}",
+            )
+        most = target.shared_bytes_asked_for if dynamic <= asked else target.shared_bytes
+        if static + dynamic > most:
+            raise Violation(
+                rule,
+                f"{name}: expected at most {most} bytes of shared memory, got {static + dynamic}",
+            )
 
     def _global(self, variable) -> int:
         """The address of a __device__ or __constant__ variable, made when first used."""
         if variable.name not in self._globals:
-            content = np.zeros(variable.size + 256, np.uint8)
-            start = -content.ctypes.data % 256
+            content = np.zeros(variable.size + 512, np.uint8)
+            # An odd multiple of its alignment, so that no wider access happens to be aligned.
+            start = -content.ctypes.data % 256 + variable.align
             content[start : start + variable.size] = np.frombuffer(variable.content, np.uint8)
-            self._globals[variable.name] = content
+            self._globals[variable.name] = content[start:]
             self.memory.add(content.ctypes.data + start, variable.size, variable.name, True)
-        address = self._globals[variable.name].ctypes.data
-        return address + -address % 256
+        return self._globals[variable.name].ctypes.data
 
     def _count_distinct(self) -> None:
         traffic = self.record.traffic
@@ -226,9 +239,11 @@ class Machine:
         )
 
     def _program(self, module: Module, name: str) -> Program:
-        if name not in self._programs:
-            self._programs[name] = compile_kernel(self, module.kernel(name))
-        return self._programs[name]
+        key = id(module), name
+        if key not in self._programs:
+            self._modules.append(module)
+            self._programs[key] = compile_kernel(self, module.kernel(name))
+        return self._programs[key]
 
 
 _NOBODY = np.zeros(0, np.int64)

@@ -92,6 +92,7 @@ class Kernel:
     name: str
     params: list[Variable]
     max_threads: tuple[int, int, int] | None  # of __launch_bounds__
+    exactly: bool = False  # whether a block must have just so many
     instructions: list[Instruction] = field(default_factory=list)
     registers: list[str] = field(default_factory=list)  # their types
     labels: dict[str, int] = field(default_factory=dict)  # to the next instruction
@@ -102,13 +103,23 @@ class ParseError(Exception):
     """PTX that this parser does not know."""
 
 
-_ROUTINE = re.compile(r"^(?:\.\w+ +)*\.(entry|func)\b(.*?)(?:^;|^\{\n(.*?)^\})", re.M | re.S)
+_ROUTINE = re.compile(r"^(?:\.\w+ +)*\.(entry|func)\b([^{;]*)([{;])", re.M)
 _VARIABLE = re.compile(
     r"(?:\.(?:visible|weak|extern|common) )*\.(shared|local|global|const|param)\s+"
     r"(?:\.align\s+(\d+)\s+)?(?:\.ptr\s+(?:\.\w+\s+)?(?:\.align\s+\d+\s+)?)?\.(\w+)\s+"
     r"(?:\.ptr\s+(?:\.\w+\s+)?(?:\.align\s+\d+\s+)?)?"
     r"([\w$%.]+)(\[(\d*)\])?(?:\s*=\s*(.*))?"
 )
+
+
+def _closing_brace(text: str, start: int) -> int:
+    """Where the brace that was opened before `start` is closed: just past it."""
+    depth = 1
+    for found in re.compile(r"[{}]").finditer(text, start):
+        depth += 1 if found[0] == "{" else -1
+        if depth == 0:
+            return found.end()
+    raise ParseError("expected a brace to be closed, got the end of the file")
 
 
 def _variable(text: str) -> Variable:
@@ -132,20 +143,24 @@ class Module:
         self._routines: dict[str, tuple[str, str]] = {}  # header and body
         self.kernel_names: list[str] = []
         self._parsed: dict[str, Kernel] = {}
+        outside, end = "", 0
         for found in _ROUTINE.finditer(text):
-            kind, header, body = found.groups()
-            if body is None:
+            kind, header, opening = found.groups()
+            outside += text[end : found.start()]
+            end = found.end()
+            if opening == ";":
                 continue
+            end = _closing_brace(text, end)
             name = re.match(r"\s*(?:\(.*?\)\s*)?([\w$]+)", header, re.S)
             assert name, header
-            self._routines[name[1]] = (header, body)
+            self._routines[name[1]] = (header, text[found.end() : end - 1])
             if kind == "entry":
                 self.kernel_names.append(name[1])
+        outside += text[end:]
         self.files = {
             int(n): os.path.normpath(path)
             for n, path in re.findall(r'^\t?\.file\s+(\d+) "(.*?)"', text, re.M)
         }
-        outside = _ROUTINE.sub("", text)
         declared = re.findall(r"^(?:\.\w+ )*\.(?:shared|global|const)[^;]*", outside, re.M)
         self.variables = {v.name: v for v in map(_variable, declared)}
 
@@ -157,9 +172,9 @@ class Module:
     def _parse(self, name: str) -> Kernel:
         header, body = self._routines[name]
         params = [_variable(p) for p in re.findall(r"\.param[^,)]*", header)]
-        bound = re.search(r"\.(?:maxntid|reqntid)\s+(\d+)(?:,\s*(\d+))?(?:,\s*(\d+))?", header)
-        threads = tuple(int(n or 1) for n in bound.groups()) if bound else None
-        kernel = Kernel(name, params, threads)
+        bound = re.search(r"\.(maxntid|reqntid)\s+(\d+)(?:,\s*(\d+))?(?:,\s*(\d+))?", header)
+        threads = tuple(int(n or 1) for n in bound.groups()[1:]) if bound else None
+        kernel = Kernel(name, params, threads, bool(bound and bound[1] == "reqntid"))
         _Body(self, kernel).parse(body)
         named = {
             part.base.name
@@ -227,7 +242,10 @@ class _Body:
                     continue
                 label = re.match(r"([\w$]+):\s*", pending)
                 if label:
-                    self.kernel.labels[self.prefix + label[1]] = len(self.kernel.instructions)
+                    name = self.prefix + label[1]
+                    if name in self.kernel.labels:  # in scopes of their own
+                        raise ParseError(f"expected each label once, got {label[1]} twice")
+                    self.kernel.labels[name] = len(self.kernel.instructions)
                     pending = pending[label.end() :]
                     continue
                 statement, end, pending = pending.partition(";")
@@ -329,7 +347,7 @@ class _Body:
         name = name.strip()
         parts = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,{}\[\]]+", rest)
         operands = tuple(self._operand(p) for p in parts if p.strip())
-        if name == "ret" and returns_to:
+        if name.startswith("ret") and returns_to:
             name, operands = "bra", (Symbol(returns_to),)
         elif name.startswith("bra"):
             name, operands = "bra", (Symbol(self.prefix + rest.strip()),)
@@ -348,7 +366,7 @@ class _Body:
         if key not in self.slots:
             self.slots[key] = self._new_register(kind)
         slot = self.slots[key]
-        if slot.type != kind or ".v" in name:
+        if slot.type != kind or kind == "b8" or ".v" in name:
             raise ParseError(f"{name}: expected the type that was stored, {slot.type}")
         return f"mov.{kind}", (operands[0], slot) if is_load else (slot, operands[1])
 

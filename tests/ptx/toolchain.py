@@ -85,7 +85,11 @@ def _built(name: str, digest: str, build) -> Path:
         fresh.mkdir(parents=True)
         try:
             build(fresh)
-            fresh.rename(folder)
+            try:
+                fresh.rename(folder)
+            except OSError:  # another process was faster
+                if not folder.exists():
+                    raise
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
     return folder
