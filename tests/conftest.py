@@ -153,8 +153,8 @@ def backend(request, monkeypatch):
         monkeypatch.setattr("gradfuse.clipper.backend", reference)
     elif request.param == "ptx":
         request.getfixturevalue("ptx")
-    elif not request.getfixturevalue("native").cuda_version and request.param == "cuda":
-        pytest.skip("the compiled module was built without CUDA")
+    else:
+        request.getfixturevalue("native")
     return request.param
 
 

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ptx import accesses, collectives, conversions, flow
+from ptx import accesses, collectives, flow
+from ptx import conversions as conversions  # enters cvt in the table of instructions
 from ptx.batch import Batch, Lanes
 from ptx.checks import Violation
 from ptx.instructions import DivisionByZero, Opcode, UnknownInstruction, arithmetic, opcode
 from ptx.operands import packed_reader, packed_writer, reader, writer
 from ptx.parser import SIZES, Instruction, Kernel, Vector
-
-assert conversions  # its entries are in the table once it is imported
 
 if TYPE_CHECKING:
     from ptx.machine import Machine

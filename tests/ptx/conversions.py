@@ -61,6 +61,50 @@ def clamped(source: np.dtype, target: np.dtype) -> Callable[[np.ndarray], np.nda
     return lambda x: np.clip(x, source.type(low), source.type(high)).astype(target)
 
 
+def between_floats(op: Opcode, rounding: str) -> Callable[[np.ndarray], np.ndarray]:
+    """Rounded to a whole number, or to what the target holds."""
+    target, source = op.types
+    dtype = np.dtype(numpy_type(target))
+    if len(rounding) == 3:
+        return ROUND[rounding[1]]
+    if SIZES[source] > SIZES[target] and not rounding:
+        raise UnknownInstruction(op.name)
+    if (source, target) == ("f64", "f32"):
+        return lambda x: narrowed(x, rounding[1])
+    if rounding == "rz":
+        raise UnknownInstruction(op.name)
+    return lambda x: x.astype(dtype)
+
+
+def converter(op: Opcode) -> Callable[[np.ndarray], np.ndarray]:
+    """UnknownInstruction for the combinations that are not here."""
+    target, source = op.types
+    rounding = op.one_of("rni", "rzi", "rmi", "rpi", "rn", "rz")
+    dtype = np.dtype(numpy_type(target))
+    saturates = "sat" in op.modifiers
+    if (target, source) == ("f32", "bf16") and not saturates:
+        return lambda x: (x.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    if (target, source, rounding) == ("bf16", "f32", "rn") and not saturates:
+        return to_bfloat16
+    if "bf16" in (target, source):
+        raise UnknownInstruction(op.name)
+    if is_float(target) and is_float(source):
+        convert = between_floats(op, rounding)
+        if not saturates:
+            return convert
+        zero, one = dtype.type(0), dtype.type(1)  # NaN becomes 0
+        return lambda x: np.fmin(np.fmax(convert(x), zero), one)
+    if is_float(source):
+        if len(rounding) != 3:
+            raise UnknownInstruction(op.name)
+        return to_integer(source, target, rounding[1])
+    if is_float(target) and (rounding != "rn" or saturates):
+        raise UnknownInstruction(op.name)
+    if saturates:
+        return clamped(np.dtype(numpy_type(source)), dtype)
+    return lambda x: x.astype(dtype)
+
+
 @instruction(
     "cvt", set(SIZES) - {"b8", "b16", "b32", "b64", "f16x2", "bf16x2", "pred"},
     "rn rz rni rzi rmi rpi sat ftz",
@@ -69,40 +113,4 @@ def _(op: Opcode) -> Arithmetic:
     if len(op.types) != 2:
         raise UnknownInstruction(op.name)
     target, source = op.types
-    rounding = op.one_of("rni", "rzi", "rmi", "rpi", "rn", "rz")
-    dtype = np.dtype(numpy_type(target))
-    if source == "bf16":
-        if target != "f32":
-            raise UnknownInstruction(op.name)
-        compute = lambda x: (x.astype(np.uint32) << np.uint32(16)).view(np.float32)  # noqa: E731
-    elif target == "bf16":
-        if source != "f32" or rounding != "rn":
-            raise UnknownInstruction(op.name)
-        compute = to_bfloat16
-    elif is_float(target) and is_float(source):
-        if len(rounding) == 3:
-            compute = ROUND[rounding[1]]
-        elif SIZES[source] > SIZES[target] and not rounding:
-            raise UnknownInstruction(op.name)
-        elif (source, target) == ("f64", "f32"):
-            compute = lambda x: narrowed(x, rounding[1])  # noqa: E731
-        elif rounding == "rz":
-            raise UnknownInstruction(op.name)
-        else:
-            compute = lambda x: x.astype(dtype)  # noqa: E731
-        if "sat" in op.modifiers:  # to [0, 1], NaN to 0
-            inner = compute
-            compute = lambda x: np.fmin(np.fmax(inner(x), dtype.type(0)), dtype.type(1))  # noqa: E731
-    elif is_float(target):
-        if rounding != "rn" or "sat" in op.modifiers:
-            raise UnknownInstruction(op.name)
-        compute = lambda x: x.astype(dtype)  # noqa: E731
-    elif is_float(source):
-        if len(rounding) != 3:
-            raise UnknownInstruction(op.name)
-        compute = to_integer(source, target, rounding[1])
-    elif "sat" in op.modifiers:
-        compute = clamped(np.dtype(numpy_type(source)), dtype)
-    else:
-        compute = lambda x: x.astype(dtype)  # noqa: E731
-    return Arithmetic(target, (source,), compute)
+    return Arithmetic(target, (source,), converter(op))

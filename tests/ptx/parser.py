@@ -59,10 +59,6 @@ class Location(NamedTuple):
     line: int
     inlined_at: Location | None
 
-    def __str__(self) -> str:
-        here = f"{self.file}:{self.line}"
-        return f"{here}, inlined at {self.inlined_at}" if self.inlined_at else here
-
     def lines(self) -> list[str]:
         """file:line from the innermost outwards."""
         outer = self.inlined_at.lines() if self.inlined_at else []
