@@ -1,0 +1,96 @@
+// Arithmetic of batch normalisation for host and device alike: statistics of a channel from its
+// sums, and the coefficients that one element's forward and backward need. All in float64, once per
+// channel; F is what the elements are computed in.
+//
+// Ioffe, Szegedy 2015, "Batch Normalization: Accelerating Deep Network Training by Reducing
+// Internal Covariate Shift", algorithm 1 and section 3.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "clip.h"
+
+namespace gradfuse {
+
+// Sums over a channel of x - shift, where shift is one of its own elements: then the variance
+// loses no more digits than the channel has elements, however far its mean is from zero.
+struct ChannelSums {
+  double sum;
+  double squares;
+};
+
+struct Moments {
+  double mean;
+  double variance;  // biased
+};
+
+GRADFUSE_HD Moments moments(ChannelSums s, double shift, double count) {
+  const double mean = s.sum / count;
+  const double variance = s.squares / count - mean * mean;
+  return {shift + mean, variance < 0.0 ? 0.0 : variance};  // NaN stays
+}
+
+GRADFUSE_HD double inverse_deviation(double variance, double eps) {
+  return 1.0 / std::sqrt(variance + eps);
+}
+
+// What running_var takes in: sum of squares / (count - 1).
+GRADFUSE_HD double unbiased(double variance, double count) {
+  return variance * (count / (count - 1.0));
+}
+
+GRADFUSE_HD double running_average(double old, double now, double momentum) {
+  return (1.0 - momentum) * old + momentum * now;
+}
+
+// z = (x - mean) * scale + shift. mean is rounded to F; what it lost is in the shift.
+template <class F>
+struct Normalisation {
+  F mean, scale, shift;
+};
+
+template <class F>
+GRADFUSE_HD Normalisation<F> normalisation(double mean, double invstd, double weight, double bias) {
+  const F rounded = static_cast<F>(mean);
+  const double scale = weight * invstd;
+  return {rounded, static_cast<F>(scale),
+          static_cast<F>(bias + (static_cast<double>(rounded) - mean) * scale)};
+}
+
+// With h = (x - mean) * invstd, grad_input = direct * g + (h * slope + shift), where g is the
+// gradient before the activation. The normalised element itself is h + offset.
+template <class F>
+struct InputGradient {
+  F mean, invstd, direct, slope, shift;
+};
+
+// Sums over a channel of g and of g * h. Their means are what the batch statistics add to the
+// gradient; in eval mode the statistics are constants, and nothing.
+struct GradientSums {
+  double sum;
+  double dot;
+};
+
+GRADFUSE_HD double normalisation_offset(double rounded_mean, double mean, double invstd) {
+  return (rounded_mean - mean) * invstd;
+}
+
+// Sum of g * (normalised element): the gradient of weight.
+GRADFUSE_HD double weight_gradient(GradientSums s, double offset) { return s.dot + offset * s.sum; }
+
+template <class F>
+GRADFUSE_HD InputGradient<F> input_gradient(double mean, double invstd, double weight,
+                                            GradientSums s, double count, bool training) {
+  const F rounded = static_cast<F>(mean);
+  const double direct = weight * invstd;
+  InputGradient<F> r = {rounded, static_cast<F>(invstd), static_cast<F>(direct), F(0), F(0)};
+  if (!training) return r;
+  const double offset = normalisation_offset(static_cast<double>(rounded), mean, invstd);
+  const double slope = -direct * weight_gradient(s, offset) / count;
+  r.slope = static_cast<F>(slope);
+  r.shift = static_cast<F>(slope * offset - direct * s.sum / count);
+  return r;
+}
+
+}  // namespace gradfuse
