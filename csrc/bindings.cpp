@@ -4,6 +4,7 @@
 
 #include <ATen/Parallel.h>
 
+#include "batch_norm.h"
 #include "checks.h"
 #include "clip.h"
 
@@ -83,6 +84,60 @@ void adaptive_clip_(py::handle weights, py::handle grads, double clip_factor, do
   clip_adaptively(list, clip_factor, eps, norm_spec(norm_type));
 }
 
+MaybeTensor maybe_tensor(const char* name, py::handle object) {
+  if (object.is_none()) return std::nullopt;
+  return tensor_of("batch_norm_act", name, object);
+}
+
+ResultTuple batch_norm_forward_(py::handle input, py::handle residual, py::handle weight,
+                                py::handle bias, py::handle running_mean, py::handle running_var,
+                                bool training, py::handle momentum, double eps, int activation,
+                                double negative_slope, bool wants_mask) {
+  const at::Tensor x = tensor_of("batch_norm_act", "input", input);
+  const MaybeTensor r = maybe_tensor("residual", residual);
+  const MaybeTensor w = maybe_tensor("weight", weight), b = maybe_tensor("bias", bias);
+  const MaybeTensor mean = maybe_tensor("running_mean", running_mean);
+  const MaybeTensor var = maybe_tensor("running_var", running_var);
+  MaybeTensor momentum_value;
+  double momentum_number = 0.0;
+  if (is_tensor(momentum.ptr()))
+    momentum_value = THPVariable_Unpack(momentum.ptr());
+  else
+    momentum_number = momentum.cast<double>();
+  const BatchNormOptions options = {training, eps, static_cast<Activation>(activation),
+                                    negative_slope};
+  const py::gil_scoped_release release;
+  BatchNormResult result = batch_norm_forward(x, r, w, b, mean, var, momentum_number,
+                                              momentum_value, options, wants_mask);
+  return {std::move(result.output), std::move(result.mask), std::move(result.stats)};
+}
+
+// grad_input, grad_residual, grad_weight, grad_bias; None where not wanted.
+py::tuple batch_norm_backward_(py::handle grad_output, py::handle input, py::handle residual,
+                               py::handle output, py::handle mask, py::handle weight,
+                               py::handle bias, py::handle stats, bool channels_last, bool training,
+                               double eps, int activation, double negative_slope, bool wants_input,
+                               bool wants_residual, bool wants_weight, bool wants_bias) {
+  const at::Tensor g = tensor_of("batch_norm_act", "grad_output", grad_output);
+  const MaybeTensor x = maybe_tensor("input", input), r = maybe_tensor("residual", residual);
+  const MaybeTensor y = maybe_tensor("output", output), m = maybe_tensor("mask", mask);
+  const MaybeTensor w = maybe_tensor("weight", weight), b = maybe_tensor("bias", bias);
+  const at::Tensor s = tensor_of("batch_norm_act", "stats", stats);
+  const BatchNormOptions options = {training, eps, static_cast<Activation>(activation),
+                                    negative_slope};
+  BatchNormGradients grads;
+  {
+    const py::gil_scoped_release release;
+    grads = batch_norm_backward(g, x, r, y, m, w, b, s, channels_last, options,
+                                {wants_input, wants_residual, wants_weight, wants_bias});
+  }
+  const auto or_none = [](at::Tensor& t) -> py::object {
+    return t.defined() ? py::cast(std::move(t)) : py::none();
+  };
+  return py::make_tuple(or_none(grads.input), or_none(grads.residual), or_none(grads.weight),
+                        or_none(grads.bias));
+}
+
 // Parameters held between calls, so that a call walks no Python list.
 class ParameterList {
  public:
@@ -125,6 +180,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("clamp_", &clamp_, py::arg("tensors"), py::arg("of_grad"), py::arg("clip_value"));
   m.def("adaptive_clip_", &adaptive_clip_, py::arg("weights"), py::arg("grads"),
         py::arg("clip_factor"), py::arg("eps"), py::arg("norm_type"));
+  m.def("batch_norm_forward", &batch_norm_forward_, py::arg("input"), py::arg("residual"),
+        py::arg("weight"), py::arg("bias"), py::arg("running_mean"), py::arg("running_var"),
+        py::arg("training"), py::arg("momentum"), py::arg("eps"), py::arg("activation"),
+        py::arg("negative_slope"), py::arg("wants_mask"));
+  m.def("batch_norm_backward", &batch_norm_backward_, py::arg("grad_output"), py::arg("input"),
+        py::arg("residual"), py::arg("output"), py::arg("mask"), py::arg("weight"), py::arg("bias"),
+        py::arg("stats"), py::arg("channels_last"), py::arg("training"), py::arg("eps"),
+        py::arg("activation"), py::arg("negative_slope"), py::arg("wants_input"),
+        py::arg("wants_residual"), py::arg("wants_weight"), py::arg("wants_bias"));
   py::class_<ParameterList>(m, "ParameterList")
       .def(py::init<>())
       .def("add", &ParameterList::add, py::arg("parameter"))

@@ -6,6 +6,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
 
 #if defined(GRADFUSE_CUDA)
 #include <c10/cuda/CUDAGuard.h>
@@ -19,6 +20,15 @@ inline bool is_host(at::Device device) { return device.is_cpu(); }
 
 inline at::Tensor empty_on_device(at::IntArrayRef sizes, at::TensorOptions options) {
   return at::empty(sizes, options);
+}
+inline at::Tensor empty_on_device(at::IntArrayRef sizes, at::IntArrayRef strides,
+                                  at::TensorOptions options) {
+  return at::empty_strided(sizes, strides, options);
+}
+
+// A copy of a tensor with other strides, which leave no gap and no overlap.
+inline at::Tensor dense_copy(const at::Tensor& t, at::IntArrayRef strides) {
+  return at::empty_strided(t.sizes(), strides, t.options()).copy_(t);
 }
 
 // A contiguous copy of a tensor in another type, unless it is one already.

@@ -9,6 +9,7 @@
 
 #include "checks.h"
 #include "dispatch.h"
+#include "memory.h"
 
 namespace gradfuse {
 namespace {
@@ -58,32 +59,19 @@ StridedLayout coalesced_layout(const at::Tensor& t) {
 
 // Refuses what has no plain memory behind it, or less than its shape says.
 void check_storage(const char* op, const at::Tensor& t, size_t index) {
-  using K = c10::DispatchKey;
-  constexpr c10::DispatchKeySet wrappers({K::Python, K::Functionalize, K::FuncTorchBatched,
-                                          K::FuncTorchGradWrapper, K::NestedTensor, K::ZeroTensor});
-  const at::TensorImpl* impl = t.unsafeGetTensorImpl();
   if (t.layout() != at::kStrided)
     fail<TypeError>(op, ": expected dense gradients, got layout ", t.layout(), " for tensor ",
                     index, "; convert it with .to_dense() or clip it apart");
   if (!device_is_supported(t.device().type()))
     fail<TypeError>(op, ": expected gradients on cpu or a cuda device this build supports, got ",
                     t.device(), " for tensor ", index);
-  if (impl->key_set().has_any(wrappers) || !impl->has_storage())
+  if (is_wrapper(t))
     fail<TypeError>(op,
                     ": expected plain tensors, got a wrapper without memory of its own for tensor ",
                     index, "; unwrap it first");
-  if (t.numel() == 0) return;
-  int64_t elements = t.storage_offset() + t.numel();
-  if (!t.is_contiguous()) {
-    elements = t.storage_offset() + 1;
-    for (int64_t d = 0; d < t.dim(); ++d) elements += (t.size(d) - 1) * t.stride(d);
-  }
-  const at::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
-  const uint64_t needed = static_cast<uint64_t>(elements) * t.element_size();
-  if (storage->nbytes() < needed || !storage->data())
-    fail<std::runtime_error>(op, ": expected storage of at least ", needed, " bytes, got ",
-                             storage->nbytes(), " for tensor ", index,
-                             "; was it resized or freed?");
+  if (const auto lack = missing_storage(t))
+    fail<std::runtime_error>(op, ": expected storage of at least ", lack->needed, " bytes, got ",
+                             lack->found, " for tensor ", index, "; was it resized or freed?");
 }
 
 GradRef make_ref(const char* op, const at::Tensor& t, size_t index) {

@@ -117,7 +117,8 @@ struct BatchNormForward {
   double eps;
   Activation activation;
   double negative_slope;
-  double* stats;  // [3, channels]: mean, 1 / sqrt(variance + eps), unbiased variance (if training)
+  double* stats;  // [3, channels]: mean, 1 / sqrt(variance + eps), unbiased variance; the
+                  // running variance in its place if !training
 };
 
 // The gradients of a forward call; a null gradient is not wanted. With g = grad_output * act'(z):

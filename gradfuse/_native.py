@@ -47,8 +47,19 @@ if not available and reason != "GRADFUSE_NATIVE=0":
 _library = torch.library.Library("gradfuse", "DEF")
 
 
-def define_op(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    """Registers gradfuse::<schema> for every device, with its shape function."""
+def define_op(
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+) -> None:
+    """Registers gradfuse::<schema> for every device, with its shape function and derivative."""
     name = _library.define(schema)
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"gradfuse::{name}", fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(
+            f"gradfuse::{name}", backward, setup_context=setup_context, lib=_library
+        )

@@ -5,6 +5,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
 #include <ATen/ops/from_blob.h>
 #include <cuda_runtime_api.h>
 
@@ -22,9 +23,21 @@ inline at::Tensor empty_on_device(at::IntArrayRef sizes, at::TensorOptions optio
   return at::from_blob(data, sizes, [](void* p) { cudaFree(p); }, options);
 }
 
+inline at::Tensor empty_on_device(at::IntArrayRef sizes, at::IntArrayRef strides,
+                                  at::TensorOptions options) {
+  return empty_on_device(sizes, options).as_strided(sizes, strides);
+}
+
 inline at::Tensor converted(const at::Tensor& t, at::ScalarType type) {
   const at::Tensor from = t.to(type).resolve_neg().contiguous();
   const at::Tensor out = empty_on_device(from.sizes(), from.options());
+  cudaMemcpyAsync(out.data_ptr(), from.data_ptr(), from.nbytes(), cudaMemcpyDeviceToDevice, {});
+  return out;
+}
+
+inline at::Tensor dense_copy(const at::Tensor& t, at::IntArrayRef strides) {
+  const at::Tensor from = at::empty_strided(t.sizes(), strides, t.options()).copy_(t);
+  const at::Tensor out = empty_on_device(t.sizes(), strides, t.options());
   cudaMemcpyAsync(out.data_ptr(), from.data_ptr(), from.nbytes(), cudaMemcpyDeviceToDevice, {});
   return out;
 }

@@ -14,6 +14,8 @@ void scale(const std::vector<GradRef>&, ScaledNorm) { refuse(); }
 void zero(const std::vector<GradRef>&) { refuse(); }
 void clamp(const std::vector<GradRef>&, double) { refuse(); }
 void clip_units(const std::vector<UnitRef>&, double, double, NormSpec) { refuse(); }
+void batch_norm_forward(const BatchNormForward&) { refuse(); }
+void batch_norm_backward(const BatchNormBackward&) { refuse(); }
 const char* isa() { return "none"; }
 
 }  // namespace gradfuse::cpu

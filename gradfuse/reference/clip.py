@@ -1,7 +1,7 @@
-"""The pure-torch meaning of every op: the fallback without the compiled module, the tests' oracle.
+"""Gradient clipping in plain torch.
 
-The functions at the end have the names and arguments of gradfuse._C. Everything is computed in
-float64 after dividing by the largest magnitude, so that no finite gradient overflows or vanishes.
+Everything is computed in float64 after dividing by the largest magnitude, so that no finite
+gradient overflows or vanishes.
 """
 
 from __future__ import annotations

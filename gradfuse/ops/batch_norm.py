@@ -1,0 +1,479 @@
+"""act(batch_norm(input) + residual) as one op, forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from gradfuse import reference
+from gradfuse._native import backend, define_op
+from gradfuse.reference import MASKED, OUTPUT_SAVED
+
+__all__ = ["ACTIVATIONS", "batch_norm_act", "check_activation", "recomputing"]
+
+ACTIVATIONS = tuple(name for name in reference.ACTIVATIONS if name is not None)
+_CODES = {name: code for code, name in enumerate(reference.ACTIVATIONS)}
+_OP = "batch_norm_act"
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def check_activation(op: str, activation: str | None) -> int:
+    """The activation's code; ValueError if there is no such activation."""
+    try:
+        return _CODES[activation]
+    except (KeyError, TypeError):
+        names = ", ".join(repr(name) for name in ACTIVATIONS)
+        raise ValueError(f"{op}: activation must be None, {names}, got {activation!r}") from None
+
+
+def recomputing() -> bool:
+    """Whether a backward pass is running: a forward call is then a checkpoint's recomputation."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _transformed() -> bool:
+    """Whether torch.func or forward-mode AD must see through the call."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    )
+
+
+def batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = "relu",
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    negative_slope: float = 0.01,
+    save: str = "bitmask",
+) -> Tensor:
+    """act(F.batch_norm(input, ...) + residual).
+
+    The batch's mean and variance are those of float64 sums of the differences from an element, so
+    that a mean far from zero costs no digits. Elements are computed in float32 (float64 if input
+    is) and rounded once. During a checkpoint's recomputation, that is inside a backward pass, the
+    running statistics are left alone: the first forward has counted the batch.
+
+    Args:
+        input: [N, C, ...] Tensor of two or more dimensions; float16, bfloat16, float32 or float64.
+            Contiguous and channels-last inputs are taken as they are, others through a copy.
+        running_mean: [C] Tensor of any of these dtypes, or None when training.
+        running_var: the same; the unbiased variance.
+        weight: [C] Tensor or None for ones.
+        bias: [C] Tensor or None for zeros.
+        residual: Tensor that broadcasts to input's shape, of any layout; may be input itself.
+        activation: None, "relu", "relu6", "leaky_relu", "silu", "gelu", "gelu_tanh", "hardswish",
+            "sigmoid" or "tanh".
+        training: normalise with the batch's statistics and update the running ones, if given; else
+            normalise with the running ones.
+        momentum: weight of this batch in the running statistics; a float or a Tensor of one
+            element, which is not waited for.
+        eps: added to the variance, > 0 when training.
+        negative_slope: of "leaky_relu".
+        save: what the backward of relu, relu6 and leaky_relu reads: "bitmask", one bit per element,
+            or "output", which costs no memory where the output is kept anyway.
+
+    Returns:
+        Tensor of input's shape, dtype and memory format. (A residual of a wider dtype or a larger
+        shape widens it, by way of torch's own ops.)
+
+    Raises:
+        ValueError: a shape, activation, save or eps is wrong; running statistics are missing; there
+            is one value per channel when training.
+        TypeError: an argument is no tensor, sparse, of another dtype or on another device.
+        RuntimeError: running statistics are expanded, or a tensor's storage was freed.
+
+    Source: Ioffe, Szegedy 2015, "Batch Normalization", algorithms 1 and 2; He, Zhang, Ren, Sun
+    2016, "Identity Mappings in Deep Residual Networks", figure 4(a).
+    """
+    code = check_activation(_OP, activation)
+    if save != "bitmask" and save != "output":
+        raise ValueError(f"{_OP}: save must be 'bitmask' or 'output', got {save!r}")
+    if save == "output" and activation == "leaky_relu" and negative_slope < 0.0:
+        raise ValueError(
+            f"{_OP}: negative_slope must be >= 0 with save='output', which tells the sign of the "
+            f"input no more, got {negative_slope}"
+        )
+    if training and running_mean is not None and recomputing():
+        running_mean = running_var = None
+    if residual is not None and residual is not input:
+        if not isinstance(residual, Tensor):
+            raise TypeError(f"{_OP}: residual must be a Tensor, got {type(residual).__name__}")
+        if residual.dtype != input.dtype or residual.shape != input.shape:
+            fitted = _fitted(residual, input)
+            if fitted is None:
+                return reference.batch_norm_act(
+                    input, running_mean, running_var, weight, bias, residual=residual,
+                    activation=activation, training=training, momentum=momentum, eps=eps,
+                    negative_slope=negative_slope,
+                )  # fmt: skip
+            residual = fitted
+    masked = save == "bitmask" and activation in MASKED
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return _through_library(
+            input, residual, weight, bias, running_mean, running_var, training, momentum, eps,
+            code, negative_slope, masked,
+        )  # fmt: skip
+    if _transformed() or type(input) not in _PLAIN or input.device.type not in ("cpu", "cuda"):
+        _check_transformed(input, running_mean, training, eps)
+        return reference.batch_norm_act(
+            input, running_mean, running_var, weight, bias, residual=residual,
+            activation=activation, training=training, momentum=momentum, eps=eps,
+            negative_slope=negative_slope,
+        )  # fmt: skip
+    if torch.is_grad_enabled() and (
+        input.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
+        result: Tensor = _BatchNormAct.apply(
+            input, residual, weight, bias, running_mean, running_var, training, momentum, eps,
+            code, negative_slope, masked,
+        )  # fmt: skip
+        return result
+    output: Tensor = backend.batch_norm_forward(
+        input, residual, weight, bias, running_mean, running_var, training, momentum, eps, code,
+        negative_slope, False,
+    )[0]  # fmt: skip
+    return output
+
+
+def _fitted(residual: Tensor, input: Tensor) -> Tensor | None:
+    """The residual as a tensor of input's shape and dtype, None if the sum is not of them."""
+    if torch.promote_types(residual.dtype, input.dtype) != input.dtype:
+        return None
+    if torch.broadcast_shapes(residual.shape, input.shape) != input.shape:
+        return None
+    return residual.to(input.dtype).expand(input.shape)
+
+
+def _check_transformed(
+    input: Tensor, running_mean: Tensor | None, training: bool, eps: float
+) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{_OP}: input must be a Tensor, got {type(input).__name__}")
+    if running_mean is None and not training:
+        raise ValueError(
+            f"{_OP}: running_mean and running_var must be given when not training, got None"
+        )
+    if not eps >= 0.0:
+        raise ValueError(f"{_OP}: eps must be >= 0, got {eps}")
+
+
+def _reads(code: int, training: bool, weight_gradient: bool, masked: bool) -> tuple[bool, ...]:
+    """Whether the backward reads (input, residual, output)."""
+    name = reference.ACTIVATIONS[code]
+    from_output = name in OUTPUT_SAVED or (name in MASKED and not masked)
+    again = name is not None and name not in MASKED and not from_output
+    return training or weight_gradient or again, again, from_output
+
+
+class _BatchNormAct(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        input: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        training: bool,
+        momentum: float | Tensor,
+        eps: float,
+        code: int,
+        negative_slope: float,
+        masked: bool,
+    ) -> Tensor:
+        output: Tensor
+        output, mask, stats = backend.batch_norm_forward(
+            input, residual, weight, bias, running_mean, running_var, training, momentum, eps,
+            code, negative_slope, masked,
+        )  # fmt: skip
+        ctx.set_materialize_grads(False)
+        ctx.options = training, eps, code, negative_slope
+        ctx.channels_last = not output.is_contiguous()
+        reads_input, reads_residual, reads_output = _reads(
+            code, training, ctx.needs_input_grad[2], masked
+        )
+        ctx.save_for_backward(
+            input if reads_input else None,
+            residual if reads_residual else None,
+            output if reads_output else None,
+            mask if masked else None,
+            weight,
+            bias if reads_residual else None,
+            stats,
+        )
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if grad_output is None:
+            return (None,) * 12
+        wanted = ctx.needs_input_grad[:4]
+        saved = ctx.saved_tensors
+        if torch.is_grad_enabled() or type(grad_output) not in _PLAIN or _transformed():
+            grads = _differentiable_backward(
+                grad_output, *saved, ctx.channels_last, *ctx.options, wanted
+            )
+        else:
+            wants_input, wants_residual, wants_weight, wants_bias = wanted
+            grads = backend.batch_norm_backward(
+                grad_output, *saved, ctx.channels_last, *ctx.options, wants_input, wants_residual,
+                wants_weight, wants_bias,
+            )  # fmt: skip
+        return (*grads, *(None,) * 8)
+
+
+def _activation_backward(
+    g: Tensor, at: Tensor, name: str, negative_slope: float, is_output: bool
+) -> Tensor:
+    """g * act', from z, or from act(z) where is_output; torch's ops, which differentiate."""
+    aten = torch.ops.aten
+    result: Tensor
+    if name == "relu":
+        result = aten.threshold_backward(g, at, 0)
+    elif name == "relu6":
+        result = aten.hardtanh_backward(g, at, 0, 6)
+    elif name == "leaky_relu":
+        result = aten.leaky_relu_backward(g, at, negative_slope, is_output)
+    elif name in ("gelu", "gelu_tanh"):
+        result = aten.gelu_backward(g, at, approximate="tanh" if name == "gelu_tanh" else "none")
+    else:
+        result = getattr(aten, f"{name}_backward")(g, at)
+    return result
+
+
+def _differentiable_backward(
+    grad_output: Tensor,
+    input: Tensor | None,
+    residual: Tensor | None,
+    output: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    channels_last: bool,
+    training: bool,
+    eps: float,
+    code: int,
+    negative_slope: float,
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """The gradients through torch's own backward ops, so that they can be differentiated again."""
+    name = reference.ACTIVATIONS[code]
+    dtype = grad_output.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    g = grad_output.to(wide)
+    mean, invstd, var = stats.to(wide)
+    w = None if weight is None else weight.to(wide)
+    x = None if input is None else input.to(wide)
+    if name is not None:
+        if mask is not None and mask.numel():
+            flat = g * negative_slope if name == "leaky_relu" else torch.zeros_like(g)
+            g = torch.where(reference.unpack_mask(mask, g, channels_last), g, flat)
+        elif output is not None:
+            g = _activation_backward(g, output.to(wide), name, negative_slope, True)
+        elif x is not None and x.numel():
+            b = None if bias is None else bias.to(wide)
+            if training:
+                z = torch.nn.functional.batch_norm(x, None, None, w, b, True, 0.0, eps)
+            else:
+                z = torch.nn.functional.batch_norm(x, mean, var, w, b, False, 0.0, eps)
+            z = z if residual is None else z + residual
+            g = _activation_backward(g, z, name, negative_slope, False)
+    if x is None:
+        scale = invstd if w is None else invstd * w
+        grad_input = g * scale.reshape(-1, *[1] * (g.ndim - 2))
+        grad_weight = None
+        grad_bias = g.sum([d for d in range(g.ndim) if d != 1])
+    else:
+        grad_input, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            g, x, w, mean, var, mean, invstd, training, eps, [True, True, True]
+        )
+    grad_residual = grad_output if name is None else g.to(dtype)
+    return (
+        grad_input.to(dtype) if wanted[0] else None,
+        grad_residual if wanted[1] else None,
+        None if grad_weight is None or weight is None else grad_weight.to(weight.dtype),
+        grad_bias.to(dtype if bias is None else bias.dtype) if wanted[3] else None,
+    )
+
+
+def _through_library(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float | Tensor,
+    eps: float,
+    code: int,
+    negative_slope: float,
+    masked: bool,
+) -> Tensor:
+    """The call as an op without side effects, and the update of the running statistics apart."""
+    given = (None, None) if training else (running_mean, running_var)
+    output: Tensor
+    output, _, stats = torch.ops.gradfuse.batch_norm_act(
+        input, residual, weight, bias, *given, training, eps, code, negative_slope, masked
+    )
+    if training and input.numel():
+        with torch.no_grad():
+            for running, now in ((running_mean, stats[0]), (running_var, stats[2])):
+                if running is not None:
+                    running.copy_((1.0 - momentum) * running.double() + momentum * now)
+    return output
+
+
+def _fake_forward(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    eps: float,
+    code: int,
+    negative_slope: float,
+    masked: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if running_mean is None and not training:
+        raise ValueError(
+            f"{_OP}: running_mean and running_var must be given when not training, got None"
+        )
+    n, c, *rest = input.shape
+    positions = input.shape[2:].numel()
+    output = torch.empty_like(input)
+    mask_shape = [0]
+    if masked and input.numel():
+        if c == 1:
+            mask_shape = [1, (n * positions + 7) // 8]
+        elif positions == 1 or not output.is_contiguous():
+            mask_shape = [n * positions, (c + 7) // 8]
+        else:
+            mask_shape = [n * c, (positions + 7) // 8]
+    return (
+        output,
+        input.new_empty(mask_shape, dtype=torch.uint8),
+        input.new_empty(3, c, dtype=torch.float64),
+    )
+
+
+def _library_forward(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    eps: float,
+    code: int,
+    negative_slope: float,
+    masked: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    result: tuple[Tensor, Tensor, Tensor] = backend.batch_norm_forward(
+        input, residual, weight, bias, running_mean, running_var, training, 0.0, eps, code,
+        negative_slope, masked,
+    )  # fmt: skip
+    return result
+
+
+def _library_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    *inputs, wanted = arguments
+    grads = backend.batch_norm_backward(*inputs, *wanted)
+    grad_output = inputs[0]
+    return tuple(grad_output.new_empty(0) if g is None else g for g in grads)
+
+
+def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    grad_output, _, _, _, _, weight, bias, _, channels_last, *_, wanted = arguments
+    like = (
+        grad_output.movedim(1, -1).contiguous().movedim(-1, 1)
+        if channels_last
+        else grad_output.contiguous()
+    )
+    c = grad_output.shape[1]
+    shapes = (
+        torch.empty_like(like),
+        torch.empty_like(like),
+        (grad_output if weight is None else weight).new_empty(c),
+        (grad_output if bias is None else bias).new_empty(c),
+    )
+    return tuple(s if w else grad_output.new_empty(0) for s, w in zip(shapes, wanted, strict=True))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input, residual, weight, bias, _, _, training, eps, code, negative_slope, masked = inputs
+    out, mask, stats = output
+    ctx.options = training, eps, code, negative_slope
+    ctx.channels_last = not out.is_contiguous()
+    reads_input, reads_residual, reads_output = _reads(
+        code, training, ctx.needs_input_grad[2], masked
+    )
+    ctx.mark_non_differentiable(mask, stats)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        input if reads_input else None,
+        residual if reads_residual else None,
+        out if reads_output else None,
+        mask if masked else None,
+        weight,
+        bias if reads_residual else None,
+        stats,
+    )
+
+
+def _library_gradient(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_output is None:
+        return (None,) * 11
+    wanted = ctx.needs_input_grad[:4]
+    if torch.is_grad_enabled():
+        grads = _differentiable_backward(
+            grad_output, *ctx.saved_tensors, ctx.channels_last, *ctx.options, wanted
+        )
+    else:
+        # An op's results must not be its arguments, as an identity's residual gradient would be.
+        is_identity = reference.ACTIVATIONS[ctx.options[2]] is None
+        asked = [wanted[0], wanted[1] and not is_identity, wanted[2], wanted[3]]
+        found = torch.ops.gradfuse.batch_norm_act_backward(
+            grad_output, *ctx.saved_tensors, ctx.channels_last, *ctx.options, asked
+        )
+        grads = tuple(g if a else None for g, a in zip(found, asked, strict=True))
+        if wanted[1] and is_identity:
+            grads = (grads[0], grad_output, *grads[2:])
+    return (*grads, *(None,) * 7)
+
+
+define_op(
+    "batch_norm_act(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias,"
+    " Tensor? running_mean, Tensor? running_var, bool training, float eps, int activation,"
+    " float negative_slope, bool wants_mask) -> (Tensor, Tensor, Tensor)",
+    _library_forward,
+    _fake_forward,
+    backward=_library_gradient,
+    setup_context=_setup_context,
+)
+define_op(
+    "batch_norm_act_backward(Tensor grad_output, Tensor? input, Tensor? residual, Tensor? output,"
+    " Tensor? mask, Tensor? weight, Tensor? bias, Tensor stats, bool channels_last, bool training,"
+    " float eps, int activation, float negative_slope, bool[4] wanted)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _library_backward,
+    _fake_backward,
+)

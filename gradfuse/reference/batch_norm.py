@@ -1,0 +1,320 @@
+"""act(batch_norm(input) + residual) in plain torch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# By the compiled module's codes.
+ACTIVATIONS = (
+    None,
+    "relu",
+    "relu6",
+    "leaky_relu",
+    "silu",
+    "gelu",
+    "gelu_tanh",
+    "hardswish",
+    "sigmoid",
+    "tanh",
+)
+MASKED = ("relu", "relu6", "leaky_relu")  # one bit tells their derivative
+OUTPUT_SAVED = ("sigmoid", "tanh")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def activate(z: Tensor, activation: str | None, negative_slope: float = 0.01) -> Tensor:
+    """act(z)."""
+    if activation is None:
+        return z
+    if activation == "leaky_relu":
+        return F.leaky_relu(z, negative_slope)
+    if activation == "gelu_tanh":
+        return F.gelu(z, approximate="tanh")
+    function = getattr(torch, activation, None) or getattr(F, activation)
+    result: Tensor = function(z)
+    return result
+
+
+def derivative(
+    z: Tensor, activation: str | None, negative_slope: float, *, from_output: bool = False
+) -> Tensor:
+    """d act / dz, at z or, where the output tells as much, from z = act(.)."""
+    one = torch.ones_like(z)
+    if activation is None:
+        return one
+    if activation == "relu":
+        return torch.where(z <= 0, 0.0, one)  # a NaN passes the gradient
+    if activation == "relu6":
+        return torch.where((z > 0) & (z < 6), one, 0.0)
+    if activation == "leaky_relu":
+        return torch.where(z > 0, one, negative_slope)
+    if from_output and activation == "sigmoid":
+        return z * (1 - z)
+    if from_output and activation == "tanh":
+        return 1 - z * z
+    with torch.enable_grad():
+        at = z.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(activate(at, activation).sum(), at)
+    return slope
+
+
+def batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = "relu",
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """act(F.batch_norm(input, ...) + residual), differentiable any number of times.
+
+    16-bit inputs are computed in float32 and rounded once.
+    """
+    wide = input.to(torch.promote_types(input.dtype, torch.float32))
+    parameters = (running_mean, running_var, weight, bias)
+    mean, var, *affine = (None if p is None else p.to(wide.dtype) for p in parameters)
+    out = F.batch_norm(wide, mean, var, *affine, training, float(momentum), eps)
+    for running, now in ((running_mean, mean), (running_var, var)):
+        if training and running is not None and now is not running:
+            running.copy_(now)
+    dtype = input.dtype
+    if residual is not None:
+        dtype = torch.promote_types(dtype, residual.dtype)
+        out = out + residual
+    return activate(out, activation, negative_slope).to(dtype)
+
+
+def _per_channel(v: Tensor, like: Tensor) -> Tensor:
+    """[C] -> [C, 1, ...], to broadcast over [N, C, ...]."""
+    return v.reshape(-1, *[1] * (like.ndim - 2))
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """Whether the mask's rows run along the channels."""
+    if x.is_contiguous():
+        return False
+    if x.movedim(1, -1).is_contiguous():
+        return True
+    return x.ndim > 3 and (
+        x.is_contiguous(
+            memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+        )
+    )
+
+
+def _rows(x: Tensor, channels_last: bool) -> Tensor:
+    """x as the mask's rows: [C == 1: 1, numel], [positions, C] or [N * C, positions]."""
+    if x.shape[1] == 1:
+        return (x.movedim(1, -1) if channels_last else x).reshape(1, -1)
+    if channels_last or x.shape[2:].numel() == 1:
+        return x.movedim(1, -1).reshape(-1, x.shape[1])
+    return x.reshape(x.shape[0] * x.shape[1], -1)
+
+
+def pack_mask(bits: Tensor, channels_last: bool) -> Tensor:
+    """bool [N, C, ...] -> uint8 [rows, ceil(length / 8)], bit i % 8 of byte i / 8."""
+    rows = _rows(bits, channels_last)
+    padded = F.pad(rows, (0, -rows.shape[1] % 8)).reshape(rows.shape[0], -1, 8)
+    weights = 2 ** torch.arange(8, device=bits.device)
+    return (padded * weights).sum(-1).to(torch.uint8)
+
+
+def unpack_mask(mask: Tensor, like: Tensor, channels_last: bool) -> Tensor:
+    """The inverse of pack_mask for bits of the shape of `like`."""
+    bits = (mask[:, :, None] >> torch.arange(8, device=mask.device, dtype=torch.uint8)) & 1
+    n, c, *rest = like.shape
+    positions = like.shape[2:].numel()
+    length = mask.shape[0] and n * c * positions // mask.shape[0]
+    bits = bits.reshape(mask.shape[0], -1)[:, :length].bool()
+    if channels_last or positions == 1:
+        return bits.reshape(n, *rest, c).movedim(-1, 1)
+    return bits.reshape(n, c, *rest)
+
+
+def _check_memory(name: str, t: Tensor) -> None:
+    if t.layout != torch.strided or t.is_nested:
+        raise TypeError(f"batch_norm_act: {name} must be dense, got layout {t.layout}")
+    if t.dtype not in _DTYPES:
+        raise TypeError(
+            f"batch_norm_act: {name} must be float16, bfloat16, float32 or float64, got {t.dtype}"
+        )
+
+
+def _check_forward(
+    input: Tensor,
+    residual: Tensor | None,
+    vectors: dict[str, Tensor | None],
+    training: bool,
+    momentum: float | Tensor,
+    eps: float,
+) -> None:
+    op = "batch_norm_act"
+    for name, t in {"input": input, "residual": residual, **vectors}.items():
+        if t is not None and not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name} must be a Tensor, got {type(t).__name__}")
+    _check_memory("input", input)
+    if input.ndim < 2:
+        raise ValueError(f"{op}: input must be [N, C, ...], got {list(input.shape)}")
+    if not eps >= 0.0:
+        raise ValueError(f"{op}: eps must be >= 0, got {eps}")
+    if training and eps == 0.0:
+        raise ValueError(f"{op}: eps must be > 0 when training, got 0")
+    if residual is not None:
+        _check_memory("residual", residual)
+    for name, t in vectors.items():
+        if t is None:
+            continue
+        _check_memory(name, t)
+        if t.device != input.device:
+            raise TypeError(
+                f"{op}: {name} must be on input's device {input.device}, got {t.device}"
+            )
+        if t.shape != (input.shape[1],):
+            raise ValueError(
+                f"{op}: {name} must have one element per channel, [{input.shape[1]}], got "
+                f"{list(t.shape)}"
+            )
+    mean, var = vectors["running_mean"], vectors["running_var"]
+    if (mean is None) != (var is None):
+        raise ValueError(
+            f"{op}: running_mean and running_var must come together, got only "
+            f"{'running_var' if mean is None else 'running_mean'}"
+        )
+    if mean is None and not training:
+        raise ValueError(
+            f"{op}: running_mean and running_var must be given when not training, got None"
+        )
+    if not training:
+        return
+    for t in (mean, var):
+        if t is not None and t.shape[0] > 1 and t.stride(0) == 0:
+            raise RuntimeError(
+                f"{op}: running statistics must have an element per memory location, got an "
+                "expanded tensor; .clone() it first"
+            )
+    if input.numel() // max(input.shape[1], 1) == 1:
+        raise ValueError(
+            "Expected more than 1 value per channel when training, got input size "
+            f"{list(input.shape)}"
+        )
+    if isinstance(momentum, Tensor) and momentum.numel() != 1:
+        raise ValueError(f"{op}: momentum must be one number, got {list(momentum.shape)}")
+
+
+@torch.no_grad()
+def batch_norm_forward(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float | Tensor,
+    eps: float,
+    activation: int,
+    negative_slope: float,
+    wants_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    vectors = {
+        "weight": weight,
+        "bias": bias,
+        "running_mean": running_mean,
+        "running_var": running_var,
+    }
+    _check_forward(input, residual, vectors, training, momentum, eps)
+    name = ACTIVATIONS[activation]
+    no_mask = torch.empty(0, dtype=torch.uint8, device=input.device)
+    if input.numel() == 0:
+        zeros = input.new_zeros(3, input.shape[1], dtype=torch.float64)
+        return torch.empty_like(input), no_mask, zeros
+    x = input.double()
+    dims = [d for d in range(x.ndim) if d != 1]
+    if training:
+        count = x.numel() // x.shape[1]
+        mean = x.mean(dims)
+        centred = x - _per_channel(mean, x)
+        var = centred.square().mean(dims)
+        stats = torch.stack([mean, (var + eps).rsqrt(), var * (count / (count - 1))])
+        m = float(momentum)
+        for running, now in ((running_mean, mean), (running_var, stats[2])):
+            if running is not None:
+                running.copy_((1 - m) * running.double() + m * now)
+    else:
+        assert running_mean is not None
+        assert running_var is not None
+        mean, var = running_mean.double(), running_var.double()
+        stats = torch.stack([mean, (var + eps).rsqrt(), var])
+        centred = x - _per_channel(mean, x)
+    z = centred * _per_channel(stats[1], x)
+    if weight is not None:
+        z = z * _per_channel(weight.double(), x)
+    if bias is not None:
+        z = z + _per_channel(bias.double(), x)
+    if residual is not None:
+        z = z + residual.double()
+    output = torch.empty_like(input).copy_(activate(z, name, negative_slope))
+    if not wants_mask:
+        return output, no_mask, stats
+    bits = derivative(z.to(input.dtype), name, 0.0) != 0
+    return output, pack_mask(bits, _is_channels_last(output)), stats
+
+
+@torch.no_grad()
+def batch_norm_backward(
+    grad_output: Tensor,
+    input: Tensor | None,
+    residual: Tensor | None,
+    output: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    channels_last: bool,
+    training: bool,
+    eps: float,
+    activation: int,
+    negative_slope: float,
+    wants_input: bool,
+    wants_residual: bool,
+    wants_weight: bool,
+    wants_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    name = ACTIVATIONS[activation]
+    g = grad_output.double()
+    dims = [d for d in range(g.ndim) if d != 1]
+    mean, invstd = _per_channel(stats[0], g), _per_channel(stats[1], g)
+    w = torch.ones_like(stats[0]) if weight is None else weight.double()
+    normalised = None if input is None else (input.double() - mean) * invstd
+    if mask is not None and g.numel():
+        flat = g * negative_slope if name == "leaky_relu" else torch.zeros_like(g)
+        g = torch.where(unpack_mask(mask, g, channels_last), g, flat)
+    elif output is not None:
+        slope = derivative(output.double(), name, negative_slope, from_output=True)
+        g = torch.where(slope == 0, torch.zeros_like(g), g * slope)  # not inf * 0
+    elif name is not None and normalised is not None:
+        z = normalised * _per_channel(w, g)
+        for term in (None if bias is None else _per_channel(bias.double(), g), residual):
+            z = z if term is None else z + term
+        g = g * derivative(z, name, negative_slope)
+    dot = torch.zeros_like(w) if normalised is None else (g * normalised).sum(dims)
+    total = g.sum(dims)
+    before = g
+    if training and normalised is not None and g.numel():
+        count = g.numel() // g.shape[1]
+        before = g - _per_channel(total / count, g) - normalised * _per_channel(dot / count, g)
+    grad_residual = grad_output if name is None else g.to(grad_output.dtype)
+    return (
+        (before * _per_channel(w, g) * invstd).to(grad_output.dtype) if wants_input else None,
+        grad_residual if wants_residual else None,
+        dot.to(grad_output.dtype if weight is None else weight.dtype) if wants_weight else None,
+        total.to(grad_output.dtype if bias is None else bias.dtype) if wants_bias else None,
+    )
