@@ -30,8 +30,11 @@ def check_activation(op: str, activation: str | None) -> int:
 
 
 def recomputing() -> bool:
-    """Whether a backward pass is running: a forward call is then a checkpoint's recomputation."""
-    return torch._C._current_graph_task_id() != -1
+    """Whether a backward pass is running: a forward call is then a checkpoint's recomputation.
+
+    Not known while torch.compile traces, whose own checkpointing does not run a mutation twice.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _transformed() -> bool:
@@ -180,7 +183,7 @@ def _reads(code: int, training: bool, weight_gradient: bool, masked: bool) -> tu
 
 class _BatchNormAct(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         input: Tensor,
         residual: Tensor | None,
@@ -212,20 +215,20 @@ class _BatchNormAct(torch.autograd.Function):
             output if reads_output else None,
             mask if masked else None,
             weight,
-            bias if reads_residual else None,
+            bias,
             stats,
         )
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
             return (None,) * 12
         wanted = ctx.needs_input_grad[:4]
         saved = ctx.saved_tensors
         if torch.is_grad_enabled() or type(grad_output) not in _PLAIN or _transformed():
             grads = _differentiable_backward(
-                grad_output, *saved, ctx.channels_last, *ctx.options, wanted
+                grad_output, saved, ctx.channels_last, ctx.options, wanted
             )
         else:
             wants_input, wants_residual, wants_weight, wants_bias = wanted
@@ -250,6 +253,9 @@ def _activation_backward(
         result = aten.leaky_relu_backward(g, at, negative_slope, is_output)
     elif name in ("gelu", "gelu_tanh"):
         result = aten.gelu_backward(g, at, approximate="tanh" if name == "gelu_tanh" else "none")
+    elif name == "silu":  # aten's has no derivative
+        s = at.sigmoid()
+        result = g * (s * (1 + at * (1 - s)))
     else:
         result = getattr(aten, f"{name}_backward")(g, at)
     return result
@@ -257,21 +263,14 @@ def _activation_backward(
 
 def _differentiable_backward(
     grad_output: Tensor,
-    input: Tensor | None,
-    residual: Tensor | None,
-    output: Tensor | None,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    stats: Tensor,
+    saved: tuple[Any, ...],
     channels_last: bool,
-    training: bool,
-    eps: float,
-    code: int,
-    negative_slope: float,
+    options: tuple[bool, float, int, float],
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """The gradients through torch's own backward ops, so that they can be differentiated again."""
+    input, residual, output, mask, weight, bias, stats = saved
+    training, eps, code, negative_slope = options
     name = reference.ACTIVATIONS[code]
     dtype = grad_output.dtype
     wide = torch.promote_types(dtype, torch.float32)
@@ -356,7 +355,7 @@ def _fake_forward(
         raise ValueError(
             f"{_OP}: running_mean and running_var must be given when not training, got None"
         )
-    n, c, *rest = input.shape
+    n, c = input.shape[:2]
     positions = input.shape[2:].numel()
     output = torch.empty_like(input)
     mask_shape = [0]
@@ -434,7 +433,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         out if reads_output else None,
         mask if masked else None,
         weight,
-        bias if reads_residual else None,
+        bias,
         stats,
     )
 
@@ -445,7 +444,7 @@ def _library_gradient(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Te
     wanted = ctx.needs_input_grad[:4]
     if torch.is_grad_enabled():
         grads = _differentiable_backward(
-            grad_output, *ctx.saved_tensors, ctx.channels_last, *ctx.options, wanted
+            grad_output, ctx.saved_tensors, ctx.channels_last, ctx.options, wanted
         )
     else:
         # An op's results must not be its arguments, as an identity's residual gradient would be.

@@ -79,11 +79,12 @@ def batch_norm_act(
     16-bit inputs are computed in float32 and rounded once.
     """
     wide = input.to(torch.promote_types(input.dtype, torch.float32))
-    parameters = (running_mean, running_var, weight, bias)
-    mean, var, *affine = (None if p is None else p.to(wide.dtype) for p in parameters)
-    out = F.batch_norm(wide, mean, var, *affine, training, float(momentum), eps)
+    mean, var, w, b = (
+        None if p is None else p.to(wide.dtype) for p in (running_mean, running_var, weight, bias)
+    )
+    out = F.batch_norm(wide, mean, var, w, b, training, float(momentum), eps)
     for running, now in ((running_mean, mean), (running_var, var)):
-        if training and running is not None and now is not running:
+        if training and running is not None and now is not None and now is not running:
             running.copy_(now)
     dtype = input.dtype
     if residual is not None:
