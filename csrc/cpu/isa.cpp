@@ -7,20 +7,25 @@
 namespace gradfuse::cpu {
 namespace {
 
-const ClipKernels& choose() {
+struct InstructionSet {
+  const ClipKernels& clip;
+  const BatchNormKernels& batch_norm;
+};
+
+InstructionSet choose() {
   const char* forced = std::getenv("GRADFUSE_ISA");
   const std::string name = forced ? forced : "";
-  if (name == "baseline") return kClipBaseline;
+  if (name == "baseline") return {kClipBaseline, kBatchNormBaseline};
 #if defined(__x86_64__)
   const bool has_avx2 = __builtin_cpu_supports("avx2") &&
                         __builtin_cpu_supports("fma");  // and F16C, which every AVX2 machine has
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && (name.empty() || name == "avx512")) return kClipAvx512;
-  if (has_avx2 && (name.empty() || name == "avx2")) return kClipAvx2;
+  if (has_avx512 && (name.empty() || name == "avx512")) return {kClipAvx512, kBatchNormAvx512};
+  if (has_avx2 && (name.empty() || name == "avx2")) return {kClipAvx2, kBatchNormAvx2};
 #endif
-  if (name.empty()) return kClipBaseline;
+  if (name.empty()) return {kClipBaseline, kBatchNormBaseline};
   if (name == "avx2" || name == "avx512")
     throw std::invalid_argument("GRADFUSE_ISA: this machine does not run " + name);
   throw std::invalid_argument("GRADFUSE_ISA: expected baseline, avx2 or avx512, got " + name);
@@ -28,9 +33,12 @@ const ClipKernels& choose() {
 
 }  // namespace
 
-const ClipKernels& clip_kernels() {
-  static const ClipKernels& chosen = choose();
-  return chosen;
+static const InstructionSet& chosen() {
+  static const InstructionSet set = choose();
+  return set;
 }
+
+const ClipKernels& clip_kernels() { return chosen().clip; }
+const BatchNormKernels& batch_norm_kernels() { return chosen().batch_norm; }
 
 }  // namespace gradfuse::cpu

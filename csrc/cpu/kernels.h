@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "../batch_norm_call.h"
 #include "../math/clip.h"
 
 namespace gradfuse::cpu {
@@ -26,8 +27,56 @@ extern const ClipKernels kClipAvx2;
 extern const ClipKernels kClipAvx512;
 #endif
 
+// A part of a tensor [outer, channels, inner]. In the channels-last layouts (inner == 1) it is some
+// columns of some rows.
+struct Span {
+  int64_t outer, outer_end;
+  int64_t channel, channel_end;
+  int64_t inner, inner_end;  // the first a multiple of 8, so that no byte of the mask is in two
+};
+
+// Where inner > 1, the most channels of a span.
+constexpr int64_t kMostChannels = 64;
+
+// Per-channel vectors lie side by side in one array, `stride` apart, that begins at the span's
+// first channel; `stride` is a multiple of kChannelPadding, and every vector may be read to its
+// end. Coefficients are of the type that elements are computed in: double for Double, else float.
+constexpr int64_t kChannelPadding = 16;
+enum ForwardCoefficient { kMean, kScale, kShift, kForwardCoefficients };
+// The first three as above: what the forward normalised with.
+enum BackwardCoefficient {
+  kInvstd = kForwardCoefficients,
+  kDirect,
+  kSlope,
+  kOffset,
+  kBackwardCoefficients
+};
+
+struct BatchNormKernels {
+  // Adds the sums of x - k and (x - k)^2 to sums[0] and sums[1], where k is the channel's first
+  // element. Reads the span once.
+  void (*forward_sums)(const BatchNormForward& call, const Span& span, double* sums,
+                       int64_t stride);
+  // Writes the output and the mask. Reads input and residual once.
+  void (*forward_apply)(const BatchNormForward& call, const Span& span, const void* coefficients,
+                        int64_t stride);
+  // Adds the sums of g and of g * h, as math/batch_norm.h names them, to sums[0] and sums[1].
+  void (*backward_sums)(const BatchNormBackward& call, const Span& span, const void* coefficients,
+                        double* sums, int64_t stride);
+  // Writes the gradients of input and residual that are wanted.
+  void (*backward_apply)(const BatchNormBackward& call, const Span& span, const void* coefficients,
+                         int64_t stride);
+};
+
+extern const BatchNormKernels kBatchNormBaseline;
+#if defined(__x86_64__)
+extern const BatchNormKernels kBatchNormAvx2;
+extern const BatchNormKernels kBatchNormAvx512;
+#endif
+
 // The widest set this machine runs, or the one named by GRADFUSE_ISA (baseline | avx2 | avx512).
 // Throws std::invalid_argument if that name is unknown or the machine lacks it. Chosen once.
 const ClipKernels& clip_kernels();
+const BatchNormKernels& batch_norm_kernels();  // of the same set
 
 }  // namespace gradfuse::cpu

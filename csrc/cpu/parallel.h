@@ -47,23 +47,25 @@ bool forked();
 constexpr int64_t kLeastParallel = 1 << 19;
 
 // Calls f(i) for every i in [0, n), which together are `elements` long, on up to
-// at::get_num_threads() threads. f must not throw.
-template <class F>
+// at::get_num_threads() threads. f must not throw. Each thread goes through its run from its end
+// if kBackwards: what a call before it touched last, this one finds in the cache.
+template <bool kBackwards = false, class F>
 void for_each_item(int64_t n, int64_t elements, F f) {
   const bool serial = forked() || elements < kLeastParallel;
   const int64_t threads = serial ? 1 : std::min<int64_t>(at::get_num_threads(), n);
   if (threads <= 1) {
     const KeepSubnormals keep;
-    for (int64_t i = 0; i < n; ++i) f(i);
+    for (int64_t i = 0; i < n; ++i) f(kBackwards ? n - 1 - i : i);
     return;
   }
   struct alignas(64) Range {
     std::atomic<int64_t> next;
-    int64_t end;
+    int64_t begin, end;
   };
   const std::unique_ptr<Range[]> ranges(new Range[threads]);
   for (int64_t t = 0; t < threads; ++t) {
-    ranges[t].next = n * t / threads;
+    ranges[t].begin = n * t / threads;
+    ranges[t].next = ranges[t].begin;
     ranges[t].end = n * (t + 1) / threads;
   }
   at::parallel_for(0, threads, 1, [&](int64_t first, int64_t end) {
@@ -71,10 +73,16 @@ void for_each_item(int64_t n, int64_t elements, F f) {
     for (int64_t t = first; t < end; ++t) {
       for (int64_t k = 0; k < threads; ++k) {
         Range& range = ranges[(t + k) % threads];
-        for (int64_t i; (i = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end;) f(i);
+        for (int64_t i; (i = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end;)
+          f(kBackwards ? range.begin + range.end - 1 - i : i);
       }
     }
   });
+}
+
+template <class F>
+void for_each_item_backwards(int64_t n, int64_t elements, F f) {
+  for_each_item<true>(n, elements, f);
 }
 
 }  // namespace gradfuse::cpu

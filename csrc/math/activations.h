@@ -21,15 +21,15 @@ constexpr int kActivations = 10;
 
 // Where the derivative takes only two values, one bit says which: 1 where it is set; where not, 0
 // or leaky_relu's negative slope.
-GRADFUSE_HD bool has_mask(Activation a) {
+GRADFUSE_HD constexpr bool has_mask(Activation a) {
   return a == Activation::Relu || a == Activation::Relu6 || a == Activation::LeakyRelu;
 }
 // The derivative follows from the output; for those with a mask, it may.
-GRADFUSE_HD bool needs_output(Activation a) {
+GRADFUSE_HD constexpr bool needs_output(Activation a) {
   return a == Activation::Sigmoid || a == Activation::Tanh;
 }
 // The backward normalises the input, and adds the residual, again.
-GRADFUSE_HD bool needs_input(Activation a) {
+GRADFUSE_HD constexpr bool needs_input(Activation a) {
   return a == Activation::Silu || a == Activation::Gelu || a == Activation::GeluTanh ||
          a == Activation::Hardswish;
 }

@@ -1,0 +1,128 @@
+// Vectors of consecutive elements, for kernels that care which element is in which lane: loads and
+// stores in memory order, partial ones at the end of a run, bytes of a bit mask. Include after
+// vec.h, in the same namespace.
+
+typedef uint16_t ShortVec __attribute__((vector_size(GRADFUSE_VEC_BYTES / 2)));
+
+inline FloatVec load(const float* p) { return load_bytes<FloatVec>(p); }
+inline DoubleVec load(const double* p) { return load_bytes<DoubleVec>(p); }
+inline void store(float* p, FloatVec v) { std::memcpy(p, &v, sizeof(v)); }
+inline void store(double* p, DoubleVec v) { std::memcpy(p, &v, sizeof(v)); }
+
+inline FloatVec load(const BFloat16* p) {
+  return bit_cast<FloatVec>(__builtin_convertvector(load_bytes<ShortVec>(p), UIntVec) << 16);
+}
+inline void store(BFloat16* p, FloatVec v) {
+  const ShortVec bits = __builtin_convertvector(round_to_bfloat16(v) >> 16, ShortVec);
+  std::memcpy(p, &bits, sizeof(bits));
+}
+
+#if GRADFUSE_VEC_BYTES == 64
+inline FloatVec load(const Half* p) {
+  return (FloatVec)_mm512_maskz_cvtph_ps(0xffff, load_bytes<__m256i>(p));
+}
+inline void store(Half* p, FloatVec v) {
+  const __m256i bits = _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(p, &bits, sizeof(bits));
+}
+#elif GRADFUSE_VEC_BYTES == 32
+inline FloatVec load(const Half* p) { return (FloatVec)_mm256_cvtph_ps(load_bytes<__m128i>(p)); }
+inline void store(Half* p, FloatVec v) {
+  const __m128i bits = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(p, &bits, sizeof(bits));
+}
+#else
+inline FloatVec load(const Half* p) {
+  return half_to_float(__builtin_convertvector(load_bytes<ShortVec>(p), UIntVec));
+}
+inline void store(Half* p, FloatVec v) {
+  const ShortVec bits = __builtin_convertvector(float_to_half(v), ShortVec);
+  std::memcpy(p, &bits, sizeof(bits));
+}
+#endif
+
+// The first n elements, 0 < n < lanes, and zeros. Touches nothing after them.
+template <class T>
+inline auto load_first(const T* p, int64_t n) {
+#if GRADFUSE_VEC_BYTES == 64
+  if constexpr (std::is_same_v<T, float>) {
+    return (FloatVec)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+  } else if constexpr (std::is_same_v<T, double>) {
+    return (DoubleVec)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p);
+  } else {
+    const __m256i bits = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);
+    return load(reinterpret_cast<const T*>(&bits));
+  }
+#else
+  alignas(GRADFUSE_VEC_BYTES) T padded[Lanes<T>::count] = {};
+  for (int64_t i = 0; i < n; ++i) padded[i] = p[i];
+  return load(padded);
+#endif
+}
+template <class T, class V>
+inline void store_first(T* p, V v, int64_t n) {
+#if GRADFUSE_VEC_BYTES == 64
+  if constexpr (std::is_same_v<T, float>) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
+  } else if constexpr (std::is_same_v<T, double>) {
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), (__m512d)v);
+  } else {
+    __m256i bits;
+    store(reinterpret_cast<T*>(&bits), v);
+    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), bits);
+  }
+#else
+  alignas(GRADFUSE_VEC_BYTES) T padded[Lanes<T>::count];
+  store(padded, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = padded[i];
+#endif
+}
+
+template <class V>
+struct IntsOf;
+template <>
+struct IntsOf<FloatVec> {
+  using type = IntVec;
+  using unsigned_type = UIntVec;
+};
+template <>
+struct IntsOf<DoubleVec> {
+  using type = LongVec;
+  typedef uint64_t unsigned_type __attribute__((vector_size(GRADFUSE_VEC_BYTES)));
+};
+
+// 0, 1, 2, ... by lane.
+template <class I, size_t... kLane>
+inline I lane_numbers(std::index_sequence<kLane...>) {
+  return I{static_cast<std::decay_t<decltype(I{}[0])>>(kLane)...};
+}
+template <class I>
+inline I lane_numbers() {
+  return lane_numbers<I>(std::make_index_sequence<sizeof(I) / sizeof(I{}[0])>());
+}
+
+// A lane mask as the low bits of an integer, and back.
+template <class V>
+inline uint32_t bits_of(typename IntsOf<V>::type lanes) {
+#if GRADFUSE_VEC_BYTES == 64
+  if constexpr (std::is_same_v<V, FloatVec>)
+    return _mm512_movepi32_mask((__m512i)lanes);
+  else
+    return _mm512_movepi64_mask((__m512i)lanes);
+#elif GRADFUSE_VEC_BYTES == 32
+  if constexpr (std::is_same_v<V, FloatVec>)
+    return _mm256_movemask_ps((__m256)lanes);
+  else
+    return _mm256_movemask_pd((__m256d)lanes);
+#else
+  uint32_t bits = 0;
+  for (size_t i = 0; i < sizeof(V) / sizeof(V{}[0]); ++i) bits |= (lanes[i] & 1u) << i;
+  return bits;
+#endif
+}
+template <class V>
+inline typename IntsOf<V>::type lanes_of(uint32_t bits) {
+  using U = typename IntsOf<V>::unsigned_type;
+  const U each = (U{} + 1) << lane_numbers<U>();
+  return ((U{} + bits) & each) != 0;
+}
