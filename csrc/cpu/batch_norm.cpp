@@ -171,7 +171,7 @@ void forward(const BatchNormForward& call) {
       const int64_t i = c - channel;
       double mean, variance, third;
       if (call.training) {
-        const double shift = read(call.input, call.shape.dtype, c * call.shape.inner);
+        const double shift = p[kMean * stride + i];
         const Moments m = moments({sums[i], sums[stride + i]}, shift, count);
         mean = m.mean, variance = m.variance;
         third = unbiased(variance, count);
@@ -195,9 +195,14 @@ void forward(const BatchNormForward& call) {
     }
   };
   run<F>(
-      call.shape, {call.training, true, kForwardCoefficients}, [](int64_t, int64_t, F*, int64_t) {},
-      [&](const Span& span, const F*, double* sums, int64_t stride) {
-        kernels.forward_sums(call, span, sums, stride);
+      call.shape, {call.training, true, kForwardCoefficients},
+      [&](int64_t channel, int64_t end, F* p, int64_t stride) {  // what the sums are shifted by
+        for (int64_t c = channel; c < end; ++c)
+          p[kMean * stride + c - channel] =
+              static_cast<F>(read(call.input, call.shape.dtype, c * call.shape.inner));
+      },
+      [&](const Span& span, const F* p, double* sums, int64_t stride) {
+        kernels.forward_sums(call, span, p, sums, stride);
       },
       finish,
       [&](const Span& span, const F* p, int64_t stride) {

@@ -53,10 +53,9 @@ enum BackwardCoefficient {
 };
 
 struct BatchNormKernels {
-  // Adds the sums of x - k and (x - k)^2 to sums[0] and sums[1], where k is the channel's first
-  // element. Reads the span once.
-  void (*forward_sums)(const BatchNormForward& call, const Span& span, double* sums,
-                       int64_t stride);
+  // Adds the sums of x - kMean and its square to sums[0] and sums[1]. Reads the span once.
+  void (*forward_sums)(const BatchNormForward& call, const Span& span, const void* coefficients,
+                       double* sums, int64_t stride);
   // Writes the output and the mask. Reads input and residual once.
   void (*forward_apply)(const BatchNormForward& call, const Span& span, const void* coefficients,
                         int64_t stride);

@@ -226,7 +226,11 @@ class _BatchNormAct(torch.autograd.Function):
             return (None,) * 12
         wanted = ctx.needs_input_grad[:4]
         saved = ctx.saved_tensors
-        if torch.is_grad_enabled() or type(grad_output) not in _PLAIN or _transformed():
+        if (
+            torch.is_grad_enabled()
+            or type(grad_output) not in _PLAIN
+            or torch._C._functorch.is_functorch_wrapped_tensor(grad_output)  # is_grads_batched
+        ):
             grads = _differentiable_backward(
                 grad_output, saved, ctx.channels_last, ctx.options, wanted
             )
