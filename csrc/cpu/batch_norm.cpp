@@ -13,6 +13,7 @@
 #include <c10/util/Half.h>
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 
 #include "../math/batch_norm.h"
@@ -99,7 +100,7 @@ void write(ChannelRef v, int64_t c, double value) {
 // The stages of a call. Each takes a span's or column's first channel and its coefficients
 // F [count][stride]; sums are double [2][stride].
 //   prepare(channel, channel_end, coefficients, stride)
-//   sum(span, coefficients, sums, stride)
+//   sum(span, coefficients, sums, stride, wide)
 //   finish(channel, channel_end, coefficients, sums, stride)
 //   apply(span, coefficients, stride)
 struct Stages {
@@ -108,10 +109,31 @@ struct Stages {
   int coefficients;
 };
 
+// Whether float32 terms of these sums may have overflowed or vanished.
+bool left_range(const double* sums, int64_t stride, int64_t channels, double elements) {
+  for (int64_t i = 0; i < channels; ++i) {
+    const double a = sums[i], b = std::abs(sums[stride + i]);
+    if (!std::isfinite(a) || !std::isfinite(b)) return true;
+    if (b < 1e-28 * elements && (a != 0.0 || b != 0.0)) return true;
+  }
+  return false;
+}
+
 template <class F, class Prepare, class Sum, class Finish, class Apply>
 void run(const BatchNormShape& shape, Stages stages, Prepare prepare, Sum sum, Finish finish,
          Apply apply) {
   const Spans spans(shape);
+  const auto sum_of = [&](const Span& span, const F* coefficients, double* sums, int64_t stride) {
+    std::fill_n(sums, 2 * stride, 0.0);
+    sum(span, coefficients, sums, stride, false);
+    const double elements =
+        static_cast<double>((span.outer_end - span.outer) * (span.inner_end - span.inner));
+    if (std::is_same_v<F, double> ||
+        !left_range(sums, stride, span.channel_end - span.channel, elements))
+      return;
+    std::fill_n(sums, 2 * stride, 0.0);
+    sum(span, coefficients, sums, stride, true);
+  };
   const int64_t stride = padded(spans.widest());
   const int64_t columns = spans.columns(), parts = spans.parts(), items = columns * parts;
   if (shape.inner > 1 && parts == 1) {
@@ -119,9 +141,11 @@ void run(const BatchNormShape& shape, Stages stages, Prepare prepare, Sum sum, F
       const Span span = spans(column, 0);
       F coefficients[kBackwardCoefficients * kMostChannels];
       double sums[2 * kMostChannels];
-      std::fill_n(sums, 2 * stride, 0.0);
       prepare(span.channel, span.channel_end, coefficients, stride);
-      if (stages.sums) sum(span, coefficients, sums, stride);
+      if (stages.sums)
+        sum_of(span, coefficients, sums, stride);
+      else
+        std::fill_n(sums, 2 * stride, 0.0);
       finish(span.channel, span.channel_end, coefficients, sums, stride);
       if (stages.applies) apply(span, coefficients, stride);
     });
@@ -138,9 +162,8 @@ void run(const BatchNormShape& shape, Stages stages, Prepare prepare, Sum sum, F
   });
   if (stages.sums) {
     for_each_item(items, shape.numel(), [&](int64_t i) {
-      double* slot = sums.get() + i * 2 * stride;
-      std::fill_n(slot, 2 * stride, 0.0);
-      sum(spans(i % columns, i / columns), of_column(i % columns), slot, stride);
+      sum_of(spans(i % columns, i / columns), of_column(i % columns), sums.get() + i * 2 * stride,
+             stride);
     });
   } else {
     std::fill_n(sums.get(), 2 * stride, 0.0);
@@ -201,8 +224,8 @@ void forward(const BatchNormForward& call) {
           p[kMean * stride + c - channel] =
               static_cast<F>(read(call.input, call.shape.dtype, c * call.shape.inner));
       },
-      [&](const Span& span, const F* p, double* sums, int64_t stride) {
-        kernels.forward_sums(call, span, p, sums, stride);
+      [&](const Span& span, const F* p, double* sums, int64_t stride, bool wide) {
+        kernels.forward_sums(call, span, p, sums, stride, wide);
       },
       finish,
       [&](const Span& span, const F* p, int64_t stride) {
@@ -245,8 +268,8 @@ void backward(const BatchNormBackward& call) {
       call.grad_weight.data || call.grad_bias.data || (call.training && call.grad_input);
   run<F>(
       call.shape, {sums, call.grad_input || call.grad_residual, kBackwardCoefficients}, prepare,
-      [&](const Span& span, const F* p, double* s, int64_t stride) {
-        kernels.backward_sums(call, span, p, s, stride);
+      [&](const Span& span, const F* p, double* s, int64_t stride, bool wide) {
+        kernels.backward_sums(call, span, p, s, stride, wide);
       },
       finish,
       [&](const Span& span, const F* p, int64_t stride) {

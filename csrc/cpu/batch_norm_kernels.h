@@ -73,9 +73,9 @@ inline V only_lanes(V v, Some count) {
 // One vector of a span.
 template <class T, class Count>
 struct Piece {
-  int64_t at;    // of its first element, in the tensor
+  int64_t at;  // of its first element, in the tensor
   int64_t byte;  // of the mask, where its first bit is
-  int shift;     // of that bit in the byte
+  int shift;  // of that bit in the byte
   Count count;
 
   Piece(const BatchNormShape& shape, int64_t row, int64_t i, Count n)
@@ -108,8 +108,11 @@ struct Coefficients {
   VecFor<T> v[kBackwardCoefficients];
 };
 
+constexpr int kFold = 8;
+
 // Goes through a span: body(piece, coefficients, state) for each vector, then done(column, state)
-// for the state of a run or, for kRows rows, of a vector of columns, counted from the span's first.
+// for the state of a run or, for kRows rows, of a vector of columns, counted from the span's first;
+// state.fold() after kFold vectors at most.
 template <class T, int kCount, int kRows, class State, class Body, class Done>
 inline void traverse(const BatchNormShape& shape, const Span& span, const void* coefficients,
                      int64_t stride, Body body, Done done) {
@@ -125,6 +128,7 @@ inline void traverse(const BatchNormShape& shape, const Span& span, const void* 
         State state;
         for (int64_t row = n; row < end; ++row)
           body(Piece<T, decltype(count)>(shape, row, span.channel + j, count), c, state);
+        state.fold();
         done(j, state);
       };
       int64_t j = 0;
@@ -140,71 +144,105 @@ inline void traverse(const BatchNormShape& shape, const Span& span, const void* 
       State state;
       const int64_t row = n * shape.channels + span.channel + j;
       int64_t i = span.inner;
+      for (; i + kFold * kLanes <= span.inner_end; i += kFold * kLanes) {
+        for (int k = 0; k < kFold; ++k)
+          body(Piece<T, Whole<T>>(shape, row, i + k * kLanes, Whole<T>()), c, state);
+        state.fold();
+      }
       for (; i + kLanes <= span.inner_end; i += kLanes)
         body(Piece<T, Whole<T>>(shape, row, i, Whole<T>()), c, state);
       if (i < span.inner_end)
         body(Piece<T, Some>(shape, row, i, Some{span.inner_end - i}), c, state);
+      state.fold();
       done(j, state);
     }
   }
 }
 
-// Two sums in float64 lanes, of a run or of a vector of columns.
+// Two sums in float64 lanes, of a run or of a vector of columns. float32 terms are added up in
+// float32 first, no more than kFold of them, unless kWide: then no product overflows or vanishes.
+template <class T, bool kWide>
 struct TwoSums {
+  using V = VecFor<T>;
+  V a = {}, b = {};
   Pair<DoubleVec> first = {}, second = {};
-  void add(FloatVec a, FloatVec b, FloatVec c) {  // a to the first, b * c to the second
-    const Pair<DoubleVec> wa = widen(a), wb = widen(b), wc = widen(c);
-    first.a += wa.a, first.b += wa.b;
-    second.a += wb.a * wc.a, second.b += wb.b * wc.b;
+
+  void add(V x, V y, V z) {  // x to the first, y * z to the second
+    if constexpr (kWide && !std::is_same_v<T, double>) {
+      const Pair<DoubleVec> wx = widen(x), wy = widen(y), wz = widen(z);
+      first.a += wx.a, first.b += wx.b;
+      second.a += wy.a * wz.a, second.b += wy.b * wz.b;
+    } else {
+      a += x;
+      b += y * z;
+    }
   }
-  void add(DoubleVec a, DoubleVec b, DoubleVec c) {
-    first.a += a;
-    second.a += b * c;
+  void fold() {
+    if constexpr (std::is_same_v<T, double>) {
+      first.a = a, second.a = b;
+    } else if constexpr (!kWide) {
+      const Pair<DoubleVec> wa = widen(a), wb = widen(b);
+      first.a += wa.a, first.b += wa.b;
+      second.a += wb.a, second.b += wb.b;
+      a = b = V{};
+    }
   }
 };
 
 inline void add_to(double* p, DoubleVec v) { store(p, load(p) + v); }
 
 // Adds what terms(piece, coefficients, sums) adds to the sums [2][stride] of the span's channels.
-template <class T, int kCount, class Terms>
+template <class T, int kCount, bool kWide, class Terms>
 inline void sum_span(const BatchNormShape& shape, const Span& span, const void* coefficients,
                      double* sums, int64_t stride, Terms terms) {
-  constexpr int kRows = 8;
+  constexpr int kRows = kFold;
+  using State = TwoSums<T, kWide>;
   if (shape.inner == 1) {
-    traverse<T, kCount, kRows, TwoSums>(shape, span, coefficients, stride, terms,
-                                        [&](int64_t j, const TwoSums& s) {
-                                          add_to(sums + j, s.first.a);
-                                          add_to(sums + stride + j, s.second.a);
-                                          if (Lanes<T>::count == kDoubles) return;
-                                          add_to(sums + j + kDoubles, s.first.b);
-                                          add_to(sums + stride + j + kDoubles, s.second.b);
-                                        });
+    traverse<T, kCount, kRows, State>(shape, span, coefficients, stride, terms,
+                                      [&](int64_t j, const State& s) {
+                                        add_to(sums + j, s.first.a);
+                                        add_to(sums + stride + j, s.second.a);
+                                        if (Lanes<T>::count == kDoubles) return;
+                                        add_to(sums + j + kDoubles, s.first.b);
+                                        add_to(sums + stride + j + kDoubles, s.second.b);
+                                      });
     return;
   }
   // Lanes are added up once, at the span's end: runs may be short.
-  DoubleVec first[kMostChannels] = {}, second[kMostChannels] = {};
-  traverse<T, kCount, kRows, TwoSums>(shape, span, coefficients, stride, terms,
-                                      [&](int64_t j, const TwoSums& s) {
-                                        first[j] += s.first.a + s.first.b;
-                                        second[j] += s.second.a + s.second.b;
-                                      });
-  for (int64_t j = 0; j < span.channel_end - span.channel; ++j) {
+  DoubleVec first[kMostChannels], second[kMostChannels];
+  const int64_t channels = span.channel_end - span.channel;
+  for (int64_t j = 0; j < channels; ++j) first[j] = second[j] = DoubleVec{};
+  traverse<T, kCount, kRows, State>(shape, span, coefficients, stride, terms,
+                                    [&](int64_t j, const State& s) {
+                                      first[j] += s.first.a + s.first.b;
+                                      second[j] += s.second.a + s.second.b;
+                                    });
+  for (int64_t j = 0; j < channels; ++j) {
     sums[j] += lane_sum(first[j]);
     sums[stride + j] += lane_sum(second[j]);
   }
 }
 
+template <class T, bool kWide>
+inline void forward_sums_of(const BatchNormForward& call, const Span& span,
+                            const void* coefficients, double* sums, int64_t stride) {
+  const T* x = static_cast<const T*>(call.input);
+  sum_span<T, kMean + 1, kWide>(
+      call.shape, span, coefficients, sums, stride,
+      [=](const auto& piece, const Coefficients<T>& c, TwoSums<T, kWide>& s) {
+        const auto d = only_lanes(load_lanes(x + piece.at, piece.count) - c.v[kMean], piece.count);
+        s.add(d, d, d);
+      });
+}
+
 void forward_sums(const BatchNormForward& call, const Span& span, const void* coefficients,
-                  double* sums, int64_t stride) {
+                  double* sums, int64_t stride, bool wide) {
   with_type(call.shape.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
-    const T* x = static_cast<const T*>(call.input);
-    sum_span<T, kMean + 1>(call.shape, span, coefficients, sums, stride,
-                           [&](const auto& piece, const Coefficients<T>& c, TwoSums& s) {
-                             const auto d = only_lanes(
-                                 load_lanes(x + piece.at, piece.count) - c.v[kMean], piece.count);
-                             s.add(d, d, d);
-                           });
+    if (wide)
+      forward_sums_of<T, true>(call, span, coefficients, sums, stride);
+    else
+      forward_sums_of<T, false>(call, span, coefficients, sums, stride);
   });
 }
 
@@ -216,7 +254,9 @@ inline typename IntsOf<V>::type passes(V z, S above, S below) {
   return z > above;
 }
 
-struct NoState {};
+struct NoState {
+  void fold() {}
+};
 
 template <class T, class Count>
 inline VecFor<T> normalised(const Coefficients<T>& c, const T* x, const T* residual,
@@ -304,14 +344,14 @@ inline VecFor<T> gradient_before(const BatchNormBackward& call, const Piece<T, C
   }
 }
 
-template <class T, Activation kActivation>
+template <class T, Activation kActivation, bool kWide>
 inline void backward_sums_of(const BatchNormBackward& given, const Span& span,
                              const void* coefficients, double* sums, int64_t stride) {
   const BatchNormBackward call = given;  // by value: no store can change it
   const T* x = static_cast<const T*>(call.input);
-  sum_span<T, kInvstd + 1>(
+  sum_span<T, kInvstd + 1, kWide>(
       call.shape, span, coefficients, sums, stride,
-      [=](const auto& piece, const Coefficients<T>& c, TwoSums& s) {
+      [=](const auto& piece, const Coefficients<T>& c, TwoSums<T, kWide>& s) {
         const VecFor<T> g =
             only_lanes(gradient_before<T, kActivation>(call, piece, c), piece.count);
         VecFor<T> h = VecFor<T>{};
@@ -321,11 +361,15 @@ inline void backward_sums_of(const BatchNormBackward& given, const Span& span,
 }
 
 void backward_sums(const BatchNormBackward& call, const Span& span, const void* coefficients,
-                   double* sums, int64_t stride) {
+                   double* sums, int64_t stride, bool wide) {
   with_type(call.shape.dtype, [&](auto* t) {
     with_activation(call.activation, [&](auto activation) {
-      backward_sums_of<std::remove_pointer_t<decltype(t)>, decltype(activation)::value>(
-          call, span, coefficients, sums, stride);
+      using T = std::remove_pointer_t<decltype(t)>;
+      constexpr Activation kActivation = decltype(activation)::value;
+      if (wide)
+        backward_sums_of<T, kActivation, true>(call, span, coefficients, sums, stride);
+      else
+        backward_sums_of<T, kActivation, false>(call, span, coefficients, sums, stride);
     });
   });
 }

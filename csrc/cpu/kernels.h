@@ -53,15 +53,17 @@ enum BackwardCoefficient {
 };
 
 struct BatchNormKernels {
-  // Adds the sums of x - kMean and its square to sums[0] and sums[1]. Reads the span once.
+  // Adds the sums of x - kMean and its square to sums[0] and sums[1]. Reads the span once. A few
+  // float32 terms are added up in float32 before they are widened; if `wide`, none, so that no
+  // finite term is lost.
   void (*forward_sums)(const BatchNormForward& call, const Span& span, const void* coefficients,
-                       double* sums, int64_t stride);
+                       double* sums, int64_t stride, bool wide);
   // Writes the output and the mask. Reads input and residual once.
   void (*forward_apply)(const BatchNormForward& call, const Span& span, const void* coefficients,
                         int64_t stride);
   // Adds the sums of g and of g * h, as math/batch_norm.h names them, to sums[0] and sums[1].
   void (*backward_sums)(const BatchNormBackward& call, const Span& span, const void* coefficients,
-                        double* sums, int64_t stride);
+                        double* sums, int64_t stride, bool wide);
   // Writes the gradients of input and residual that are wanted.
   void (*backward_apply)(const BatchNormBackward& call, const Span& span, const void* coefficients,
                          int64_t stride);
