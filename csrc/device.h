@@ -8,6 +8,10 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #if defined(GRADFUSE_CUDA)
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -21,9 +25,22 @@ inline bool is_host(at::Device device) { return device.is_cpu(); }
 inline at::Tensor empty_on_device(at::IntArrayRef sizes, at::TensorOptions options) {
   return at::empty(sizes, options);
 }
+// Memory for a result that will be written whole. Fresh memory comes from the kernel page by page,
+// which costs more than the writing; of large results, on the host, it is asked for 2 MiB at a
+// time.
 inline at::Tensor empty_on_device(at::IntArrayRef sizes, at::IntArrayRef strides,
                                   at::TensorOptions options) {
-  return at::empty_strided(sizes, strides, options);
+  const at::Tensor t = at::empty_strided(sizes, strides, options);
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t{1} << 21;
+  if (is_host(t.device()) && t.nbytes() >= 2 * kPage) {
+    const uintptr_t data = reinterpret_cast<uintptr_t>(t.data_ptr());
+    const uintptr_t begin = (data + kPage - 1) / kPage * kPage;
+    const uintptr_t end = (data + t.nbytes()) / kPage * kPage;
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: may fail
+  }
+#endif
+  return t;
 }
 
 // A copy of a tensor with other strides, which leave no gap and no overlap.

@@ -270,7 +270,7 @@ template <class T, Activation kActivation>
 inline void forward_apply_of(const BatchNormForward& call, const Span& span,
                              const void* coefficients, int64_t stride) {
   using S = ScalarFor<T>;
-  constexpr int kRows = 4;
+  constexpr int kRows = 2;  // more would be more streams than the caches like
   const MaskBounds bounds = mask_bounds(kActivation, call.shape.dtype);
   const S above = static_cast<S>(bounds.above), below = static_cast<S>(bounds.below);
   const S slope = static_cast<S>(call.negative_slope);
@@ -377,7 +377,7 @@ void backward_sums(const BatchNormBackward& call, const Span& span, const void* 
 template <class T, Activation kActivation>
 inline void backward_apply_of(const BatchNormBackward& given, const Span& span,
                               const void* coefficients, int64_t stride) {
-  constexpr int kRows = 4;
+  constexpr int kRows = 2;  // more would be more streams than the caches like
   const BatchNormBackward call = given;
   const T* x = call.training ? static_cast<const T*>(call.input) : nullptr;
   T* grad_input = static_cast<T*>(call.grad_input);
