@@ -18,12 +18,12 @@ struct BatchNormShape {
   int64_t inner;
   DType dtype;
 
-  int64_t count() const { return outer * inner; }  // elements of a channel
-  int64_t numel() const { return outer * channels * inner; }
+  constexpr int64_t count() const { return outer * inner; }  // elements of a channel
+  constexpr int64_t numel() const { return outer * channels * inner; }
   // The mask has a row of bytes for each run along the contiguous axis, bit i % 8 of byte i / 8 for
   // element i; the bits after the last element are 0.
-  int64_t mask_rows() const { return inner == 1 ? outer : outer * channels; }
-  int64_t mask_bytes_per_row() const { return ((inner == 1 ? channels : inner) + 7) / 8; }
+  constexpr int64_t mask_rows() const { return inner == 1 ? outer : outer * channels; }
+  constexpr int64_t mask_bytes_per_row() const { return ((inner == 1 ? channels : inner) + 7) / 8; }
 };
 
 // A vector [channels], contiguous; null data means there is none.

@@ -1,0 +1,223 @@
+// act((input - mean) * invstd * weight + bias + residual), forward.
+//
+// Three launches: sums of each channel's chunks (read input), the statistics of each channel, and
+// the sweep (read input and residual, write output and mask). A channel that one block can hold
+// takes one launch, which reads the input once. In eval mode the sums are left out.
+//
+// Assumes nothing of alignment but that of the elements; 16-byte accesses where a run's is better.
+#include "batch_norm.cuh"
+
+namespace gradfuse::cuda {
+namespace {
+
+// What the statistics say of a channel: writes stats and running averages, returns the
+// coefficients.
+template <class W>
+__device__ Normalisation<W> finish_channel(const BatchNormForward& call, int64_t c, TwoSums sums,
+                                           double shift) {
+  double mean, variance, third;
+  if (call.training) {
+    const double count = static_cast<double>(call.shape.count());
+    const Moments m = moments({sums.first, sums.second}, shift, count);
+    mean = m.mean, variance = m.variance;
+    third = unbiased(variance, count);
+    const double momentum = call.momentum_value ? *call.momentum_value : call.momentum;
+    if (call.running_mean.data) {
+      write_channel(call.running_mean, c,
+                    running_average(read_channel(call.running_mean, c, 0.0), mean, momentum));
+      write_channel(call.running_var, c,
+                    running_average(read_channel(call.running_var, c, 0.0), third, momentum));
+    }
+  } else {
+    mean = read_channel(call.running_mean, c, 0.0);
+    third = variance = read_channel(call.running_var, c, 1.0);
+  }
+  const double invstd = inverse_deviation(variance, call.eps);
+  call.stats[c] = mean;
+  call.stats[call.shape.channels + c] = invstd;
+  call.stats[2 * call.shape.channels + c] = third;
+  return normalisation<W>(mean, invstd, read_channel(call.weight, c, 1.0),
+                          read_channel(call.bias, c, 0.0));
+}
+
+template <class T>
+__device__ Wide<T> shift_of(const BatchNormForward& call, int64_t channel) {
+  return Element<T>::widen(static_cast<const T*>(call.input)[channel * call.shape.inner]);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    batch_norm_channel_sums(const __grid_constant__ BatchNormForward call, double* slots) {
+  sum_channel_chunk(call.shape, slots, [&](const Place& place, int64_t channel, TwoSums& sums) {
+    Wide<T> x[kGroup];
+    load_group(static_cast<const T*>(call.input) + place.at, place.count, x);
+    const Wide<T> shift = shift_of<T>(call, channel);
+#pragma unroll
+    for (int e = 0; e < kGroup; ++e) x[e] = e < place.count ? x[e] - shift : Wide<T>(0);
+    sums.add(x, x, x);
+  });
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    batch_norm_row_sums(const __grid_constant__ BatchNormForward call, double* slots) {
+  using W = Wide<T>;
+  sum_row_chunk<W>(
+      call.shape, slots,
+      [&](const Place& place, int64_t channel, W(&x)[kGroup], W(&y)[kGroup], W(&z)[kGroup]) {
+        W shift[kGroup];
+        const T* input = static_cast<const T*>(call.input);
+        load_group(input + place.at, place.count, x);
+        load_group(input + channel, place.count, shift);
+#pragma unroll
+        for (int e = 0; e < kGroup; ++e) x[e] = y[e] = z[e] = x[e] - shift[e];
+      });
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    batch_norm_statistics(const __grid_constant__ BatchNormForward call, const double* slots,
+                          Wide<T>* coefficients) {
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t channels = call.shape.channels;
+  if (c >= channels) return;
+  TwoSums sums;
+  double shift = 0.0;
+  if (call.training) {
+    sums = sum_of_chunks(call.shape, slots, c);
+    shift = shift_of<T>(call, c);
+  }
+  const Normalisation<Wide<T>> n = finish_channel<Wide<T>>(call, c, sums, shift);
+  coefficients[c] = n.mean;
+  coefficients[channels + c] = n.scale;
+  coefficients[2 * channels + c] = n.shift;
+}
+
+// The output of a group from its normalised elements, and its byte of the mask.
+template <class T>
+__device__ void write_output(const BatchNormForward& call, const Place& place,
+                             Wide<T> (&z)[kGroup]) {
+  using W = Wide<T>;
+  if (call.residual) {
+    W r[kGroup];
+    load_group(static_cast<const T*>(call.residual) + place.at, place.count, r);
+#pragma unroll
+    for (int e = 0; e < kGroup; ++e) z[e] += r[e];
+  }
+  unsigned bits = 0;
+  with_activation(call.activation, [&](auto activation) {
+    constexpr Activation kActivation = decltype(activation)::value;
+    if constexpr (has_mask(kActivation)) {
+      const MaskBounds bounds = mask_bounds(kActivation, call.shape.dtype);
+      const W above = static_cast<W>(bounds.above), below = static_cast<W>(bounds.below);
+#pragma unroll
+      for (int e = 0; e < kGroup; ++e) {
+        bool set = z[e] > above;
+        if (kActivation == Activation::Relu) set = !(z[e] <= above);
+        if (kActivation == Activation::Relu6) set = set && z[e] < below;
+        bits |= (e < place.count && set ? 1u : 0u) << e;
+      }
+    }
+#pragma unroll
+    for (int e = 0; e < kGroup; ++e)
+      z[e] = activate<kActivation, W>(z[e], static_cast<W>(call.negative_slope));
+  });
+  store_group(static_cast<T*>(call.output) + place.at, place.count, z);
+  if (call.mask) call.mask[place.byte] = static_cast<uint8_t>(bits);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    batch_norm_apply(const __grid_constant__ BatchNormForward call, const Wide<T>* coefficients) {
+  using W = Wide<T>;
+  const Runs runs(call.shape);
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= runs.rows * runs.groups) return;
+  const int64_t row = i / runs.groups;
+  const Place place = place_of(runs, row, i % runs.groups);
+  W z[kGroup];
+  load_group(static_cast<const T*>(call.input) + place.at, place.count, z);
+#pragma unroll
+  for (int e = 0; e < kGroup; ++e) {
+    const int64_t c =
+        runs.by_row ? i % runs.groups * kGroup + (e < place.count ? e : 0) : row % runs.channels;
+    z[e] = (z[e] - coefficients[c]) * coefficients[runs.channels + c] +
+           coefficients[2 * runs.channels + c];
+  }
+  write_output<T>(call, place, z);
+}
+
+// All of a channel in one block: the input stays in registers between the sums and the sweep.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    batch_norm_small(const __grid_constant__ BatchNormForward call) {
+  using W = Wide<T>;
+  constexpr int kHeld = kHeldGroups<T>;
+  const Runs runs(call.shape);
+  const int64_t channel = blockIdx.x;
+  const int64_t all = runs.rows / runs.channels * runs.groups;
+  W held[kHeld][kGroup];
+  TwoSums mine;
+  const W shift = shift_of<T>(call, channel);
+#pragma unroll
+  for (int k = 0; k < kHeld; ++k) {
+    const int64_t q = threadIdx.x + k * kThreads;
+    if (q >= all) continue;
+    const Place place = place_in_channel(runs, channel, q);
+    load_group(static_cast<const T*>(call.input) + place.at, place.count, held[k]);
+    W d[kGroup];
+#pragma unroll
+    for (int e = 0; e < kGroup; ++e) d[e] = e < place.count ? held[k][e] - shift : W(0);
+    if (call.training) mine.add(d, d, d);
+  }
+  const TwoSums sums = block_sum(mine);
+  __shared__ Normalisation<W> shared;
+  if (threadIdx.x == 0) shared = finish_channel<W>(call, channel, sums, shift);
+  __syncthreads();
+  const Normalisation<W> n = shared;
+#pragma unroll
+  for (int k = 0; k < kHeld; ++k) {
+    const int64_t q = threadIdx.x + k * kThreads;
+    if (q >= all) continue;
+#pragma unroll
+    for (int e = 0; e < kGroup; ++e) held[k][e] = (held[k][e] - n.mean) * n.scale + n.shift;
+    write_output<T>(call, place_in_channel(runs, channel, q), held[k]);
+  }
+}
+
+}  // namespace
+
+int64_t batch_norm_scratch_bytes(const BatchNormShape& shape) {
+  const int64_t slots = Chunks(shape).count * 2 * shape.channels;
+  return (slots + 7 * shape.channels) * static_cast<int64_t>(sizeof(double));
+}
+
+void batch_norm_forward(const BatchNormForward& call, void* scratch, cudaStream_t stream) {
+  with_type(call.shape.dtype, [&](auto type) {
+    using T = decltype(type);
+    const BatchNormShape& shape = call.shape;
+    if (fits_one_block(shape)) {
+      batch_norm_small<T><<<blocks_for(shape.channels), kThreads, 0, stream>>>(call);
+      check_launch("batch_norm_small");
+      return;
+    }
+    double* slots = slots_of(scratch);
+    Wide<T>* coefficients = static_cast<Wide<T>*>(coefficients_of(shape, scratch));
+    if (call.training) {
+      const unsigned blocks = blocks_for(sum_blocks(shape));
+      if (shape.inner == 1)
+        batch_norm_row_sums<T><<<blocks, kThreads, 0, stream>>>(call, slots);
+      else
+        batch_norm_channel_sums<T><<<blocks, kThreads, 0, stream>>>(call, slots);
+      check_launch("batch_norm_sums");
+    }
+    batch_norm_statistics<T>
+        <<<blocks_for(channel_blocks(shape)), kThreads, 0, stream>>>(call, slots, coefficients);
+    check_launch("batch_norm_statistics");
+    batch_norm_apply<T>
+        <<<blocks_for(sweep_blocks(shape)), kThreads, 0, stream>>>(call, coefficients);
+    check_launch("batch_norm_apply");
+  });
+}
+
+}  // namespace gradfuse::cuda
