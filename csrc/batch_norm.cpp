@@ -222,9 +222,9 @@ BatchNormResult batch_norm_forward(const at::Tensor& input, const MaybeTensor& r
     return result;
   }
   // A dense input's own strides: where a size is 1 they are a matter of taste, which is kept.
-  result.output =
-      empty_on_device(input.sizes(), x.is_same(input) ? input.strides() : at::IntArrayRef(strides),
-                      input.options());
+  result.output = empty_strided_on_device(
+      input.sizes(), x.is_same(input) ? input.strides() : at::IntArrayRef(strides),
+      input.options());
   result.mask =
       empty_on_device(wants_mask ? Dims{shape.mask_rows(), shape.mask_bytes_per_row()} : Dims{0},
                       input.options().dtype(at::kByte));
@@ -318,11 +318,11 @@ BatchNormGradients batch_norm_backward(const at::Tensor& grad_output, const Mayb
   };
   const MaybeTensor x = in_layout(input), y = in_layout(output);
   const MaybeTensor r = needs_input(act) ? in_layout(residual) : MaybeTensor();
-  if (wanted.input) grads.input = empty_on_device(grad_output.sizes(), strides, plain);
+  if (wanted.input) grads.input = empty_strided_on_device(grad_output.sizes(), strides, plain);
   if (wanted.residual && linear)
     grads.residual = grad_output;
   else if (wanted.residual)
-    grads.residual = empty_on_device(grad_output.sizes(), strides, plain);
+    grads.residual = empty_strided_on_device(grad_output.sizes(), strides, plain);
   if (wanted.weight) grads.weight = empty_on_device({channels_count}, like_weight(weight));
   if (wanted.bias) grads.bias = empty_on_device({channels_count}, like_weight(bias));
 

@@ -28,8 +28,8 @@ inline at::Tensor empty_on_device(at::IntArrayRef sizes, at::TensorOptions optio
 // Memory for a result that will be written whole. Fresh memory comes from the kernel page by page,
 // which costs more than the writing; of large results, on the host, it is asked for 2 MiB at a
 // time.
-inline at::Tensor empty_on_device(at::IntArrayRef sizes, at::IntArrayRef strides,
-                                  at::TensorOptions options) {
+inline at::Tensor empty_strided_on_device(at::IntArrayRef sizes, at::IntArrayRef strides,
+                                          at::TensorOptions options) {
   const at::Tensor t = at::empty_strided(sizes, strides, options);
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t{1} << 21;

@@ -30,6 +30,39 @@ def adaptive_clip_(
     eps: float,
     norm_type: float,
 ) -> None: ...
+def batch_norm_forward(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float | Tensor,
+    eps: float,
+    activation: int,
+    negative_slope: float,
+    wants_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def batch_norm_backward(
+    grad_output: Tensor,
+    input: Tensor | None,
+    residual: Tensor | None,
+    output: Tensor | None,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    channels_last: bool,
+    training: bool,
+    eps: float,
+    activation: int,
+    negative_slope: float,
+    wants_input: bool,
+    wants_residual: bool,
+    wants_weight: bool,
+    wants_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]: ...
 
 class ParameterList:
     def __init__(self) -> None: ...

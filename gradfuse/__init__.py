@@ -1,6 +1,8 @@
-"""Gradient clipping for PyTorch that is right where gradients explode."""
+"""Gradient clipping and fused batch norm for PyTorch, right where gradients explode."""
 
+from gradfuse import nn
 from gradfuse.clipper import GradClipper
+from gradfuse.fuse import FuseReport, Site, fuse, unfuse
 from gradfuse.ops.batch_norm import batch_norm_act
 from gradfuse.ops.clip import (
     adaptive_clip_grad_,
@@ -14,13 +16,18 @@ from gradfuse.report import GradReport, ParameterGrad
 __version__ = "0.1.0"
 
 __all__ = [
+    "FuseReport",
     "GradClipper",
     "GradReport",
     "ParameterGrad",
+    "Site",
     "adaptive_clip_grad_",
     "batch_norm_act",
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
+    "fuse",
     "get_total_norm",
+    "nn",
+    "unfuse",
 ]

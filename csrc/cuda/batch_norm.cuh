@@ -17,13 +17,18 @@ constexpr int kGroup = 8;
 template <class T>
 using Wide = typename Element<T>::Wide;
 
-__device__ inline float exponential(float x) { return expf(x); }
+__device__ inline int32_t bits_of_float(float x) { return __float_as_int(x); }
+__device__ inline float float_of_bits(int32_t bits) { return __int_as_float(bits); }
+
+#include "../math/elementary.h"
+
+__device__ inline float exponential(float x) { return exponential_float(x); }
 __device__ inline double exponential(double x) { return exp(x); }
-__device__ inline float hyperbolic_tangent(float x) { return tanhf(x); }
+__device__ inline float hyperbolic_tangent(float x) { return hyperbolic_tangent_float(x); }
 __device__ inline double hyperbolic_tangent(double x) { return tanh(x); }
-__device__ inline float normal_cdf(float x) { return normcdff(x); }
+__device__ inline float normal_cdf(float x) { return normal_cdf_float(x); }
 __device__ inline double normal_cdf(double x) { return normcdf(x); }
-__device__ inline float normal_density(float x) { return 0.3989422804f * expf(-0.5f * x * x); }
+__device__ inline float normal_density(float x) { return normal_density_float(x); }
 __device__ inline double normal_density(double x) {
   return 0.39894228040143267794 * exp(-0.5 * x * x);
 }
@@ -187,7 +192,7 @@ struct Chunks {
 // Few enough groups of a channel for one block to keep in registers, between the sums and the
 // sweep.
 template <class T>
-constexpr int kHeldGroups = sizeof(Wide<T>) == 8 ? 2 : 4;  // of a thread
+constexpr int kHeldGroups = sizeof(Wide<T>) == 8 ? 1 : 4;  // of a thread
 
 inline bool fits_one_block(const BatchNormShape& s) {
   const Runs runs(s);

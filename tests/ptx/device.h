@@ -23,8 +23,8 @@ inline at::Tensor empty_on_device(at::IntArrayRef sizes, at::TensorOptions optio
   return at::from_blob(data, sizes, [](void* p) { cudaFree(p); }, options);
 }
 
-inline at::Tensor empty_on_device(at::IntArrayRef sizes, at::IntArrayRef strides,
-                                  at::TensorOptions options) {
+inline at::Tensor empty_strided_on_device(at::IntArrayRef sizes, at::IntArrayRef strides,
+                                          at::TensorOptions options) {
   return empty_on_device(sizes, options).as_strided(sizes, strides);
 }
 
@@ -37,7 +37,7 @@ inline at::Tensor converted(const at::Tensor& t, at::ScalarType type) {
 
 inline at::Tensor dense_copy(const at::Tensor& t, at::IntArrayRef strides) {
   const at::Tensor from = at::empty_strided(t.sizes(), strides, t.options()).copy_(t);
-  const at::Tensor out = empty_on_device(t.sizes(), strides, t.options());
+  const at::Tensor out = empty_strided_on_device(t.sizes(), strides, t.options());
   cudaMemcpyAsync(out.data_ptr(), from.data_ptr(), from.nbytes(), cudaMemcpyDeviceToDevice, {});
   return out;
 }

@@ -133,7 +133,8 @@ class Emulated:
                     raise
                 self.runtime.raise_pending()
                 for i, t in enumerate(result if isinstance(result, tuple) else ()):
-                    self.runtime.require_written(t.data_ptr(), t.nbytes, f"result {i}")
+                    if isinstance(t, Tensor):
+                        self.runtime.require_written(t.data_ptr(), t.nbytes, f"result {i}")
             return result
 
         return call

@@ -1,0 +1,412 @@
+"""Graphs of modules, and the batch norms in them: what `fuse` and `unfuse` are made of.
+
+A module that holds a batch norm is traced with torch.fx down to the modules that hold none, so that
+these keep their classes, their training flags and their randomness. A forward that asks for the
+type or the truth of a value, or comes out otherwise in eval mode than in training, is not traced.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import Graph, GraphModule, Node, Proxy, Tracer
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+
+from gradfuse.nn import _BatchNormAct
+
+__all__ = ["Match", "activation_of", "clone", "copied", "match", "refusal", "trace", "with_graph"]
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_ACT_MODULES: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.LeakyReLU: "leaky_relu",
+    nn.SiLU: "silu",
+    nn.GELU: "gelu",
+    nn.Hardswish: "hardswish",
+    nn.Sigmoid: "sigmoid",
+    nn.Tanh: "tanh",
+}
+_ACT_FUNCTIONS: dict[Any, str] = {
+    F.relu: "relu",
+    F.relu_: "relu",
+    torch.relu: "relu",
+    torch.relu_: "relu",
+    F.relu6: "relu6",
+    F.leaky_relu: "leaky_relu",
+    F.leaky_relu_: "leaky_relu",
+    F.silu: "silu",
+    F.gelu: "gelu",
+    F.hardswish: "hardswish",
+    F.sigmoid: "sigmoid",
+    torch.sigmoid: "sigmoid",
+    torch.sigmoid_: "sigmoid",
+    F.tanh: "tanh",
+    torch.tanh: "tanh",
+    torch.tanh_: "tanh",
+}
+_ACT_METHODS = {"relu": "relu", "relu_": "relu", "sigmoid": "sigmoid", "sigmoid_": "sigmoid"} | {
+    "tanh": "tanh",
+    "tanh_": "tanh",
+}
+_ADDS = (operator.add, operator.iadd, torch.add)
+_NO_TENSOR = ("size", "dim", "numel", "stride", "item", "type")
+
+Activation = tuple[str, float]  # name, negative slope
+
+
+def clone(model: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
+    """The module tree anew, with the very same parameters and buffers."""
+    if id(model) in memo:
+        return memo[id(model)]
+    new = type(model).__new__(type(model))
+    new.__dict__.update(model.__dict__)
+    for name in ("_parameters", "_buffers", "_modules", *_HOOKS):
+        new.__dict__[name] = type(model.__dict__[name])(model.__dict__[name])
+    memo[id(model)] = new
+    for name, child in model._modules.items():
+        new._modules[name] = None if child is None else clone(child, memo)
+    return new
+
+
+def hooked(module: nn.Module) -> bool:
+    return any(getattr(module, name) for name in _HOOKS) or parametrize.is_parametrized(module)
+
+
+def timm_activation(bn: nn.Module) -> Activation | None:
+    """The activation of timm's BatchNormAct2d, which is a batch norm with one; else None."""
+    if type(bn).__name__ != "BatchNormAct2d" or type(bn).__module__ != "timm.layers.norm_act":
+        return None
+    drop, act = getattr(bn, "drop", None), getattr(bn, "act", None)
+    if type(drop) is not nn.Identity or act is None or hooked(act) or hooked(drop):
+        return None
+    return ("", 0.0) if type(act) is nn.Identity else activation_of_module(act)
+
+
+def refusal(bn: nn.Module) -> str:
+    """Why a batch norm cannot be replaced, whatever is around it; "" if it can."""
+    if type(bn) not in _PLAIN and timm_activation(bn) is None:
+        return f"{type(bn).__module__}.{type(bn).__name__} is not a batch norm known here"
+    if hooked(bn):
+        return "it has hooks or parametrizations"
+    return ""
+
+
+def activation_of_module(module: nn.Module) -> Activation | None:
+    name = _ACT_MODULES.get(type(module))
+    if name is None or hooked(module):
+        return None
+    if isinstance(module, nn.LeakyReLU):
+        return name, float(module.negative_slope)
+    if isinstance(module, nn.GELU) and module.approximate == "tanh":
+        return "gelu_tanh", 0.0
+    return name, 0.0
+
+
+def activation_of(node: Node, root: nn.Module) -> Activation | None:
+    """The activation that a node applies to its first argument, if it is one."""
+    if node.op == "call_module":
+        if len(node.args) != 1 or node.kwargs:
+            return None
+        return activation_of_module(root.get_submodule(str(node.target)))
+    if node.op == "call_method":
+        name = _ACT_METHODS.get(str(node.target))
+        return (name, 0.0) if name and len(node.args) == 1 and not node.kwargs else None
+    name = _ACT_FUNCTIONS.get(node.target) if node.op == "call_function" else None
+    if name is None or not node.args:
+        return None
+    rest = dict(node.kwargs)
+    rest.pop("inplace", None)
+    arguments = list(node.args[1:])
+    if name == "leaky_relu":
+        slope = arguments.pop(0) if arguments else rest.pop("negative_slope", 0.01)
+        if not isinstance(slope, (int, float)):
+            return None
+        if len(arguments) == 1 and isinstance(arguments[0], bool):
+            arguments.pop()  # inplace
+        return None if arguments or rest else (name, float(slope))
+    if name == "gelu":
+        form = rest.pop("approximate", "none")
+        if form not in ("none", "tanh") or arguments or rest:
+            return None
+        return ("gelu_tanh" if form == "tanh" else "gelu"), 0.0
+    if len(arguments) == 1 and isinstance(arguments[0], bool):
+        arguments.pop()
+    return None if arguments or rest else (name, 0.0)
+
+
+class _Untraceable(Exception):
+    pass
+
+
+class _WatchfulProxy(Proxy):
+    """A proxy whose type nobody but torch may ask for: the answer would be baked in."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if caller.split(".")[0] == "torch" or caller == __name__:
+            return _WatchfulProxy
+        raise _Untraceable("the forward asks for the type of a value")
+
+
+class _BlockTracer(Tracer):
+    def __init__(self, holders: set[int]) -> None:
+        super().__init__()
+        self._holders = holders
+
+    def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
+        return id(m) not in self._holders or isinstance(m, _BatchNorm) or hooked(m)
+
+    def proxy(self, node: Node) -> Proxy:
+        return _WatchfulProxy(node, self)
+
+
+def _flags(module: nn.Module) -> dict[nn.Module, bool]:
+    return {m: m.training for m in module.modules()}
+
+
+def trace(module: nn.Module, holders: set[int]) -> tuple[Graph | None, str]:
+    """(graph, "") of the forward down to the modules not in `holders`, or (None, why not).
+
+    `holders` are the ids of the modules that hold a batch norm.
+    """
+    before = _flags(module)
+    graphs = []
+    try:
+        for mode in (True, False):
+            for m in before:
+                m.training = mode
+            graphs.append(_BlockTracer(holders).trace(module))
+    except Exception as error:  # whatever a forward does with a value that is none
+        return (
+            None,
+            f"torch.fx cannot trace it ({str(error).splitlines()[0] if str(error) else ''})",
+        )
+    finally:
+        for m, mode in before.items():
+            m.training = mode
+    if str(graphs[0]) != str(graphs[1]):
+        return None, "its forward differs between training and eval mode"
+    return graphs[0], ""
+
+
+class FusedGraph(GraphModule):
+    """A GraphModule that keeps all its attributes and children when it is copied or pickled."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FusedGraph:
+        graph = copied(self.graph)
+        new = _assemble(copy.deepcopy(_state(self), memo), graph, type(self).__name__)
+        memo[id(self)] = new
+        return new
+
+    def __reduce__(self) -> Any:
+        return _rebuild, (super().__reduce__(), _state(self), type(self).__name__)
+
+
+def copied(graph: Graph) -> Graph:
+    new = Graph()
+    new.output(new.graph_copy(graph, {}))
+    return new
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    """All that a module holds but what makes it a GraphModule."""
+    graph = GraphModule(nn.Module(), Graph()).__dict__.keys() - nn.Module().__dict__.keys()
+    return {k: v for k, v in module.__dict__.items() if k not in graph}
+
+
+def _assemble(state: dict[str, Any], graph: Graph, name: str) -> FusedGraph:
+    holder = nn.Module()
+    holder.__dict__.update(state)
+    graph.lint()
+    graph._tracer_cls = None  # pickling traces the generated code again: any tracer can
+    result = FusedGraph(holder, graph, name)
+    result.__dict__.update(state)
+    return result
+
+
+def _rebuild(reduced: tuple[Callable[..., GraphModule], Any], state: Any, name: str) -> FusedGraph:
+    function, arguments = reduced[:2]
+    return _assemble(state, function(*arguments).graph, name)
+
+
+def with_graph(module: nn.Module, graph: Graph) -> FusedGraph:
+    """The module with the graph as its forward; its children, parameters and attributes stay."""
+    return _assemble(_state(module), graph, type(module).__name__)
+
+
+class Match:
+    """A batch norm call in a graph, and what of its surroundings goes into it."""
+
+    def __init__(self, bn: Node) -> None:
+        self.bn = bn
+        self.add: Node | None = None
+        self.residual: Node | None = None
+        self.act: Node | None = None
+        self.activation: Activation | None = None
+        self.reason = ""  # why no more of the surroundings
+
+    @property
+    def last(self) -> Node:
+        return self.act or self.add or self.bn
+
+    @property
+    def pattern(self) -> str:
+        act = self.activation[0] if self.activation else None
+        return "+".join(["bn", *(["add"] if self.add else []), *([act] if act else [])])
+
+
+_IN_PLACE = {getattr(operator, name) for name in dir(operator) if name[:1] == "i"} - {
+    operator.index,
+    operator.inv,
+    operator.invert,
+    operator.is_,
+    operator.is_not,
+    operator.indexOf,
+    operator.itemgetter,
+}
+
+
+def _written(node: Node, root: nn.Module) -> Node | None:
+    """The node whose value a node overwrites, if any."""
+    first = node.args[0] if node.args and isinstance(node.args[0], Node) else None
+    if node.op == "call_module":
+        inplace = getattr(root.get_submodule(str(node.target)), "inplace", False)
+        return first if inplace else None
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    writes = (
+        (name.endswith("_") and not name.endswith("__"))
+        or node.target in _IN_PLACE
+        or node.target is operator.setitem
+        or bool(node.kwargs.get("inplace"))
+        or "out" in node.kwargs
+        or any(a is True for a in node.args[1:])  # F.relu(x, True)
+    )
+    return first if writes else None
+
+
+def _only_user(node: Node) -> Node | None:
+    users = list(node.users)
+    return users[0] if len(users) == 1 else None
+
+
+def _is_tensor(node: Any) -> bool:
+    """Whether an operand may be a tensor, as far as the graph tells."""
+    if not isinstance(node, Node):
+        return False
+    if node.op == "call_method" and node.target in _NO_TENSOR:
+        return False
+    if node.op == "call_function" and node.target in (getattr, len):
+        return False
+    if node.op == "call_function" and node.target is operator.getitem:
+        return _is_tensor(node.args[0])
+    return True
+
+
+def _between(first: Node, last: Node) -> Iterator[Node]:
+    node = first.next
+    while node is not last:
+        yield node
+        node = node.next
+
+
+def _match_add(found: Match, root: nn.Module) -> None:
+    node = _only_user(found.bn)
+    if node is None:
+        return
+    is_method = node.op == "call_method" and node.target in ("add", "add_")
+    if not is_method and not (node.op == "call_function" and node.target in _ADDS):
+        return
+    operands = list(node.args)
+    if len(operands) != 2 or any(k != "alpha" or v != 1 for k, v in node.kwargs.items()):
+        found.reason = "the add is scaled or has other arguments"
+        return
+    others = [a for a in operands if a is not found.bn]
+    if len(others) != 1 or not _is_tensor(others[0]):
+        found.reason = "what is added is no other tensor"
+        return
+    in_place = node.target in ("add_", operator.iadd)
+    if in_place and operands[0] is not found.bn:
+        found.reason = "the add writes to the tensor that the batch norm is added to"
+        return
+    made = set()
+    for other in _between(found.bn, node):
+        written = _written(other, root)
+        if written is not None and written not in made:
+            found.reason = "values are overwritten between the batch norm and the add"
+            return
+        made.add(other)
+    assert isinstance(others[0], Node)
+    found.add, found.residual = node, others[0]
+
+
+def match(bn: Node, root: nn.Module) -> Match:
+    """What can be fused into the call of a batch norm."""
+    found = Match(bn)
+    own = timm_activation(root.get_submodule(str(bn.target)))
+    if own is not None:
+        found.activation = own if own[0] else None
+        return found
+    if len(bn.users) > 1:
+        found.reason = "its output is used more than once"
+        return found
+    _match_add(found, root)
+    act = _only_user(found.last)
+    if act is not None and act.args and act.args[0] is found.last:
+        found.activation = activation_of(act, root)
+        found.act = act if found.activation else None
+    return found
+
+
+def replace(graph: Graph, found: Match, target: str) -> None:
+    """The matched nodes as one call of the module at `target`."""
+    with graph.inserting_before(found.last):
+        arguments = (found.bn.args[0], *([found.residual] if found.residual is not None else []))
+        fused = graph.call_module(target, arguments)
+    last = found.last
+    last.replace_all_uses_with(fused)
+    for node in (found.act, found.add, found.bn):
+        if node is not None:
+            graph.erase_node(node)
+
+
+def expand(graph: Graph, node: Node, module: _BatchNormAct) -> None:
+    """A call of a fused module as batch norm, add and activation."""
+    arguments = [*node.args, *node.kwargs.values()]
+    with graph.inserting_after(node):
+        value = graph.call_module(str(node.target), (arguments[0],))
+    last = value
+    if len(arguments) > 1 and arguments[1] is not None:
+        with graph.inserting_after(last):
+            last = graph.call_function(operator.add, (last, arguments[1]))
+    if module.activation is not None:
+        with graph.inserting_after(last):
+            function, kwargs = plain_activation(module)
+            last = graph.call_function(function, (last,), kwargs)
+    node.replace_all_uses_with(last)
+    graph.erase_node(node)
+
+
+def plain_activation(module: _BatchNormAct) -> tuple[Callable[..., Any], dict[str, Any]]:
+    if module.activation == "leaky_relu":
+        return F.leaky_relu, {"negative_slope": module.negative_slope}
+    if module.activation == "gelu_tanh":
+        return F.gelu, {"approximate": "tanh"}
+    if module.activation in ("sigmoid", "tanh"):
+        return getattr(torch, module.activation), {}
+    return getattr(F, str(module.activation)), {}

@@ -1,0 +1,147 @@
+"""Batch normalisation with a residual and an activation, as modules."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gradfuse.ops.batch_norm import batch_norm_act, check_activation, recomputing
+
+__all__ = ["BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d"]
+
+_STATE = (
+    "_parameters",
+    "_buffers",
+    "num_features",
+    "eps",
+    "momentum",
+    "affine",
+    "track_running_stats",
+    "training",
+)
+
+
+class _BatchNormAct(_BatchNorm):
+    """act(batch_norm(x) + residual), with torch's parameters, buffers and state_dict.
+
+    Args:
+        num_features: channels C of the input [N, C, ...].
+        eps: added to the variance.
+        momentum: weight of a batch in the running statistics; None for their plain average.
+        affine: learn a weight and a bias.
+        track_running_stats: keep running statistics, and normalise with them in eval mode.
+        activation: None, "relu", "relu6", "leaky_relu", "silu", "gelu", "gelu_tanh", "hardswish",
+            "sigmoid" or "tanh".
+        negative_slope: of "leaky_relu".
+
+    During a checkpoint's recomputation the running statistics and num_batches_tracked stay.
+    nn.SyncBatchNorm.convert_sync_batchnorm raises TypeError on these modules: it would drop the
+    activation and the residual. gradfuse.unfuse the model first.
+
+    Raises:
+        ValueError: the activation is unknown, or the input has another number of dimensions.
+
+    Source: Ioffe, Szegedy 2015, "Batch Normalization", algorithms 1 and 2.
+    """
+
+    plain: type[_BatchNorm]
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        activation: str | None = "relu",
+        negative_slope: float = 0.01,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
+        )
+        check_activation(type(self).__name__, activation)
+        self.activation = activation
+        self.negative_slope = negative_slope
+
+    @classmethod
+    def from_batch_norm(
+        cls, bn: _BatchNorm, activation: str | None = "relu", negative_slope: float = 0.01
+    ) -> _BatchNormAct:
+        """The module with bn's own parameters and buffers, not copies of them."""
+        check_activation(cls.__name__, activation)
+        fused = cls.__new__(cls)
+        nn.Module.__init__(fused)
+        _share(bn, fused)
+        fused.activation = activation
+        fused.negative_slope = negative_slope
+        return fused
+
+    def to_batch_norm(self) -> _BatchNorm:
+        """torch's module with these very parameters and buffers; the activation is left out."""
+        plain = self.plain.__new__(self.plain)
+        nn.Module.__init__(plain)
+        _share(self, plain)
+        return plain
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        self._check_input_dim(input)
+        factor: float | Tensor = 0.0 if self.momentum is None else self.momentum
+        counts = self.training and self.track_running_stats
+        if counts and self.num_batches_tracked is not None and not recomputing():
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:  # a tensor, so that nothing waits for its value
+                factor = self.num_batches_tracked.double().reciprocal()
+        tracked = not self.training or self.track_running_stats
+        return batch_norm_act(
+            input,
+            self.running_mean if tracked else None,
+            self.running_var if tracked else None,
+            self.weight,
+            self.bias,
+            residual=residual,
+            activation=self.activation,
+            training=self.training or (self.running_mean is None and self.running_var is None),
+            momentum=factor,
+            eps=self.eps,
+            negative_slope=self.negative_slope,
+        )
+
+    @property
+    def qconfig(self) -> NoReturn:
+        # What nn.SyncBatchNorm.convert_sync_batchnorm and torch.ao.quantization ask every batch
+        # norm for before they replace it, and would lose the activation and the residual.
+        raise TypeError(
+            f"{type(self).__name__}: expected a plain batch norm to convert, got one with "
+            f"activation={self.activation!r} and a residual; gradfuse.unfuse the model first"
+        )
+
+    def extra_repr(self) -> str:
+        slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
+        return f"{super().extra_repr()}, activation={self.activation!r}{slope}"
+
+
+def _share(source: nn.Module, target: nn.Module) -> None:
+    for name in _STATE:
+        value = getattr(source, name)
+        setattr(target, name, dict(value) if isinstance(value, dict) else value)
+    target._non_persistent_buffers_set = set(source._non_persistent_buffers_set)
+
+
+class BatchNormAct1d(_BatchNormAct, nn.BatchNorm1d):
+    __doc__ = f"For inputs [N, C] or [N, C, L]. {_BatchNormAct.__doc__}"
+    plain = nn.BatchNorm1d
+
+
+class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
+    __doc__ = f"For inputs [N, C, H, W]. {_BatchNormAct.__doc__}"
+    plain = nn.BatchNorm2d
+
+
+class BatchNormAct3d(_BatchNormAct, nn.BatchNorm3d):
+    __doc__ = f"For inputs [N, C, D, H, W]. {_BatchNormAct.__doc__}"
+    plain = nn.BatchNorm3d
