@@ -235,6 +235,12 @@ __device__ void sum_channel_chunk(const BatchNormShape& shape, double* slots, Te
   }
 }
 
+// Where channels are contiguous: the group of columns that a thread sums. Grid as below.
+__device__ inline int64_t group_of_thread(const Runs& runs) {
+  const int64_t tiles = (runs.groups + kTileGroups - 1) / kTileGroups;
+  return blockIdx.x % tiles * kTileGroups + threadIdx.x % kTileGroups;
+}
+
 // The same where channels are contiguous: terms(place, first channel, values) gives the eight terms
 // and products of a group, which are added by column. Grid: (column tiles, chunks), tiles fastest.
 template <class W, class Terms>
@@ -242,9 +248,9 @@ __device__ void sum_row_chunk(const BatchNormShape& shape, double* slots, Terms 
   const Runs runs(shape);
   const Chunks chunks(shape);
   const int64_t tiles = (runs.groups + kTileGroups - 1) / kTileGroups;
-  const int64_t tile = blockIdx.x % tiles, chunk = blockIdx.x / tiles;
+  const int64_t chunk = blockIdx.x / tiles;
   const int lane = threadIdx.x % kTileGroups, line = threadIdx.x / kTileGroups;
-  const int64_t group = tile * kTileGroups + lane;
+  const int64_t group = group_of_thread(runs);
   const int64_t first = chunk * chunks.size;
   const int64_t end = first + chunks.size < runs.rows ? first + chunks.size : runs.rows;
   double a[kGroup] = {}, b[kGroup] = {};

@@ -62,16 +62,21 @@ template <class T>
 __global__ void __launch_bounds__(kThreads)
     batch_norm_row_sums(const __grid_constant__ BatchNormForward call, double* slots) {
   using W = Wide<T>;
-  sum_row_chunk<W>(
-      call.shape, slots,
-      [&](const Place& place, int64_t channel, W(&x)[kGroup], W(&y)[kGroup], W(&z)[kGroup]) {
-        W shift[kGroup];
-        const T* input = static_cast<const T*>(call.input);
-        load_group(input + place.at, place.count, x);
-        load_group(input + channel, place.count, shift);
+  const Runs runs(call.shape);
+  const T* input = static_cast<const T*>(call.input);
+  const int64_t group = group_of_thread(runs);
+  W shift[kGroup] = {};
+  if (group < runs.groups) {
+    const Place first = place_of(runs, 0, group);
+    load_group(input + first.at, first.count, shift);
+  }
+  sum_row_chunk<W>(call.shape, slots,
+                   [&](const Place& place, int64_t, W (&x)[kGroup], W (&y)[kGroup],
+                       W (&z)[kGroup]) {
+                     load_group(input + place.at, place.count, x);
 #pragma unroll
-        for (int e = 0; e < kGroup; ++e) x[e] = y[e] = z[e] = x[e] - shift[e];
-      });
+                     for (int e = 0; e < kGroup; ++e) x[e] = y[e] = z[e] = x[e] - shift[e];
+                   });
 }
 
 template <class T>

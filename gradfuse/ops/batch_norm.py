@@ -44,6 +44,13 @@ def _transformed() -> bool:
     )
 
 
+def _is_batched(t: Tensor) -> bool:
+    """Whether vmap holds the tensor, as for torch.autograd.grad's is_grads_batched."""
+    functorch = torch._C._functorch
+    result: bool = functorch.is_functorch_wrapped_tensor(t) or functorch.is_legacy_batchedtensor(t)
+    return result
+
+
 def batch_norm_act(
     input: Tensor,
     running_mean: Tensor | None,
@@ -226,11 +233,7 @@ class _BatchNormAct(torch.autograd.Function):
             return (None,) * 12
         wanted = ctx.needs_input_grad[:4]
         saved = ctx.saved_tensors
-        if (
-            torch.is_grad_enabled()
-            or type(grad_output) not in _PLAIN
-            or torch._C._functorch.is_functorch_wrapped_tensor(grad_output)  # is_grads_batched
-        ):
+        if torch.is_grad_enabled() or type(grad_output) not in _PLAIN or _is_batched(grad_output):
             grads = _differentiable_backward(
                 grad_output, saved, ctx.channels_last, ctx.options, wanted
             )

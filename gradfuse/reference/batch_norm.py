@@ -111,6 +111,13 @@ def _is_channels_last(x: Tensor) -> bool:
     )
 
 
+def _output_like(x: Tensor) -> Tensor:
+    """Memory for the output: of x's layout, contiguous where that has gaps."""
+    if _is_channels_last(x):
+        return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def _rows(x: Tensor, channels_last: bool) -> Tensor:
     """x as the mask's rows: [C == 1: 1, numel], [positions, C] or [N * C, positions]."""
     if x.shape[1] == 1:
@@ -262,7 +269,7 @@ def batch_norm_forward(
         z = z + _per_channel(bias.double(), x)
     if residual is not None:
         z = z + residual.double()
-    output = torch.empty_like(input).copy_(activate(z, name, negative_slope))
+    output = _output_like(input).copy_(activate(z, name, negative_slope))
     if not wants_mask:
         return output, no_mask, stats
     bits = derivative(z.to(input.dtype), name, 0.0) != 0

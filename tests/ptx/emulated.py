@@ -143,11 +143,12 @@ class Emulated:
     def _registered(self, arguments: list[Any]) -> Iterator[None]:
         memory = self.machine.memory
         spans: dict[int, tuple[int, str]] = {}
-        for argument in arguments:
-            tensors = argument if isinstance(argument, (list, tuple)) else [argument]
-            for i, t in enumerate(tensors):
+        for place, argument in enumerate(arguments):
+            is_list = isinstance(argument, (list, tuple))
+            for i, t in enumerate(argument if is_list else [argument]):
                 if isinstance(t, Tensor):
-                    self._note(spans, t, f"tensor {i}")
+                    name = f"tensor {i}" if is_list or not place else f"argument {place}"
+                    self._note(spans, t, name)
                     if t.is_leaf and t.grad is not None:
                         self._note(spans, t.grad, f"grad {i}")
         buffers = [Buffer(start, size, name, True) for start, (size, name) in merged(spans)]

@@ -91,6 +91,18 @@ def test_every_kernel_was_run(ptx):
     mixed.grad = random(5, 7, dtype=torch.float64)
     gradfuse.adaptive_clip_grad_([mixed])
     KERNELS_RUN.update(launch.kernel for launch in ptx.launches)
+    for dtype in REAL:  # of batch norm, in test_batch_norm.py's shapes
+        for x in (random(2, 3, 70, 80, dtype=dtype), random(130, 20, dtype=dtype)):
+            x.requires_grad_()
+            y = gradfuse.batch_norm_act(x, None, None, training=True)
+            KERNELS_RUN.update(launch.kernel for launch in ptx.launches)
+            y.sum().backward()
+            KERNELS_RUN.update(launch.kernel for launch in ptx.launches)
+        x = random(2, 3, 5, 5, dtype=dtype).requires_grad_()
+        y = gradfuse.batch_norm_act(x, None, None, training=True)
+        KERNELS_RUN.update(launch.kernel for launch in ptx.launches)
+        y.sum().backward()
+        KERNELS_RUN.update(launch.kernel for launch in ptx.launches)
     _, compiled = emulated.build()
     every = {demangled(k) for c in compiled for k in Module(c.ptx.read_text()).kernel_names}
     assert every <= KERNELS_RUN, f"never run: {sorted(every - KERNELS_RUN)}"

@@ -1,0 +1,235 @@
+"""batch_norm_act under autograd, torch.func and torch.compile: what is saved, and for whom."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from batch_norm_cases import ACTIVATIONS, Case, run_ours
+from helpers import HOST_BACKENDS, bits, random
+from torch._subclasses import FakeTensorMode
+from torch.func import grad, jvp, vmap
+from torch.utils.checkpoint import checkpoint
+
+import gradfuse
+
+DOUBLE = torch.float64
+
+
+def inputs(*shape, dtype=DOUBLE):
+    """input, weight, bias, residual that require grad."""
+    c = shape[1]
+    tensors = [random(*s, dtype=dtype, seed=i) for i, s in enumerate((shape, (c,), (c,), shape))]
+    return [t.requires_grad_() for t in tensors]
+
+
+@HOST_BACKENDS
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("save", ["bitmask", "output"])
+def test_first_and_second_derivatives(backend, activation, training, save):
+    x, w, b, r = inputs(4, 3, 5)
+    mean, var = random(3, dtype=DOUBLE), random(3, dtype=DOUBLE).abs() + 0.5
+    stats = (None, None) if training else (mean, var)
+
+    def call(x, w, b, r=None):
+        return gradfuse.batch_norm_act(
+            x, *stats, w, b, residual=r, activation=activation, training=training, save=save
+        )
+
+    for tensors in ((x, w, b), (x, w, b, r)):
+        torch.autograd.gradcheck(call, tensors, check_batched_grad=True)
+        torch.autograd.gradgradcheck(call, tensors)
+    frozen = w.detach(), b.detach()
+    torch.autograd.gradgradcheck(lambda x: call(x, *frozen), (x,))
+
+
+def test_only_the_gradients_that_are_needed(backend, device):
+    for wanted in itertools.product((True, False), repeat=4):
+        if not any(wanted):
+            continue
+        for training, shape in itertools.product((True, False), ((4, 3, 5), (4, 3))):
+            case = Case(shape, device=device, training=training)
+            expected = run_ours(case)
+            x, r, w, b = case.x.clone(), case.r.clone(), case.w, case.b
+            for t, need in zip((x, r, w, b), wanted, strict=True):
+                t.requires_grad_(need)
+            y = gradfuse.batch_norm_act(
+                x, case.mean, case.var, w, b, residual=r, training=training, **case.options
+            )
+            y.backward(case.grad)
+            for t, need, name in zip((x, r, w, b), wanted, "xrwb", strict=True):
+                assert (t.grad is not None) == need
+                if need:
+                    assert bits(t.grad) == bits(expected[name])
+
+
+def test_without_an_activation_the_residuals_gradient_is_the_outputs(backend, device):
+    x, w, b, r = (t.detach().to(device).requires_grad_() for t in inputs(4, 3, 5))
+    seen = []
+    r2 = r * 1.0
+    r2.register_hook(seen.append)
+    y = gradfuse.batch_norm_act(x, None, None, w, b, residual=r2, activation=None, training=True)
+    upstream = torch.ones_like(y)
+    y.backward(upstream)
+    assert seen[0].data_ptr() == upstream.data_ptr()
+
+
+def saved_bytes(**options):
+    """Storage that a call keeps for its backward, by dtype and shape, but for the input."""
+    kept = []
+
+    def pack(t):
+        kept.append((t.dtype, t.numel()))
+        return t
+
+    x, w, b, r = inputs(2, 3, 8, 8, dtype=torch.float32)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        gradfuse.batch_norm_act(x, None, None, w, b, training=True, residual=r, **options)
+    kept.remove((torch.float32, x.numel()))
+    return kept
+
+
+@HOST_BACKENDS
+def test_what_is_saved(backend):
+    small = [(torch.float32, 3), (torch.float32, 3), (torch.float64, 9)]
+    for activation in ("relu", "relu6", "leaky_relu"):
+        masked = saved_bytes(activation=activation)
+        assert masked == [(torch.uint8, 2 * 3 * 8 * 8 // 8), *small]
+        assert saved_bytes(activation=activation, save="output") == [(torch.float32, 384), *small]
+    assert saved_bytes(activation=None) == small
+    assert saved_bytes(activation="tanh") == [(torch.float32, 384), *small]
+    assert saved_bytes(activation="silu") == [(torch.float32, 384), *small]  # the residual
+
+
+def test_saved_statistics_belong_to_the_call(backend, device):
+    """Two forwards before one backward; the running buffers may change meanwhile."""
+    for training in (True, False):
+        case = Case((4, 3, 5, 5), device=device, training=training, activation="silu")
+        expected = run_ours(case)
+        x = case.x.clone().requires_grad_()
+        mean, var = case.mean.clone(), case.var.clone()
+        options = {"training": training, "activation": "silu", **case.options}
+        y = gradfuse.batch_norm_act(x, mean, var, case.w, case.b, residual=case.r, **options)
+        gradfuse.batch_norm_act(x * 7 + 1, mean, var, case.w, case.b, **options)
+        mean.add_(3.0)
+        var.mul_(2.0)
+        y.backward(case.grad)
+        assert bits(x.grad) == bits(expected["x"])
+
+
+def test_writing_to_what_was_saved_is_an_error(backend, device):
+    x, w, b, r = (t.detach().to(device) for t in inputs(4, 3, 5))
+    w.requires_grad_()
+    y = gradfuse.batch_norm_act(x, None, None, w, b, residual=r, training=True)
+    x.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_gradients_accumulate(backend, device):
+    case = Case((4, 3, 5, 5), device=device)
+    expected = run_ours(case)
+    w = case.w.clone().requires_grad_()
+    for _ in range(3):
+        mean, var = case.mean.clone(), case.var.clone()
+        y = gradfuse.batch_norm_act(
+            case.x, mean, var, w, case.b, residual=case.r, training=True, **case.options
+        )
+        y.backward(case.grad)
+    torch.testing.assert_close(w.grad, 3 * expected["w"])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_counts_its_batch_once(backend, device, reentrant):
+    case = Case((4, 3, 5, 5), device=device)
+    expected = run_ours(case)
+    x = case.x.clone().requires_grad_()
+    mean, var = case.mean.clone(), case.var.clone()
+
+    def call(x):
+        return gradfuse.batch_norm_act(
+            x, mean, var, case.w, case.b, residual=case.r, training=True, **case.options
+        )
+
+    checkpoint(call, x, use_reentrant=reentrant).backward(case.grad)
+    assert bits([x.grad, mean, var]) == bits([expected["x"], expected["mean"], expected["var"]])
+
+
+@HOST_BACKENDS
+def test_torch_func(backend):
+    x, w, b, r = (t.detach() for t in inputs(4, 3, 5))
+    mean, var = random(3, dtype=DOUBLE), random(3, dtype=DOUBLE).abs() + 0.5
+
+    def ours(x):
+        return gradfuse.batch_norm_act(x, mean, var, w, b, residual=r)
+
+    def stock(x):
+        return F.relu(F.batch_norm(x, mean, var, w, b) + r)
+
+    def loss(f):
+        return lambda x: f(x).square().sum()
+
+    torch.testing.assert_close(grad(loss(ours))(x), grad(loss(stock))(x))
+    xs = torch.stack([x, 2 * x])
+    torch.testing.assert_close(vmap(ours)(xs), torch.stack([stock(t) for t in xs]))
+    for a, b_ in zip(jvp(ours, (x,), (x,)), jvp(stock, (x,), (x,)), strict=True):
+        torch.testing.assert_close(a, b_)
+
+
+@HOST_BACKENDS
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_compiled_without_a_break(backend, channels_last, training):
+    torch.compiler.reset()
+    for activation in ("relu", "silu", "tanh", None):
+        case = Case((4, 3, 5, 6), channels_last, training=training, activation=activation)
+        expected = run_ours(case)
+        tensors = {"x": case.x, "r": case.r, "w": case.w, "b": case.b}
+        leaves = {
+            k: t.clone(memory_format=torch.preserve_format).requires_grad_()
+            for k, t in tensors.items()
+        }
+        mean, var = case.mean.clone(), case.var.clone()
+
+        @torch.compile(fullgraph=True, backend="aot_eager")
+        def call(x, r, w, b, mean, var, case=case, activation=activation):
+            return gradfuse.batch_norm_act(
+                x, mean, var, w, b, residual=r, activation=activation, training=case.training,
+                **case.options,
+            )  # fmt: skip
+
+        y = call(**leaves, mean=mean, var=var)
+        assert y.stride() == expected["y"].stride()
+        y.backward(case.grad)
+        found = {"y": y, "mean": mean, "var": var} | {k: t.grad for k, t in leaves.items()}
+        for name, value in found.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
+
+
+@HOST_BACKENDS
+@pytest.mark.parametrize("code", range(len(ACTIVATIONS)))
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_opcheck(backend, code, channels_last):
+    case = Case((4, 3, 5, 6), channels_last)
+    x = case.x.requires_grad_()
+    for training, masked in itertools.product((True, False), (True, False)):
+        if masked and code not in (1, 2, 3):
+            continue
+        stats = (None, None) if training else (case.mean, case.var)
+        torch.library.opcheck(
+            torch.ops.gradfuse.batch_norm_act.default,
+            (x, case.r, case.w, case.b, *stats, training, 1e-5, code, 0.01, masked),
+        )
+
+
+@HOST_BACKENDS
+def test_fake_and_meta_tensors(backend):
+    with FakeTensorMode():
+        x = torch.empty(4, 3, 5, requires_grad=True)
+        y = gradfuse.batch_norm_act(x, torch.zeros(3), torch.ones(3), training=True)
+        y.sum().backward()
+        assert x.grad.shape == y.shape == (4, 3, 5)
+    x = torch.empty(4, 3, 5, device="meta", requires_grad=True)
+    gradfuse.batch_norm_act(x, None, None, training=True).sum().backward()
+    assert x.grad.shape == (4, 3, 5)

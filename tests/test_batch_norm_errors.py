@@ -1,0 +1,99 @@
+"""What batch_norm_act refuses: one sentence, before anything is written."""
+
+import pytest
+import torch
+from helpers import HOST_BACKENDS, random
+
+import gradfuse
+
+
+def call(x=None, mean=None, var=None, **options):
+    x = random(4, 3, 5) if x is None else x
+    return gradfuse.batch_norm_act(x, mean, var, **{"training": True, **options})
+
+
+@HOST_BACKENDS
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"activation": "swish"}, ValueError, "activation must be None, 'relu'.* got 'swish'"),
+        ({"save": "nothing"}, ValueError, "save must be 'bitmask' or 'output', got 'nothing'"),
+        (
+            {"save": "output", "activation": "leaky_relu", "negative_slope": -1.0},
+            ValueError,
+            "negative_slope must be >= 0 .* got -1.0",
+        ),
+        ({"eps": -1.0}, ValueError, "eps must be >= 0, got -1"),
+        ({"eps": float("nan")}, ValueError, "eps must be >= 0, got nan"),
+        ({"eps": 0.0}, ValueError, "eps must be > 0 when training, got 0"),
+        ({"x": torch.ones(1, 3)}, ValueError, "Expected more than 1 value per channel"),
+        ({"x": torch.ones(3)}, ValueError, r"input must be \[N, C, ...\], got \[3\]"),
+        ({"x": torch.ones(4, 3, dtype=torch.int32)}, TypeError, "input must be float16, bfloat16"),
+        ({"x": torch.ones(4, 3, dtype=torch.complex64)}, TypeError, "input must be float16"),
+        ({"x": torch.ones(4, 3).to_sparse()}, TypeError, "input must be dense"),
+        ({"x": [1.0]}, TypeError, "input must be a Tensor, got list"),
+        ({"weight": torch.ones(4)}, ValueError, "weight must have one element per channel"),
+        ({"bias": torch.ones(3, 1)}, ValueError, "bias must have one element per channel"),
+        ({"weight": torch.ones(3, dtype=torch.int64)}, TypeError, "weight must be float16"),
+        ({"residual": 1.0}, TypeError, "residual must be a Tensor, got float"),
+        ({"training": False}, ValueError, "running_mean and running_var must be given"),
+        ({"mean": torch.zeros(3)}, ValueError, "must come together, got only running_mean"),
+        (
+            {"mean": torch.zeros(1).expand(3), "var": torch.ones(3)},
+            RuntimeError,
+            "expanded tensor",
+        ),
+        (
+            {"momentum": torch.ones(2), "mean": torch.zeros(3), "var": torch.ones(3)},
+            ValueError,
+            "momentum must be one number",
+        ),
+    ],
+)
+def test_refused(backend, arguments, error, message):
+    kept = {k: v.clone() for k, v in arguments.items() if k in ("mean", "var")}
+    with pytest.raises(error, match=message):
+        call(**arguments)
+    for name, value in kept.items():
+        assert torch.equal(arguments[name], value)
+
+
+@HOST_BACKENDS
+def test_nothing_is_written_when_a_later_argument_is_wrong(backend):
+    mean, var = torch.zeros(3), torch.ones(3)
+    with pytest.raises(ValueError, match="bias"):
+        call(mean=mean, var=var, bias=torch.ones(7))
+    assert not mean.any()
+    assert var.eq(1).all()
+
+
+def test_freed_storage_is_no_crash(native):
+    x = random(4, 3, 5)
+    x.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="storage of at least 240 bytes, got 0"):
+        call(x)
+    w = torch.ones(3)
+    w.untyped_storage().resize_(4)
+    with pytest.raises(RuntimeError, match="weight must have storage"):
+        call(weight=w)
+
+
+def test_another_device(native):
+    with pytest.raises(TypeError, match="weight must be on"):
+        call(weight=torch.ones(3, device="meta"))
+
+
+def test_backward_arguments_are_checked(native):
+    g = random(4, 3, 5)
+    stats = torch.zeros(3, 3, dtype=torch.float64)
+    rest = (False, True, 1e-5, 1, 0.0, True, False, False, False)
+    mask = torch.zeros(1, 1, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="mask must be"):
+        native.batch_norm_backward(g, g, None, None, mask, None, None, stats, *rest)
+    with pytest.raises(ValueError, match="got None for input, output or mask"):
+        native.batch_norm_backward(g, None, None, None, None, None, None, stats, *rest)
+    with pytest.raises(ValueError, match="stats must be"):
+        native.batch_norm_backward(g, g, None, g, None, None, None, stats[:2], *rest)
+    bad = (False, True, 1e-5, 11, 0.0, True, False, False, False)
+    with pytest.raises(ValueError, match="activation must be"):
+        native.batch_norm_backward(g, g, None, g, None, None, None, stats, *bad)
