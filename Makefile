@@ -26,6 +26,7 @@ $(VENV)/.installed: pyproject.toml
 
 bench: build
 	$(PY) -m gradfuse bench
+	$(PY) -m gradfuse bench-batch-norm
 
 lint: build
 	$(PY) -m ruff check .
@@ -46,7 +47,7 @@ pytest-reference: build
 
 # What differs between instruction sets is the kernels' arithmetic; those tests run for each.
 KERNEL_TESTS = tests/test_clip.py tests/test_range.py tests/test_value.py tests/test_adaptive.py \
-	tests/test_nonfinite.py tests/test_quiet.py tests/test_hypothesis.py
+	tests/test_nonfinite.py tests/test_quiet.py tests/test_hypothesis.py tests/test_batch_norm.py
 ISAS = $(shell grep -q avx2 /proc/cpuinfo && echo avx2) baseline
 pytest-isa: build
 	for isa in $(ISAS); do GRADFUSE_PTX=0 GRADFUSE_ISA=$$isa $(PY) -m pytest -q $(KERNEL_TESTS) || exit 1; done

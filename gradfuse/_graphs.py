@@ -163,6 +163,19 @@ class _WatchfulProxy(Proxy):
             return _WatchfulProxy
         raise _Untraceable("the forward asks for the type of a value")
 
+    # torch.fx records `a += b` as `a = a + b`, which is not the same to other names of a.
+    def __iadd__(self, other: Any) -> Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+    def __isub__(self, other: Any) -> Proxy:
+        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
+
+    def __imul__(self, other: Any) -> Proxy:
+        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+
+    def __itruediv__(self, other: Any) -> Proxy:
+        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
+
 
 class _BlockTracer(Tracer):
     def __init__(self, holders: set[int]) -> None:

@@ -23,6 +23,9 @@ COLOURS = {  # by the contender's name; gradfuse in blue, its peers in grey and 
     "gradfuse.GradClipper": "#0b4f9c",
     "gradfuse.clip_grad_norm_": "#4f94d4",
     "gradfuse agc": "#2a9d8f",
+    "gradfuse": "#0b4f9c",
+    "gradfuse, save=output": "#4f94d4",
+    "inplace_abn": "#a8a8a8",
     "torch.compile": "#c9a227",
     "torch for-loop": "#a8a8a8",
     "timm agc": "#a8a8a8",
@@ -38,7 +41,12 @@ def progress() -> Iterator[Callable[[str], None]]:
 
 
 def report(
-    results: Sequence[Result], about: dict[str, Any], notes: Sequence[str], out: Path, stem: str
+    results: Sequence[Result],
+    about: dict[str, Any],
+    notes: Sequence[str],
+    out: Path,
+    stem: str,
+    work: str = "one gradient clip",
 ) -> None:
     """Prints the table and writes stem.json and stem.png to the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
@@ -55,7 +63,7 @@ def report(
         "results": [asdict(r) for r in results],
     }
     (out / f"{stem}.json").write_text(json.dumps(document, indent=1) + "\n")
-    plot(results, about, out / f"{stem}.png")
+    plot(results, about, out / f"{stem}.png", work)
     console.print(f"written: {out / stem}.json, {out / stem}.png", highlight=False, soft_wrap=True)
 
 
@@ -130,7 +138,7 @@ def readable(nbytes: float) -> str:
     return f"{nbytes:.1f} GB"
 
 
-def plot(results: Sequence[Result], about: dict[str, Any], path: Path) -> None:
+def plot(results: Sequence[Result], about: dict[str, Any], path: Path, work: str) -> None:
     """Bars of speed-up, a panel for every dtype, a group for every workload."""
     dtypes = list(dict.fromkeys(r.dtype for r in results))
     bars = max(sum(r.dtype == d and shown(r) for r in results) for d in dtypes)
@@ -141,7 +149,7 @@ def plot(results: Sequence[Result], about: dict[str, Any], path: Path) -> None:
     for ax, dtype in zip(axes, dtypes, strict=True):
         panel(ax, [r for r in results if r.dtype == dtype])
         ax.set_title(dtype)
-    question = "How many times as fast as PyTorch: one gradient clip (longer is better)"
+    question = f"How many times as fast as PyTorch: {work} (longer is better)"
     figure.suptitle(f"{question}\n{headline(about)}", fontsize=12)
     handles, labels = [], []
     for ax in axes:
@@ -185,7 +193,7 @@ def panel(ax: Axes, results: list[Result]) -> None:
         disturbed = "disturbed, " if disturbance(members[0]) else ""
         ticks.append((middle, f"{workload}\n({disturbed}1x = {members[0].baseline})"))
         for floor in (r for r in members if r.contender == r.floor):
-            label = "floor: only reading the bytes (torch.dot)"
+            label = "floor: only moving the bytes"
             half = len(bars) / 2
             ax.vlines(floor.speedup, middle - half, middle + half, "black", "dashed", label=label)
             top = max(top, floor.speedup)

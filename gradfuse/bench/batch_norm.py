@@ -1,0 +1,303 @@
+"""The bench of batch norm + add + relu: python -m gradfuse bench-batch-norm."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import gradfuse
+from gradfuse.bench import output
+from gradfuse.bench.harness import Contender, Plan, Result, Target, Workload, measure
+from gradfuse.bench.machine import machine
+from gradfuse.bench.models import dtype_name
+
+__all__ = ["main", "setup"]
+
+EAGER, FUSED, SAVES_OUTPUT = "torch eager", "gradfuse", "gradfuse, save=output"
+COMPILED, ABN, FLOOR = "torch.compile", "inplace_abn", "floor: the same bytes"
+STEP = "ResNet-50 step"
+
+# Of ResNet-50 at batch 32, one at batch 8, and one so small that overhead rules.
+SHAPES = (
+    (32, 64, 56, 56),
+    (32, 256, 56, 56),
+    (32, 512, 28, 28),
+    (32, 1024, 14, 14),
+    (32, 2048, 7, 7),
+    (8, 2048, 7, 7),
+    (4, 32, 14, 14),
+)
+QUICK = ((8, 256, 28, 28), (4, 32, 14, 14))
+# The goals for forward and backward, float32; of bfloat16 the geometric mean alone is asked.
+TARGET, OVERHEAD = Target(1.4, 1 / 0.7), Target(1.0)
+
+
+class Tensors:
+    """What a call reads; x, residual, weight and bias require gradients."""
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, channels_last: bool) -> None:
+        generator = torch.Generator().manual_seed(sum(shape))
+        form = torch.channels_last if channels_last else torch.contiguous_format
+
+        def make() -> Tensor:
+            t = torch.randn(*shape, generator=generator).to(dtype)
+            return t.contiguous(memory_format=form)
+
+        self.x, self.residual, self.grad = make().requires_grad_(), make().requires_grad_(), make()
+        channels = shape[1]
+        self.weight = torch.ones(channels, requires_grad=True)
+        self.bias = torch.zeros(channels, requires_grad=True)
+        self.mean, self.var = torch.zeros(channels), torch.ones(channels)
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        return self.x, self.residual, self.weight, self.bias
+
+
+def eager(t: Tensors, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.relu(F.batch_norm(x, t.mean, t.var, weight, bias, True) + residual)
+
+
+def fused(save: str) -> Callable[..., Tensor]:
+    def call(t: Tensors, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return gradfuse.batch_norm_act(
+            x, t.mean, t.var, weight, bias, residual=residual, training=True, save=save
+        )
+
+    return call
+
+
+def floor(nbytes: int, backward: bool) -> Callable[[], None]:
+    """Reads and writes what the op must, a tensor at a time and into memory that is there already.
+
+    Forward: the input twice, the residual once, the output. Backward: grad_output and input twice,
+    the gradients of input and residual. The mask's bit per element is left out.
+    """
+    a, b, c, d = (torch.ones(nbytes // 4) for _ in range(4))
+
+    def run() -> None:
+        a.sum()
+        torch.add(a, b, out=c)
+        if backward:
+            torch.dot(a, b)
+            torch.add(a, b, out=c)
+            d.fill_(1.0)
+
+    return run
+
+
+def setup(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    channels_last: bool,
+    backward: bool,
+    compiled: Callable[..., Tensor] | None = None,
+) -> tuple[list[Contender], int]:
+    """The contenders, and the fewest bytes that must move."""
+    t = Tensors(shape, dtype, channels_last)
+    functions = {EAGER: eager, FUSED: fused("bitmask"), SAVES_OUTPUT: fused("output")}
+    if compiled is not None:
+        functions[COMPILED] = compiled
+    expected = None
+    contenders = []
+    for name, function in functions.items():
+
+        def run(function: Callable[..., Tensor] = function) -> Any:
+            y = function(t, *t.leaves)
+            return (y, *torch.autograd.grad(y, t.leaves, t.grad)) if backward else (y,)
+
+        results = run()
+        expected = expected or results
+        for ours, theirs in zip(results, expected, strict=True):
+            difference = (ours.double() - theirs.double()).norm()
+            tolerance = 1e-3 if dtype == torch.float32 else 0.1  # torch rounds after every op
+            if not difference <= tolerance * theirs.double().norm():
+                raise RuntimeError(f"{name}: another result than {EAGER} on {tuple(shape)}")
+        del results, ours, theirs
+        contenders.append(Contender(name, run))
+    nbytes = t.x.nbytes
+    contenders.append(Contender(FLOOR, floor(nbytes, backward)))
+    moved = nbytes * (10 if backward else 4) + t.x.numel() * (3 if backward else 1) // 8
+    return contenders, moved
+
+
+def compile_eager(notes: list[str], budget: float) -> Callable[..., Tensor] | None:
+    """torch.compile of the eager function, if it compiles in time."""
+    if budget <= 0:
+        notes.append("torch.compile: left out")
+        return None
+    begin = time.perf_counter()
+    torch._dynamo.config.cache_size_limit = 64
+    function: Callable[..., Tensor] = torch.compile(eager, dynamic=False)
+    try:
+        small = Tensors((2, 8, 4, 4), torch.float32, False)
+        function(small, *small.leaves).sum().backward()
+    except Exception as error:
+        notes.append(f"torch.compile: left out, {type(error).__name__}")
+        return None
+    if (taken := time.perf_counter() - begin) > budget:
+        notes.append(f"torch.compile: left out, compiled in {taken:.0f} s")
+        return None
+    return function
+
+
+def workloads(arguments: argparse.Namespace, notes: list[str]) -> Iterator[Workload]:
+    compiled = compile_eager(notes, arguments.compile_budget)
+    try:
+        importlib.import_module("inplace_abn")
+        notes.append(f"{ABN}: installed, but without a residual add: not compared")
+    except ImportError as error:
+        notes.append(f"{ABN}: left out, {error}")
+    for dtype in (torch.float32, torch.bfloat16):
+        for channels_last in (False, True):
+            for shape in arguments.shapes:
+                for backward in (False, True):
+                    peer = compiled if dtype == torch.float32 and backward else None
+                    contenders, moved = setup(shape, dtype, channels_last, backward, peer)
+                    layout = "NHWC" if channels_last else "NCHW"
+                    what = "forward+backward" if backward else "forward"
+                    target = OVERHEAD if math.prod(shape) < 1 << 16 else TARGET
+                    yield Workload(
+                        name=f"{tuple(shape)} {layout} {what}",
+                        dtype=dtype_name(dtype),
+                        contenders=contenders,
+                        bytes_moved=moved,
+                        baseline=EAGER,
+                        floor=FLOOR,
+                        targets={FUSED: target} if backward and dtype == torch.float32 else {},
+                    )
+                    del contenders
+    step = training_step(notes, *((2, 64) if arguments.quick else (8, 128)))
+    if step is not None:
+        yield step
+
+
+def training_step(notes: list[str], batch: int, pixels: int) -> Workload | None:
+    """Forward, backward, clip and AdamW of a ResNet-50: fuse and gradfuse's clip against stock."""
+    try:
+        from torchvision.models import resnet50
+    except ImportError as error:
+        notes.append(f"{STEP}: left out, {error}")
+        return None
+    torch.manual_seed(0)
+    stock = resnet50()
+    images = torch.randn(batch, 3, pixels, pixels)
+    labels = torch.arange(batch) % 1000
+
+    def trainer(model: torch.nn.Module, clip: Callable[..., Tensor]) -> Callable[[], float]:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        parameters = list(model.parameters())
+
+        def run() -> float:
+            optimizer.zero_grad(set_to_none=True)
+            loss = F.cross_entropy(model(images), labels)
+            loss.backward()
+            clip(parameters, 1.0)
+            optimizer.step()
+            return loss.item()
+
+        return run
+
+    contenders = [
+        Contender("stock", trainer(copy.deepcopy(stock), torch.nn.utils.clip_grad_norm_)),
+        Contender(FUSED, trainer(gradfuse.fuse(stock), gradfuse.clip_grad_norm_)),
+    ]
+    return Workload(
+        name=f"{STEP}, batch {batch}, {pixels} px",
+        dtype="float32",
+        contenders=contenders,
+        bytes_moved=0,
+        baseline="stock",
+        floor="stock",
+        targets={FUSED: Target(1.10)},
+    )
+
+
+def geometric_means(results: Sequence[Result]) -> list[str]:
+    """The goals that are about all shapes and layouts together."""
+    lines = []
+    for dtype, peer, goal in (
+        ("float32", EAGER, 2.2),
+        ("bfloat16", EAGER, 2.2),
+        ("float32", COMPILED, 3.0),
+        ("float32", FLOOR, 0.7),
+        ("bfloat16", FLOOR, 0.7),
+    ):
+        ratios = []
+        for r in results:
+            if r.contender != FUSED or r.dtype != dtype or "backward" not in r.workload:
+                continue
+            rival = [q for q in results if (q.workload, q.dtype) == (r.workload, r.dtype)]
+            times = [q.median_ms for q in rival if q.contender == peer]
+            if times and "(4, 32, 14, 14)" not in r.workload:
+                ratios.append(times[0] / r.median_ms)
+        if ratios:
+            mean = statistics.geometric_mean(ratios)
+            verdict = "reached" if mean >= goal else "not reached"
+            lines.append(
+                f"{dtype} against {peer}: {mean:.2f}x, geometric mean of {len(ratios)} "
+                f"(lowest {min(ratios):.2f}x); goal {goal:g}x, {verdict}"
+            )
+    return lines
+
+
+def allocator() -> str:
+    """Whose malloc is in use."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return "unknown"
+    return next((name for name in ("jemalloc", "tcmalloc") if name in maps), "the C library's")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m gradfuse bench-batch-norm",
+        description="Times batch norm + add + relu against its peers.",
+    )
+    parser.add_argument("--quick", action="store_true", help="few shapes, without torch.compile")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder to write to")
+    parser.add_argument("--threads", type=int, help="threads of torch, default: torch's own choice")
+    parser.add_argument("--compile-budget", type=float, default=60.0, metavar="SECONDS")
+    arguments = parser.parse_args(argv)
+    arguments.quick = arguments.quick or os.environ.get("GRADFUSE_BENCH_QUICK") == "1"
+    arguments.shapes = QUICK if arguments.quick else SHAPES
+    if arguments.quick:
+        arguments.compile_budget = 0.0
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    plan = Plan(5, 20, 0.5) if arguments.quick else Plan(7, 100, 2.0)
+    notes = [f"memory from {allocator()} malloc"]
+    results: list[Result] = []
+    with output.progress() as show:
+        for work in workloads(arguments, notes):
+            show(f"{work.name}, {work.dtype}")
+            results += measure(work, plan)
+            del work
+    notes += geometric_means(results)
+    about = machine() | {"device": "cpu", "quick": arguments.quick}
+    title = "batch norm + add + relu"
+    output.report(results, about, notes, arguments.out, "bench_batch_norm", title)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

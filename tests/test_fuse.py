@@ -1,0 +1,354 @@
+"""fuse and unfuse: the same function, parameters, keys and paths, and a report of every site."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import HOST_BACKENDS, random
+from torch import nn
+
+import gradfuse
+from gradfuse.nn import BatchNormAct2d
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+# name: (constructor, {pattern: fused sites}, batch norms left alone)
+ZOO = {
+    "torchvision.resnet18": ({"bn+relu": 9, "bn+add+relu": 8, "bn": 3}, 0),
+    "torchvision.resnet50": ({"bn+relu": 33, "bn+add+relu": 16, "bn": 4}, 0),
+    "torchvision.wide_resnet50_2": ({"bn+relu": 33, "bn+add+relu": 16, "bn": 4}, 0),
+    "torchvision.resnext50_32x4d": ({"bn+relu": 33, "bn+add+relu": 16, "bn": 4}, 0),
+    "torchvision.densenet121": ({"bn+relu": 121}, 0),
+    "torchvision.mobilenet_v3_small": (
+        {"bn+hardswish": 18, "bn+add": 6, "bn+relu": 5, "bn": 1},
+        4,
+    ),
+    "torchvision.efficientnet_b0": ({"bn+silu": 33, "bn": 11}, 5),
+    "torchvision.regnet_y_400mf": ({"bn+relu": 33, "bn+add+relu": 16, "bn": 4}, 0),
+    "timm.resnet50": ({"bn+relu": 33, "bn+add+relu": 16, "bn": 4}, 0),
+    "timm.resnetv2_50": ({"bn+relu": 49}, 0),
+}
+
+
+def build(name):
+    library, _, model = name.partition(".")
+    if library == "timm":
+        return pytest.importorskip("timm").create_model(model)
+    return getattr(pytest.importorskip("torchvision").models, model)()
+
+
+def patterns(report):
+    found = {}
+    for site in report:
+        if site.fused:
+            found[site.pattern] = found.get(site.pattern, 0) + 1
+    return found
+
+
+def run(model, x, train):
+    """The output, the gradients by name and the buffers."""
+    model.train(train)
+    for m in model.modules():
+        if isinstance(m, nn.Dropout) or type(m).__name__ == "StochasticDepth":
+            m.p = 0.0
+    y = model(x)
+    model.zero_grad()
+    y.square().mean().backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return y.detach(), grads, {n: b.clone() for n, b in model.named_buffers()}
+
+
+def assert_same(model, fused, x, bound=1e-9):
+    """In float64, where both are exact but for the order of additions."""
+    for train in (True, False):
+        expected, found = run(copy.deepcopy(model), x, train), run(copy.deepcopy(fused), x, train)
+        assert (found[0] - expected[0]).norm() <= bound * expected[0].norm()
+        largest = max(g.norm().item() for g in expected[1].values())
+        assert found[1].keys() == expected[1].keys()
+        for name, g in expected[1].items():
+            # A bias before a batch norm has a gradient of 0, which rounding makes a small one.
+            assert (found[1][name] - g).norm() <= bound * (g.norm() + 1e-6 * largest), name
+        for name, b in expected[2].items():
+            torch.testing.assert_close(found[2][name], b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_models_of_torchvision_and_timm(name):
+    torch.manual_seed(0)
+    model = build(name).double()
+    fused = gradfuse.fuse(model)
+    expected, left = ZOO[name]
+    assert patterns(fused.report) == expected
+    assert sum(not s.fused for s in fused.report) == left
+    assert list(fused.state_dict()) == list(model.state_dict())
+    x = random(2, 3, 64, 64, dtype=torch.float64)
+    assert_same(model, fused, x)
+    plain = gradfuse.unfuse(fused)
+    assert not any(type(m).__module__.startswith("gradfuse") for m in plain.modules())
+    assert list(plain.state_dict()) == list(model.state_dict())
+    assert torch.equal(plain.eval()(x), model.eval()(x))
+
+
+def added_in_place(a, b):
+    a += b
+    return a
+
+
+class Spellings(nn.Module):
+    """Every way to write an add and an activation."""
+
+    ADDS = (
+        lambda a, b: a + b,
+        lambda a, b: b + a,
+        torch.add,
+        lambda a, b: a.add(b),
+        lambda a, b: a.add_(b),
+        added_in_place,
+        lambda a, b: torch.add(a, b, alpha=1),
+    )
+    ACTS = (
+        (F.relu, "relu"),
+        (torch.relu, "relu"),
+        (lambda z: F.relu(z, inplace=True), "relu"),
+        (lambda z: F.relu(z, True), "relu"),
+        (lambda z: z.relu(), "relu"),
+        (lambda z: z.relu_(), "relu"),
+        (nn.ReLU(), "relu"),
+        (nn.ReLU(inplace=True), "relu"),
+        (F.relu6, "relu6"),
+        (nn.ReLU6(), "relu6"),
+        (nn.LeakyReLU(0.3), "leaky_relu"),
+        (lambda z: F.leaky_relu(z, 0.2), "leaky_relu"),
+        (lambda z: F.leaky_relu(z, negative_slope=0.1, inplace=True), "leaky_relu"),
+        (F.silu, "silu"),
+        (nn.SiLU(), "silu"),
+        (F.gelu, "gelu"),
+        (lambda z: F.gelu(z, approximate="tanh"), "gelu_tanh"),
+        (nn.GELU("tanh"), "gelu_tanh"),
+        (F.hardswish, "hardswish"),
+        (nn.Hardswish(), "hardswish"),
+        (torch.sigmoid, "sigmoid"),
+        (nn.Sigmoid(), "sigmoid"),
+        (lambda z: z.tanh(), "tanh"),
+        (nn.Tanh(), "tanh"),
+    )
+
+    def __init__(self, add, act):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+        nn.init.normal_(self.bn.weight)
+        self.add, self.act = add, act
+
+    def forward(self, x):
+        z = self.bn(x)
+        return self.act(z if self.add is None else self.add(z, x.sin()))
+
+
+@pytest.mark.parametrize("act", range(len(Spellings.ACTS)))
+@pytest.mark.parametrize("add", [None, *range(len(Spellings.ADDS))])
+def test_spellings(add, act):
+    function, name = Spellings.ACTS[act]
+    model = Spellings(None if add is None else Spellings.ADDS[add], function).double()
+    fused = gradfuse.fuse(model)
+    expected = f"bn+{name}" if add is None else f"bn+add+{name}"
+    assert [(s.path, s.pattern, s.fused) for s in fused.report] == [("bn", expected, True)]
+    x = random(4, 3, 5, 5, dtype=torch.float64)
+    assert_same(model, fused, x)
+    assert_same(model, gradfuse.unfuse(fused), x)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(3)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        out = self.bn(self.conv(x))
+        out += x
+        return self.relu(out)
+
+
+class Untraceable(nn.Module):
+    """Its forward asks for a value; those of its blocks do not."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Block(), Block()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        x = self.first(x)
+        if x.sum() > 0:
+            x = self.second(x)
+        return self.norm(x)
+
+
+@HOST_BACKENDS
+def test_the_children_of_a_model_that_cannot_be_traced(backend):
+    torch.manual_seed(0)
+    model = Untraceable().double()
+    fused = gradfuse.fuse(model)
+    assert type(fused) is Untraceable
+    assert patterns(fused.report) == {"bn+add+relu": 2, "bn": 1}
+    x = random(4, 3, 5, 5, dtype=torch.float64)
+    assert_same(model, fused, x)
+    assert_same(model, gradfuse.unfuse(fused), x)
+
+
+def test_the_very_same_parameters_and_buffers():
+    model = nn.Sequential(Block(), Block())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fused = gradfuse.fuse(model)
+    assert [*map(id, fused.parameters())] == [*map(id, model.parameters())]
+    assert [*map(id, fused.buffers())] == [*map(id, model.buffers())]
+    assert type(model[0].bn) is nn.BatchNorm2d  # the given model is as it was
+    assert type(model) is nn.Sequential
+    assert isinstance(fused.get_submodule("0.bn"), BatchNormAct2d)
+    before = model[0].bn.weight.clone()
+    fused(random(4, 3, 5, 5)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(fused.get_submodule("0.bn").weight, before)
+    model.load_state_dict(fused.state_dict())
+    fused.load_state_dict(model.state_dict())
+
+
+def test_copies_and_pickles():
+    fused = gradfuse.fuse(nn.Sequential(Block(), nn.Dropout(0.5)))
+    fused.note = "kept"
+    x = random(4, 3, 5, 5)
+    for again in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert again.note == "kept"
+        assert again.report == fused.report
+        assert list(again.state_dict()) == list(fused.state_dict())
+        assert torch.equal(again.eval()(x), fused.eval()(x))
+        assert again[1] is not fused[1] if hasattr(again, "__getitem__") else True
+
+
+class WithDropout(Block):
+    def forward(self, x):
+        return F.dropout(super().forward(x), 0.5, self.training)
+
+
+def test_training_flags_are_not_baked_in():
+    model = nn.Sequential(Block(), nn.Dropout(0.5), WithDropout())
+    fused = gradfuse.fuse(model)
+    x = random(8, 3, 5, 5)
+    fused.eval()
+    assert torch.equal(fused(x), fused(x))
+    fused.train()
+    assert not torch.equal(fused(x), fused(x))
+    assert [s.pattern for s in fused.report] == ["bn+add+relu", "bn"]
+    assert "could not be traced" in fused.report[1].reason
+
+
+def lambda_module(forward, **children):
+    class Made(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, child in children.items():
+                setattr(self, name, child)
+
+    Made.forward = forward
+    return Made()
+
+
+def with_hook(module):
+    module.register_forward_hook(lambda *_: None)
+    return module
+
+
+class Subclass(nn.BatchNorm2d):
+    pass
+
+
+def other_add(self, x):
+    x = x * 1.0
+    x += self.bn(x)
+    return x
+
+
+REFUSED = {
+    "shared": (
+        lambda: (lambda bn: nn.Sequential(bn, nn.ReLU(), bn))(nn.BatchNorm2d(3)),
+        "shared by several paths",
+    ),
+    "called twice": (
+        lambda: lambda_module(lambda s, x: s.bn(s.bn(x)), bn=nn.BatchNorm2d(3)),
+        "called more than once",
+    ),
+    "used twice": (
+        lambda: lambda_module(lambda s, x: (lambda y: y.relu() + y)(s.bn(x)), bn=nn.BatchNorm2d(3)),
+        "used more than once",
+    ),
+    "hooks": (lambda: nn.Sequential(with_hook(nn.BatchNorm2d(3)), nn.ReLU()), "hooks"),
+    "subclass": (lambda: nn.Sequential(Subclass(3), nn.ReLU()), "Subclass is not a batch norm"),
+    "sync": (lambda: nn.Sequential(nn.SyncBatchNorm(3)), "SyncBatchNorm is not a batch norm"),
+    "unused": (lambda: lambda_module(lambda s, x: x, bn=nn.BatchNorm2d(3)), "does not call it"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name):
+    make, reason = REFUSED[name]
+    model = make()
+    fused = gradfuse.fuse(model)
+    assert len(fused.report) == 1
+    assert not fused.report[0].fused
+    assert reason in fused.report[0].reason
+    assert not any(isinstance(m, BatchNormAct2d) for m in fused.modules())
+    assert reason in str(fused.report)
+
+
+PARTS = {
+    "scaled add": (lambda s, x: torch.add(s.bn(x), x, alpha=2).relu(), "bn", "scaled"),
+    "added number": (lambda s, x: (s.bn(x) + 1.0).relu(), "bn", "no other tensor"),
+    "added to itself": (lambda s, x: (lambda y: y + y)(s.bn(x)).relu(), "bn", "no other tensor"),
+    "added into another": (other_add, "bn", "writes to the tensor"),
+    "hooked activation": (lambda s, x: s.act(s.bn(x)), "bn", ""),
+    "sum used twice": (lambda s, x: (lambda y: y.relu() * y)(s.bn(x) + x), "bn+add", ""),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_as_much_as_is_right(name):
+    forward, pattern, reason = PARTS[name]
+    model = lambda_module(forward, bn=nn.BatchNorm2d(3), act=with_hook(nn.ReLU())).double()
+    fused = gradfuse.fuse(model)
+    assert [(s.pattern, s.fused) for s in fused.report] == [(pattern, True)]
+    assert reason in fused.report[0].reason
+    x = random(4, 3, 5, 5, dtype=torch.float64)
+    for train in (True, False):
+        torch.testing.assert_close(fused.train(train)(x), model.train(train)(x))
+
+
+def test_an_in_place_add_is_seen_by_other_names():
+    """torch.fx alone would record an add out of place."""
+
+    def forward(self, x):
+        x = x * 1.0
+        other = x
+        x += self.bn(x)
+        return x + other
+
+    model = lambda_module(forward, bn=nn.BatchNorm2d(3)).double()
+    x = random(4, 3, 5, 5, dtype=torch.float64)
+    torch.testing.assert_close(gradfuse.fuse(model)(x), copy.deepcopy(model)(x))
+
+
+def test_wrapped_models_are_refused():
+    with pytest.raises(TypeError, match=r"fuse: model must be an nn\.Module, got int"):
+        gradfuse.fuse(3)
+    with pytest.raises(ValueError, match=r"not yet wrapped.* got DataParallel"):
+        gradfuse.fuse(nn.DataParallel(Block()))
+    with pytest.raises(ValueError, match="got OptimizedModule"):
+        gradfuse.unfuse(torch.compile(Block()))
+
+
+def test_fusing_twice_changes_nothing_more():
+    once = gradfuse.fuse(nn.Sequential(Block()))
+    twice = gradfuse.fuse(once)
+    assert [s.reason for s in twice.report] == ["it is fused already"]
