@@ -211,8 +211,6 @@ BatchNormResult batch_norm_forward(const at::Tensor& input, const MaybeTensor& r
 
   const bool channels_last = is_channels_last(input);
   const Dims strides = dense_strides(input.sizes(), channels_last);
-  const at::Tensor x = dense(input, strides);
-  const BatchNormShape shape = shape_of(x, channels_last);
   const at::TensorOptions options_of_stats = input.options().dtype(at::kDouble);
   BatchNormResult result;
   if (input.numel() == 0) {
@@ -221,6 +219,8 @@ BatchNormResult batch_norm_forward(const at::Tensor& input, const MaybeTensor& r
     result.stats = at::zeros({3, input.size(1)}, options_of_stats);
     return result;
   }
+  const at::Tensor x = dense(input, strides);
+  const BatchNormShape shape = shape_of(x, channels_last);
   // A dense input's own strides: where a size is 1 they are a matter of taste, which is kept.
   result.output = empty_strided_on_device(
       input.sizes(), x.is_same(input) ? input.strides() : at::IntArrayRef(strides),

@@ -21,12 +21,14 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import gradfuse
+from gradfuse.demo_fuse import compare
 
 __all__ = ["main", "train"]
 
 MAX_NORM = 1.0
 BATCH = 64
 EVERY = 10  # steps between two looks at the held-out images
+FUSE_STEPS = 300  # of the ResNet-18, at most
 TRAINING = 1400  # images to train on; the other 397 are held out
 STOCK, FUSED = "torch clip_grad_norm_", "gradfuse.GradClipper"
 FLOAT32_SQUARES = math.sqrt(torch.finfo(torch.float32).max)  # a larger norm has an infinite square
@@ -307,6 +309,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = arguments.out / f"demo_{arguments.optimizer}.png"
     plot(runs, title, path)
     console.print(f"written: {path}", highlight=False, soft_wrap=True)
+    digits = Digits.load(arguments.seed)
+    batches = digits.batches(min(arguments.steps, FUSE_STEPS), arguments.seed)
+    compare(batches, digits.accuracy, arguments.seed, arguments.out, console)
     return 0
 
 
