@@ -123,7 +123,8 @@ def setup(
         expected = expected or results
         for ours, theirs in zip(results, expected, strict=True):
             difference = (ours.double() - theirs.double()).norm()
-            tolerance = 1e-3 if dtype == torch.float32 else 0.1  # torch rounds after every op
+            # Where torch rounds otherwise, near 0, relu passes or stops a gradient.
+            tolerance = 1e-2 if dtype == torch.float32 else 0.1
             if not difference <= tolerance * theirs.double().norm():
                 raise RuntimeError(f"{name}: another result than {EAGER} on {tuple(shape)}")
         del results, ours, theirs

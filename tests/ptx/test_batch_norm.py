@@ -1,0 +1,103 @@
+"""What the batch norm kernels move: the input twice, or once where a block holds a channel."""
+
+import pytest
+import torch
+from helpers import REAL, bits, random, short
+
+import gradfuse
+from gradfuse import reference
+
+DTYPES = pytest.mark.parametrize("dtype", REAL, ids=short)
+RELU, NOTHING = 1, (None, None, None, None)
+
+
+def run(ptx, x, r, g):
+    """(loaded, stored) bytes by buffer, of the forward and of the backward."""
+
+    def counts():
+        loaded, stored = {}, {}
+        for found, by in ((loaded, ptx.traffic.loaded), (stored, ptx.traffic.stored)):
+            for (name, width), n in by.items():
+                found[name] = {**found.get(name, {}), width: n}
+        return loaded, stored
+
+    _, mask, stats = ptx.batch_norm_forward(x, r, *NOTHING, True, 0.1, 1e-5, RELU, 0.0, True)
+    forward = counts()
+    rest = (not x.is_contiguous(), True, 1e-5, RELU, 0.0, True, True, True, True)
+    ptx.batch_norm_backward(g, x, None, None, mask, None, None, stats, *rest)
+    return forward, counts()
+
+
+def wide(traffic, name):
+    """Bytes in 16-byte accesses."""
+    return traffic.get(name, {}).get(16, 0)
+
+
+def written(stored, nbytes):
+    """How many buffers were stored once, in 16-byte accesses, of this size."""
+    return sum(by == {16: nbytes} for by in stored.values())
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    ("shape", "channels_last"), [((2, 2, 80, 64), False), ((2, 24, 9, 8), True), ((70, 64), False)]
+)
+def test_each_byte_as_often_as_it_must(ptx, dtype, shape, channels_last):
+    def make(seed):
+        t = random(*shape, dtype=dtype, seed=seed)
+        return t.contiguous(memory_format=torch.channels_last) if channels_last else t
+
+    x, r, g = make(1), make(2), make(3)
+    (loaded, stored), (loaded_back, stored_back) = run(ptx, x, r, g)
+    rows = channels_last or len(shape) == 2
+    # Where channels are contiguous each thread also loads its columns' shifts: the first row.
+    assert 2 * x.nbytes <= wide(loaded, "tensor 0") <= (2.5 if rows else 2) * x.nbytes
+    assert wide(loaded, "argument 1") == r.nbytes
+    assert written(stored, x.nbytes) == 1
+    assert {1: x.numel() // 8} in stored.values()  # a bit per element
+    assert wide(loaded_back, "tensor 0") == 2 * g.nbytes
+    assert wide(loaded_back, "argument 1") == 2 * x.nbytes
+    assert loaded_back["argument 4"] == {1: 2 * x.numel() // 8}
+    assert written(stored_back, x.nbytes) == 2
+
+
+@DTYPES
+def test_small_maps_are_read_once(ptx, dtype):
+    x, r, g = (random(2, 3, 8, 8, dtype=dtype, seed=i) for i in range(3))
+    (loaded, stored), (loaded_back, stored_back) = run(ptx, x, r, g)
+    assert wide(loaded, "tensor 0") == x.nbytes
+    assert wide(loaded, "argument 1") == r.nbytes
+    assert written(stored, x.nbytes) == 1
+    assert wide(loaded_back, "tensor 0") == wide(loaded_back, "argument 1") == x.nbytes
+    assert loaded_back["argument 4"] == {1: x.numel() // 8}
+    assert written(stored_back, x.nbytes) == 2
+    assert len(ptx.launches) == 1
+
+
+def test_any_order_of_the_blocks_gives_the_same_bits(ptx):
+    for x in (random(2, 3, 70, 80), random(300, 70)):
+        found = {}
+        for order in ("forward", "backward", "shuffled"):
+            ptx.machine.order = order
+            leaf = x.clone().requires_grad_()
+            y = gradfuse.batch_norm_act(leaf, None, None, residual=x, training=True)
+            y.sum().backward()
+            found[order] = bits([y, leaf.grad])
+        assert found["forward"] == found["backward"] == found["shuffled"]
+
+
+def test_without_what_is_not_needed_nothing_is_read(ptx):
+    """Eval mode with frozen parameters: the gradient needs the mask and no input."""
+    x = random(2, 3, 70, 80).requires_grad_()
+    mean, var = torch.zeros(3), torch.ones(3)
+    gradfuse.batch_norm_act(x, mean, var).sum().backward()
+    names = {launch.kernel.partition("<")[0] for launch in ptx.launches}
+    assert names == {"batch_norm_grad_prepare", "batch_norm_grad_finish", "batch_norm_grad_apply"}
+    assert not any(name == "argument 1" for name, _ in ptx.traffic.loaded)
+
+
+def test_as_the_reference(ptx, monkeypatch):
+    x = random(2, 3, 70, 80)
+    ours = gradfuse.batch_norm_act(x, None, None, training=True)
+    monkeypatch.setattr("gradfuse.ops.batch_norm.backend", reference)
+    torch.testing.assert_close(ours, gradfuse.batch_norm_act(x, None, None, training=True))
