@@ -96,6 +96,8 @@ class _BatchNormAct(_BatchNorm):
             self.num_batches_tracked.add_(1)
             if self.momentum is None:  # a tensor, so that nothing waits for its value
                 factor = self.num_batches_tracked.double().reciprocal()
+        # In a net the next layer mostly keeps the output anyway; then it costs no memory here.
+        tells_sign = self.activation != "leaky_relu" or self.negative_slope >= 0.0
         tracked = not self.training or self.track_running_stats
         return batch_norm_act(
             input,
@@ -109,6 +111,7 @@ class _BatchNormAct(_BatchNorm):
             momentum=factor,
             eps=self.eps,
             negative_slope=self.negative_slope,
+            save="output" if tells_sign else "bitmask",
         )
 
     @property
