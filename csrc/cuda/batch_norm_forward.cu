@@ -71,8 +71,7 @@ __global__ void __launch_bounds__(kThreads)
     load_group(input + first.at, first.count, shift);
   }
   sum_row_chunk<W>(call.shape, slots,
-                   [&](const Place& place, int64_t, W (&x)[kGroup], W (&y)[kGroup],
-                       W (&z)[kGroup]) {
+                   [&](const Place& place, int64_t, W(&x)[kGroup], W(&y)[kGroup], W(&z)[kGroup]) {
                      load_group(input + place.at, place.count, x);
 #pragma unroll
                      for (int e = 0; e < kGroup; ++e) x[e] = y[e] = z[e] = x[e] - shift[e];
