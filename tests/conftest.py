@@ -43,7 +43,13 @@ PTX_REQUIRED = PTX in ("1", "all")
 # of arguments it runs about this many, and none of these files: thousands of examples, other
 # processes, or what is refused before any kernel runs.
 PTX_VARIANTS = 12
-NOT_ON_PTX = {"test_hypothesis.py", "test_process.py", "test_errors.py", "test_compile.py"}
+NOT_ON_PTX = {
+    "test_hypothesis.py",
+    "test_batch_norm_hypothesis.py",
+    "test_process.py",
+    "test_errors.py",
+    "test_compile.py",
+}
 
 
 def pytest_generate_tests(metafunc):
