@@ -121,13 +121,13 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
         assert _native.reason in lines["compiled module"]
 
 
-@pytest.mark.parametrize("command", ["bench", "demo"])
+@pytest.mark.parametrize("command", ["bench", "bench-batch-norm", "demo"])
 def test_missing_extra_is_one_sentence(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "rich", None)
-    for name in ("gradfuse.demo", "gradfuse.bench.clip", "gradfuse.bench.output"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
+    for name in ("demo", "bench.clip", "bench.batch_norm", "bench.output"):
+        monkeypatch.delitem(sys.modules, f"gradfuse.{name}", raising=False)
     pytest.importorskip("matplotlib")
     assert main([command]) == 1
     error = capsys.readouterr().err
@@ -159,3 +159,26 @@ def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {r["dtype"] for r in document["results"]} == {"float32", "bfloat16"}
     assert all(r["median_ms"] > 0 and r["speedup"] > 0 for r in document["results"])
     assert (tmp_path / "bench_clip.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_batch_norm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for extra in ("matplotlib", "rich"):
+        pytest.importorskip(extra)
+    options = ["--quick", "--no-step", "--shapes", "2,8,6,6", "3,4,5,5", "--out", str(tmp_path)]
+    assert main(["bench-batch-norm", *options]) == 0
+    out = capsys.readouterr().out
+    assert "float32 against torch eager" in out
+    document = json.loads((tmp_path / "bench_batch_norm.json").read_text())
+    found = {(r["workload"], r["dtype"]) for r in document["results"]}
+    assert len(found) == 2 * 2 * 2 * 2  # shapes, layouts, dtypes, with the backward and without
+    assert {r["contender"] for r in document["results"]} >= {"torch eager", "gradfuse"}
+    assert all(r["median_ms"] > 0 and r["speedup"] > 0 for r in document["results"])
+
+
+@pytest.mark.parametrize("shape", ["2,8,6", "2,8,6,0", "2,8,6,x"])
+def test_bench_batch_norm_refuses_a_shape(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for extra in ("matplotlib", "rich"):
+        pytest.importorskip(extra)
+    with pytest.raises(SystemExit):
+        main(["bench-batch-norm", "--shapes", shape])
+    assert "invalid shape value" in capsys.readouterr().err
