@@ -8,6 +8,7 @@ import hypothesis
 import pytest
 import torch
 import torch._inductor.config
+import torch.testing._internal.common_utils  # loads a hypothesis profile: before ours
 
 from gradfuse import _native, reference
 

@@ -224,6 +224,26 @@ def test_opcheck(backend, code, channels_last):
 
 
 @HOST_BACKENDS
+@pytest.mark.parametrize("code", range(len(ACTIVATIONS)))
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_opcheck_of_the_backward(backend, code, channels_last):
+    case = Case((4, 3, 5, 6), channels_last)
+    for training, masked in itertools.product((True, False), (True, False)):
+        if masked and code not in (1, 2, 3):
+            continue
+        out, mask, stats = torch.ops.gradfuse.batch_norm_act(
+            case.x, case.r, case.w, case.b, case.mean, case.var, training, 1e-3, code, 0.01, masked
+        )
+        saved = (case.x, case.r, out, mask if masked else None, case.w, case.b, stats)
+        options = (channels_last, training, 1e-3, code, 0.01)
+        for wanted in ([True, code != 0, True, True], [False, False, True, False]):
+            torch.library.opcheck(
+                torch.ops.gradfuse.batch_norm_act_backward.default,
+                (case.grad, *saved, *options, wanted),
+            )
+
+
+@HOST_BACKENDS
 def test_fake_and_meta_tensors(backend):
     with FakeTensorMode():
         x = torch.empty(4, 3, 5, requires_grad=True)

@@ -6,8 +6,8 @@ Bytes, widths and launches are counted by the emulator; registers and spills are
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,14 +19,22 @@ from ptx.toolchain import demangled, ptxas, resources, setup_script
 
 SIZES = (100_003, 4_097, 33)
 ROWS, COLUMNS = 40, 2_500
+MAPS, ROWS_OF_MAPS, SMALL_MAPS = (4, 8, 56, 56), (4, 128, 14, 14), (8, 24, 16, 16)
+RELU = 1
 
 
 class Case(NamedTuple):
-    """A call, and the passes over gradients (and weights) that it cannot do without."""
+    """A call, and the bytes that it cannot do without: so many passes over so many elements, and
+    bits of a mask for each."""
 
     name: str
     call: Callable[[emulated.Emulated, list[Tensor]], object]
     least: float
+    elements: int = sum(SIZES)
+    mask_bits: int = 0
+
+    def least_bytes(self, itemsize: int) -> float:
+        return self.elements * (self.least * itemsize + self.mask_bits / 8)
 
 
 def gradients(dtype: torch.dtype) -> list[Tensor]:
@@ -53,14 +61,55 @@ def adaptive(scale: float) -> Callable:
     return call
 
 
+def batch_norm(shape: tuple[int, ...], channels_last: bool, backward: bool) -> Callable:
+    """Training with a residual and relu; the last call's traffic is what counts."""
+
+    def call(ptx: emulated.Emulated, grads: list[Tensor]) -> None:
+        form = torch.channels_last if channels_last else torch.contiguous_format
+        x, r, g = (
+            torch.randn(shape, generator=torch.Generator().manual_seed(i))
+            .to(grads[0].dtype)
+            .contiguous(memory_format=form)
+            for i in range(3)
+        )
+        forward = (x, r, None, None, None, None, True, 0.1, 1e-5, RELU, 0.0, True)
+        _, mask, stats = ptx.batch_norm_forward(*forward)
+        rest = (channels_last, True, 1e-5, RELU, 0.0, True, True, True, True)
+        if backward:
+            ptx.batch_norm_backward(g, x, None, None, mask, None, None, stats, *rest)
+
+    return call
+
+
+def batch_norm_cases() -> Iterator[Case]:
+    """The sums read the input (grad_output and input), the sweep the same and the residual (the
+    mask), and it writes the output (two gradients); a map that a block holds is read once."""
+    shapes = (
+        ("NCHW", MAPS, False),
+        ("NHWC", ROWS_OF_MAPS, True),
+        ("small maps", SMALL_MAPS, False),
+    )
+    for name, shape, channels_last in shapes:
+        once = name == "small maps"
+        for backward in (False, True):
+            yield Case(
+                f"batch norm {'backward' if backward else 'forward'}, {name}",
+                batch_norm(shape, channels_last, backward),
+                (4 if once else 6) if backward else (3 if once else 4),
+                torch.Size(shape).numel(),
+                2 if backward and not once else 1,
+            )
+
+
 CASES = [
     Case("clip by norm, quiet", clip(1e9), 1),
     Case("clip by norm, clipping", clip(0.1), 3),
     Case("clip by norm, zeroing", zero, 2),
     Case("clip by value, nothing changes", lambda ptx, g: ptx.clamp_(g, False, 1e9), 1),
     Case("clip by value, all changes", lambda ptx, g: ptx.clamp_(g, False, 1e-9), 2),
-    Case("adaptive, quiet", adaptive(1e-6), 2),
-    Case("adaptive, all rows clipped", adaptive(1.0), 4),
+    Case("adaptive, quiet", adaptive(1e-6), 2, ROWS * COLUMNS),
+    Case("adaptive, all rows clipped", adaptive(1.0), 4, ROWS * COLUMNS),
+    *batch_norm_cases(),
 ]
 
 
@@ -69,14 +118,22 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def data_bytes(traffic: Traffic) -> int:
-    """What was moved of the tensors given; the rest are slots, tables, totals."""
-    return traffic.bytes_loaded("tensor") + traffic.bytes_stored("tensor")
+def data_by_width(traffic: Traffic, case: Case) -> Counter[int]:
+    """What was moved of the tensors, by width of access; the rest are slots, tables, totals.
 
-
-def wide_share(traffic: Traffic) -> float:
-    loads, stores = traffic.widths("tensor"), traffic.widths("tensor", stores=True)
-    return (loads[16] + stores[16]) / max(1, sum(loads.values()) + sum(stores.values()))
+    A clip's tensors are all given. Those of batch norm are all that have a bit for each element.
+    """
+    found: Counter[int] = Counter()
+    for moved, distinct in (
+        (traffic.loaded, traffic.distinct_loaded),
+        (traffic.stored, traffic.distinct_stored),
+    ):
+        for (name, width), n in moved.items():
+            if name.startswith("tensor") or (
+                case.mask_bits and distinct[name] >= case.elements // 8
+            ):
+                found[width] += n
+    return found
 
 
 def most_sectors(traffic: Traffic) -> int | str:
@@ -88,20 +145,17 @@ def traffic_rows(dtype: torch.dtype) -> list[list[object]]:
     ptx = emulated.backend()
     rows = []
     for case in CASES:
-        grads = gradients(dtype)
-        size = sum(g.nbytes for g in grads)
-        if case.name.startswith("adaptive"):
-            size = ROWS * COLUMNS * grads[0].element_size()
-        case.call(ptx, grads)
+        case.call(ptx, gradients(dtype))
         total = ptx.traffic
-        moved = data_bytes(total)
+        by_width = data_by_width(total, case)
+        moved = by_width.total()
         other = total.bytes_loaded() + total.bytes_stored() - moved
         rows.append(
             [
                 case.name,
                 str(dtype).removeprefix("torch."),
-                f"{moved / (case.least * size):.3f}",
-                f"{wide_share(total):.1%}",
+                f"{moved / case.least_bytes(dtype.itemsize):.3f}",
+                f"{by_width[16] / moved:.1%}",
                 most_sectors(total),
                 other,
                 len(ptx.launches),
