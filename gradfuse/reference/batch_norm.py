@@ -37,10 +37,9 @@ def activate(z: Tensor, activation: str | None, negative_slope: float = 0.01) ->
     return result
 
 
-def derivative(
-    z: Tensor, activation: str | None, negative_slope: float, *, from_output: bool = False
-) -> Tensor:
-    """d act / dz, at z or, where the output tells as much, from z = act(.)."""
+def derivative(z: Tensor, activation: str | None, negative_slope: float) -> Tensor:
+    """d act / dz: from the output for those of OUTPUT_SAVED, from z for the others, from either
+    for those of MASKED. Not by autograd, which is switched off inside an op of torch.library."""
     one = torch.ones_like(z)
     if activation is None:
         return one
@@ -50,13 +49,19 @@ def derivative(
         return torch.where((z > 0) & (z < 6), one, 0.0)
     if activation == "leaky_relu":
         return torch.where(z > 0, one, negative_slope)
-    if from_output and activation == "sigmoid":
+    if activation == "sigmoid":
         return z * (1 - z)
-    if from_output and activation == "tanh":
+    if activation == "tanh":
         return 1 - z * z
-    with torch.enable_grad():
-        at = z.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(activate(at, activation).sum(), at)
+    aten = torch.ops.aten
+    slope: Tensor
+    if activation == "silu":
+        slope = aten.silu_backward(one, z)
+    elif activation == "hardswish":
+        slope = aten.hardswish_backward(one, z)
+    else:
+        form = "tanh" if activation == "gelu_tanh" else "none"
+        slope = aten.gelu_backward(one, z, approximate=form)
     return slope
 
 
@@ -306,7 +311,7 @@ def batch_norm_backward(
         flat = g * negative_slope if name == "leaky_relu" else torch.zeros_like(g)
         g = torch.where(unpack_mask(mask, g, channels_last), g, flat)
     elif output is not None:
-        slope = derivative(output.double(), name, negative_slope, from_output=True)
+        slope = derivative(output.double(), name, negative_slope)
         g = torch.where(slope == 0, torch.zeros_like(g), g * slope)  # not inf * 0
     elif name is not None and normalised is not None:
         z = normalised * _per_channel(w, g)
