@@ -4,13 +4,10 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <optional>
-
 #include "math/activations.h"
+#include "memory.h"
 
 namespace gradfuse {
-
-using MaybeTensor = std::optional<at::Tensor>;
 
 struct BatchNormOptions {
   bool training;  // normalise with the batch's statistics

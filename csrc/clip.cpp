@@ -60,20 +60,48 @@ at::Tensor device_bytes(int64_t bytes, at::Device device) {
 
 // Stats of one CUDA group: totals for (max_norm, policy) and table rows, all on the device.
 void cuda_stats(const DeviceGroup& group, NormSpec spec, double max_norm, NonFinite policy,
-                const ClipResult& out) {
+                const LossScaleTensors& scale, const ClipResult& out) {
+  const auto here = [&](const MaybeTensor& t) {
+    return t ? MaybeTensor(converted(t->to(group.device), at::kFloat)) : MaybeTensor();
+  };
+  const MaybeTensor value = here(scale.scale), found_inf = here(scale.found_inf);
   on_device(group.device, [&](cudaStream_t stream) {
     const at::Tensor scratch = device_bytes(cuda::stats_scratch_bytes(group.refs), group.device);
     cuda::stats(group.refs, group.rows, out.table.size(0), spec, max_norm, policy,
                 scratch.mutable_data_ptr(), out.table.mutable_data_ptr<double>(),
                 out.totals.mutable_data_ptr<double>(), out.norm.mutable_data_ptr(),
-                out.norm.scalar_type() == at::kDouble, stream);
+                out.norm.scalar_type() == at::kDouble,
+                value ? value->const_data_ptr<float>() : nullptr,
+                found_inf ? found_inf->const_data_ptr<float>() : nullptr, stream);
   });
 }
 #endif
 
+// The scale as the host sees it. On CUDA this waits for the device.
+LossScale scale_on_host(const LossScaleTensors& given) {
+  LossScale scale = {1.0, false};
+  if (given.scale) scale.value = on_host(given.scale->to(at::kDouble)).item<double>();
+  if (given.found_inf) scale.found_inf = on_host(given.found_inf->to(at::kDouble)).item<double>() != 0.0;
+  return scale;
+}
+
+// Totals, norm and table of a sum that the host has.
+void write_result(const ClipResult& host, ScaledSum sum, double max_norm, NormSpec spec,
+                  NonFinite policy, const LossScaleTensors& given) {
+  const LossScale scale = scale_on_host(given);
+  const ClipPlan plan = unscaled_plan(norm_of(sum, spec), max_norm, policy, scale);
+  write_totals(plan, sum, host.totals.mutable_data_ptr<double>());
+  write_norm(host.norm, plan.norm);
+  if (!given.scale) return;
+  double* table = host.table.mutable_data_ptr<double>();
+  for (int64_t row = 0; row < host.table.size(0); ++row)
+    unscale_table_row(table + row * kTableColumns, scale.value);
+}
+
 // Gradients on several devices: each group's sum comes to the host, is combined there, and the plan
 // goes back. This waits for every CUDA device.
-ClipResult stats_on_all(const GradList& grads, double max_norm, NormSpec spec, NonFinite policy) {
+ClipResult stats_on_all(const GradList& grads, double max_norm, NormSpec spec, NonFinite policy,
+                        const LossScaleTensors& scale) {
   ClipResult host = make_host_result(grads);
   double* table = host.table.mutable_data_ptr<double>();
   mark_absent(grads, table);
@@ -85,7 +113,7 @@ ClipResult stats_on_all(const GradList& grads, double max_norm, NormSpec spec, N
     } else {
 #if defined(GRADFUSE_CUDA)
       const ClipResult part = make_result(grads, group.device, empty_on_device);
-      cuda_stats(group, spec, max_norm, policy, part);
+      cuda_stats(group, spec, max_norm, policy, {}, part);
       const at::Tensor totals = on_host(part.totals);
       const at::Tensor rows = on_host(part.table);
       const double* t = totals.const_data_ptr<double>();
@@ -97,56 +125,59 @@ ClipResult stats_on_all(const GradList& grads, double max_norm, NormSpec spec, N
     }
     total = combine(total, sum, spec);
   }
-  const ClipPlan plan = clip_plan(norm_of(total, spec), max_norm, policy);
-  write_totals(plan, total, host.totals.mutable_data_ptr<double>());
-  write_norm(host.norm, plan.norm);
+  write_result(host, total, max_norm, spec, policy, scale);
   const at::Device first = grads.groups.front().device;
   return {host.norm.to(first), host.totals.to(first), host.table.to(first)};
 }
 
-ClipResult stats_with_plan(const GradList& grads, double max_norm, NormSpec spec,
-                           NonFinite policy) {
+ClipResult stats_with_plan(const GradList& grads, double max_norm, NormSpec spec, NonFinite policy,
+                           const LossScaleTensors& scale) {
 #if defined(GRADFUSE_CUDA)
   if (grads.groups.size() == 1 && !is_host(grads.groups[0].device)) {
     const ClipResult out = make_result(grads, grads.groups[0].device, empty_on_device);
-    cuda_stats(grads.groups[0], spec, max_norm, policy, out);
+    cuda_stats(grads.groups[0], spec, max_norm, policy, scale, out);
     return out;
   }
 #endif
-  if (grads.groups.size() > 1) return stats_on_all(grads, max_norm, spec, policy);
+  if (grads.groups.size() > 1) return stats_on_all(grads, max_norm, spec, policy, scale);
   ClipResult out = make_host_result(grads);
   double* table = out.table.mutable_data_ptr<double>();
   mark_absent(grads, table);
   ScaledSum total = {};
   for (const DeviceGroup& group : grads.groups)
     total = sum_of(cpu::stats(group.refs, group.rows, spec, table), spec);
-  const ClipPlan plan = clip_plan(norm_of(total, spec), max_norm, policy);
-  write_totals(plan, total, out.totals.mutable_data_ptr<double>());
-  write_norm(out.norm, plan.norm);
+  write_result(out, total, max_norm, spec, policy, scale);
   return out;
 }
 
 // Does to every gradient what the totals say. CUDA groups read them on the device; only a CPU group
 // makes the host wait for totals that lie on one.
-void apply_plan(GradList& grads, const at::Tensor& totals) {
+void apply_plan(GradList& grads, const at::Tensor& totals, const MaybeTensor& coefficients) {
   bool any_cpu = is_host(totals.device());
   for (const DeviceGroup& group : grads.groups) any_cpu |= is_host(group.device);
   const at::Tensor host = any_cpu ? on_host(totals) : at::Tensor();
   const double* t = any_cpu ? host.const_data_ptr<double>() : nullptr;
   const Action action = any_cpu ? static_cast<Action>(static_cast<int>(t[3])) : Action::Scale;
-  if (action == Action::Keep) return;
+  if (action == Action::Refuse || action == Action::Skip) return;
+  if (action == Action::Keep && !coefficients && t[6] == 1.0) return;
+  const at::Tensor each = any_cpu && coefficients ? on_host(*coefficients) : at::Tensor();
   grads.prepare_write();
   for (const DeviceGroup& group : grads.groups) {
     if (is_host(group.device)) {
       if (action == Action::Zero)
         cpu::zero(group.refs);
+      else if (coefficients)
+        cpu::scale_each(group.refs, group.rows, {t[6], t[7]}, each.const_data_ptr<double>());
       else
         cpu::scale(group.refs, {t[6], t[7]});
     } else {
 #if defined(GRADFUSE_CUDA)
       const at::Tensor here = totals.to(group.device);
+      MaybeTensor rows;
+      if (coefficients) rows = coefficients->to(group.device);
       on_device(group.device, [&](cudaStream_t stream) {
-        cuda::apply(group.refs, here.const_data_ptr<double>(), stream);
+        cuda::apply(group.refs, here.const_data_ptr<double>(),
+                    rows ? rows->const_data_ptr<double>() : nullptr, group.rows, stream);
       });
 #endif
     }
@@ -175,17 +206,27 @@ at::Tensor totals_for(const at::Tensor& total_norm, double max_norm) {
 }  // namespace
 
 ClipResult grad_stats(const char* op, const GradList& grads, NormSpec spec, NonFinite policy) {
-  const ClipResult result = stats_with_plan(grads, INFINITY, spec, policy);
+  const ClipResult result = stats_with_plan(grads, INFINITY, spec, policy, {});
   check_refused(op, result, spec, policy);
   return result;
 }
 
 ClipResult clip_by_norm(const char* op, GradList& grads, double max_norm, NormSpec spec,
                         NonFinite policy) {
-  const ClipResult result = stats_with_plan(grads, max_norm, spec, policy);
-  check_refused(op, result, spec, policy);
-  apply_plan(grads, result.totals);
+  const ClipResult result = plan_step(op, grads, max_norm, spec, policy, {});
+  apply_plan(grads, result.totals, {});
   return result;
+}
+
+ClipResult plan_step(const char* op, const GradList& grads, double max_norm, NormSpec spec,
+                     NonFinite policy, const LossScaleTensors& scale) {
+  const ClipResult result = stats_with_plan(grads, max_norm, spec, policy, scale);
+  check_refused(op, result, spec, policy);
+  return result;
+}
+
+void apply_totals(GradList& grads, const at::Tensor& totals, const MaybeTensor& coefficients) {
+  apply_plan(grads, totals, coefficients);
 }
 
 void scale_by_norm(GradList& grads, double max_norm, const at::Tensor& total_norm) {
@@ -194,7 +235,7 @@ void scale_by_norm(GradList& grads, double max_norm, const at::Tensor& total_nor
     fail<std::invalid_argument>("clip_grads_with_norm_: total_norm must be one real number, got ",
                                 total_norm.sizes(), " of ", total_norm.scalar_type(), " on ",
                                 total_norm.device());
-  apply_plan(grads, totals_for(total_norm, max_norm));
+  apply_plan(grads, totals_for(total_norm, max_norm), {});
 }
 
 void clip_by_value(GradList& grads, double clip_value) {

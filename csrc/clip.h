@@ -3,6 +3,7 @@
 #pragma once
 
 #include "gradients.h"
+#include "memory.h"
 
 namespace gradfuse {
 
@@ -21,6 +22,20 @@ ClipResult grad_stats(const char* op, const GradList& grads, NormSpec spec, NonF
 // Throws std::runtime_error, nothing written, if the norm is NaN or inf under NonFinite::Error.
 ClipResult clip_by_norm(const char* op, GradList& grads, double max_norm, NormSpec spec,
                         NonFinite policy);
+
+// What a loss scaler says of the gradients; each one float32 number, on any device.
+struct LossScaleTensors {
+  MaybeTensor scale;      // that the gradients carry
+  MaybeTensor found_inf;  // not 0 if the step is to be skipped
+};
+
+// The norm, the table and the plan of a step, of the gradients without their scale. One read, no
+// write. The totals' factor takes the scale off. Throws as clip_by_norm.
+ClipResult plan_step(const char* op, const GradList& grads, double max_norm, NormSpec spec,
+                     NonFinite policy, const LossScaleTensors& scale);
+
+// Does to the gradients what the totals say, and their rows' coefficients on top of that.
+void apply_totals(GradList& grads, const at::Tensor& totals, const MaybeTensor& coefficients);
 
 // Scales by min(1, max_norm / (total_norm + 1e-6)) unless total_norm <= max_norm.
 void scale_by_norm(GradList& grads, double max_norm, const at::Tensor& total_norm);

@@ -7,6 +7,8 @@
 
 namespace gradfuse {
 
+using MaybeTensor = std::optional<at::Tensor>;
+
 // A tensor of a subclass or a transform: what holds its values is another tensor.
 inline bool is_wrapper(const at::Tensor& t) {
   using K = c10::DispatchKey;

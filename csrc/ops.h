@@ -9,6 +9,7 @@
 
 #include "batch_norm_call.h"
 #include "math/clip.h"
+#include "optim_call.h"
 
 #if defined(GRADFUSE_CUDA)
 #include <cuda_runtime_api.h>
@@ -43,9 +44,10 @@ struct UnitRef {
 
 // Gradients are reduced in chunks of this many elements, more where that would make too many: the
 // memory for the chunks' results stays bounded. Depends on sizes alone.
-inline int64_t chunk_elements(const std::vector<GradRef>& grads) {
+template <class Ref>
+int64_t chunk_elements(const std::vector<Ref>& tensors) {
   int64_t total = 0;
-  for (const GradRef& g : grads) total += g.numel;
+  for (const Ref& t : tensors) total += t.numel;
   int64_t chunk = 32768;
   while (total / chunk > 16384) chunk *= 2;
   return chunk;
@@ -66,6 +68,11 @@ GRADFUSE_HD void write_table_row(const Stats& s, double numel, double* row) {
   row[4] = numel;
 }
 
+GRADFUSE_HD void unscale_table_row(double* row, double scale) {
+  row[0] /= scale;
+  row[1] /= scale;
+}
+
 GRADFUSE_HD void write_totals(const ClipPlan& plan, ScaledSum sum, double* totals) {
   totals[0] = plan.norm;
   totals[1] = plan.coefficient;
@@ -77,6 +84,17 @@ GRADFUSE_HD void write_totals(const ClipPlan& plan, ScaledSum sum, double* total
   totals[7] = plan.factor.exponent;
 }
 
+// A step of an optimizer on the parameters of one device.
+struct OptimStep {
+  Rule rule;
+  std::vector<ParamRef> params;
+  std::vector<GroupOptions> groups;
+  GradientUse use;
+  bool update_clip;  // AdamW: divide a parameter's learning rate by the root mean square of
+                     // g / sqrt(second moment) where that is above 1
+  bool stochastic_rounding;
+};
+
 namespace cpu {
 
 // Stats of all gradients as one vector, and the table row of each. Reads each gradient once.
@@ -87,12 +105,19 @@ Stats stats(const std::vector<GradRef>& grads,
 // g *= coefficient, or g = 0. Reads and writes each gradient once.
 void scale(const std::vector<GradRef>& grads, ScaledNorm factor);
 void zero(const std::vector<GradRef>& grads);
+// g *= factor * coefficients[row]. Reads and writes each gradient once.
+void scale_each(const std::vector<GradRef>& grads,
+                const std::vector<int64_t>& rows,  // [grads.size()]
+                ScaledNorm factor, const double* coefficients);
 // g = clamp(g, -bound, bound). Reads each gradient once, writes the blocks that change.
 void clamp(const std::vector<GradRef>& grads, double bound);
 // Clips each unit of each gradient against its weight. Writes the clipped units only.
 void clip_units(const std::vector<UnitRef>& units, double clip_factor, double eps, NormSpec spec);
 void batch_norm_forward(const BatchNormForward& call);
 void batch_norm_backward(const BatchNormBackward& call);
+// One step of an optimizer. Reads and writes every stream of every parameter once; nothing if the
+// totals say Skip or Refuse.
+void optim_step(const OptimStep& step);
 // Name of the instruction set in use.
 const char* isa();
 
@@ -115,7 +140,10 @@ void stats(const std::vector<GradRef>& grads,
            double* table,  // [table_rows, kTableColumns]
            double* totals,  // [kTotals]
            void* norm,  // [], float64 if norm_is_double, else float32
-           bool norm_is_double, cudaStream_t stream);
+           bool norm_is_double,
+           const float* scale,      // [], the loss scale that the gradients carry; or null
+           const float* found_inf,  // [], not 0 if the step is to be skipped; or null
+           cudaStream_t stream);
 // The totals of the plan for a norm that is already there.
 void plan(const double* norm,  // []
           double max_norm,
@@ -126,6 +154,8 @@ void plan(const double* norm,  // []
 // on consumer GPUs.
 void apply(const std::vector<GradRef>& grads,
            const double* totals,  // [kTotals]
+           const double* coefficients,  // [rows], on top of the totals' factor; or null
+           const std::vector<int64_t>& rows,  // [grads.size()]
            cudaStream_t stream);
 // g = clamp(g, -bound, bound). Stores only the 16-byte words that change.
 void clamp(const std::vector<GradRef>& grads, double bound, cudaStream_t stream);
@@ -138,6 +168,12 @@ void batch_norm_forward(const BatchNormForward& call,
                         void* scratch,  // batch_norm_scratch_bytes(shape), 256-byte aligned
                         cudaStream_t stream);
 void batch_norm_backward(const BatchNormBackward& call, void* scratch, cudaStream_t stream);
+// Bytes of scratch that optim_step() needs: for update clipping.
+int64_t optim_scratch_bytes(const OptimStep& step);
+// One step of an optimizer; the step counters advance after the updates.
+void optim_step(const OptimStep& step,
+                void* scratch,  // optim_scratch_bytes(step), 256-byte aligned
+                cudaStream_t stream);
 
 }  // namespace cuda
 #endif

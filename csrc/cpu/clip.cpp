@@ -11,8 +11,8 @@
 #include <memory>
 
 #include "kernels.h"
-#include "parallel.h"
 #include "strided.h"
+#include "work.h"
 
 namespace gradfuse::cpu {
 
@@ -21,54 +21,7 @@ namespace {
 bool g_forked = false;
 [[maybe_unused]] const int g_fork_hook = pthread_atfork(nullptr, nullptr, [] { g_forked = true; });
 
-constexpr int64_t kItem = 16384;   // least elements of an item of work
 constexpr int64_t kBuffer = 2048;  // elements gathered at a time
-
-struct Chunk {
-  int64_t grad;
-  int64_t start;
-  int64_t length;
-};
-
-// All chunks in order, and the items of work: item i is chunks [items[i], items[i + 1]).
-struct Work {
-  std::vector<Chunk> chunks;
-  std::vector<int64_t> items;
-  int64_t total = 0;  // elements
-
-  explicit Work(const std::vector<GradRef>& grads) {
-    const int64_t chunk = chunk_elements(grads);
-    chunks.reserve(grads.size());
-    // Long items keep the hardware's prefetcher on one stream, short ones share the work out
-    // evenly.
-    for (const GradRef& g : grads) total += g.numel;
-    const int64_t item = std::clamp<int64_t>(total / 256, kItem, 32 * kItem);
-    int64_t pending = item;
-    for (size_t g = 0; g < grads.size(); ++g) {
-      for (int64_t start = 0; start < grads[g].numel; start += chunk) {
-        if (pending >= item) {
-          items.push_back(static_cast<int64_t>(chunks.size()));
-          pending = 0;
-        }
-        const int64_t length = std::min(chunk, grads[g].numel - start);
-        chunks.push_back({static_cast<int64_t>(g), start, length});
-        pending += length;
-      }
-    }
-    items.push_back(static_cast<int64_t>(chunks.size()));
-  }
-
-  // Calls f(item, first chunk, end) for every item.
-  template <class F>
-  void for_each(bool backwards, F f) const {
-    const int64_t n = count();
-    for_each_item(n, total, [&](int64_t i) {
-      const int64_t item = backwards ? n - 1 - i : i;
-      f(item, items[item], items[item + 1]);
-    });
-  }
-  int64_t count() const { return static_cast<int64_t>(items.size()) - 1; }
-};
 
 char* at(const GradRef& g, int64_t element) {
   return static_cast<char*>(g.data) + element * element_bytes(g.dtype) * (g.is_complex ? 2 : 1);
@@ -128,7 +81,7 @@ void update(const std::vector<GradRef>& grads, bool backwards, F f) {
   work.for_each(backwards, [&](int64_t, int64_t first, int64_t end) {
     for (int64_t k = first; k < end; ++k) {
       const Chunk& c = work.chunks[k];
-      const GradRef& g = grads[c.grad];
+      const GradRef& g = grads[c.tensor];
       update_run(g, c.start, c.length, [&](void* x, int64_t n) { return f(x, g.dtype, n); });
     }
   });
@@ -165,24 +118,24 @@ Stats stats(const std::vector<GradRef>& grads, const std::vector<int64_t>& rows,
     Stats sum = {};
     for (int64_t k = first; k < end; ++k) {
       const Chunk& c = work.chunks[k];
-      const GradRef& g = grads[c.grad];
+      const GradRef& g = grads[c.tensor];
       const Stats s = run_stats(g, c.start, c.length, spec);
       sum = merge(sum, s, spec.p);
       if (c.length == g.numel)
-        write_row(c.grad, s);
+        write_row(c.tensor, s);
       else
         slots[k] = s;
     }
     sums[item] = sum;
   });
   for (int64_t k = 0; k < chunks;) {
-    const int64_t grad = work.chunks[k].grad;
+    const int64_t grad = work.chunks[k].tensor;
     if (work.chunks[k].length == grads[grad].numel) {
       ++k;
       continue;
     }
     Stats sum = {};
-    for (; k < chunks && work.chunks[k].grad == grad; ++k) sum = merge(sum, slots[k], spec.p);
+    for (; k < chunks && work.chunks[k].tensor == grad; ++k) sum = merge(sum, slots[k], spec.p);
     write_row(grad, sum);
   }
   for (size_t i = 0; i < grads.size(); ++i)
@@ -196,6 +149,22 @@ void scale(const std::vector<GradRef>& grads, ScaledNorm norm_factor) {
   const Factor factor = factor_of(norm_factor);
   update(grads, true,
          [=](void* x, DType dtype, int64_t n) { return scale_by(x, dtype, n, factor); });
+}
+
+void scale_each(const std::vector<GradRef>& grads, const std::vector<int64_t>& rows,
+                ScaledNorm norm_factor, const double* coefficients) {
+  const Work work(grads);
+  work.for_each(true, [&](int64_t, int64_t first, int64_t end) {
+    for (int64_t k = first; k < end; ++k) {
+      const Chunk& c = work.chunks[k];
+      const GradRef& g = grads[c.tensor];
+      const double own = coefficients[rows[c.tensor]];
+      const Factor factor = factor_of({norm_factor.value * own, norm_factor.exponent});
+      if (factor.whole == 1.0) continue;
+      update_run(g, c.start, c.length,
+                 [&](void* x, int64_t n) { return scale_by(x, g.dtype, n, factor); });
+    }
+  });
 }
 
 void zero(const std::vector<GradRef>& grads) {

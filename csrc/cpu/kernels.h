@@ -6,6 +6,7 @@
 
 #include "../batch_norm_call.h"
 #include "../math/clip.h"
+#include "../optim_call.h"
 
 namespace gradfuse::cpu {
 
@@ -75,9 +76,28 @@ extern const BatchNormKernels kBatchNormAvx2;
 extern const BatchNormKernels kBatchNormAvx512;
 #endif
 
+// All of elements [start, start + n) of a parameter.
+struct OptimKernels {
+  // Updates them and their state.
+  void (*adamw)(const ParamRef& p, int64_t start, int64_t n, const AdamWFactors<double>& factors,
+                const ElementFactor& factor, const Rounding& rounding);
+  void (*sgd)(const ParamRef& p, int64_t start, int64_t n, const SgdFactors<double>& factors,
+              const ElementFactor& factor, const Rounding& rounding);
+  // Sum of their adamw_ratio. Writes nothing.
+  double (*adamw_ratio_sum)(const ParamRef& p, int64_t start, int64_t n,
+                            const AdamWFactors<double>& factors, const ElementFactor& factor);
+};
+
+extern const OptimKernels kOptimBaseline;
+#if defined(__x86_64__)
+extern const OptimKernels kOptimAvx2;
+extern const OptimKernels kOptimAvx512;
+#endif
+
 // The widest set this machine runs, or the one named by GRADFUSE_ISA (baseline | avx2 | avx512).
 // Throws std::invalid_argument if that name is unknown or the machine lacks it. Chosen once.
 const ClipKernels& clip_kernels();
 const BatchNormKernels& batch_norm_kernels();  // of the same set
+const OptimKernels& optim_kernels();
 
 }  // namespace gradfuse::cpu

@@ -143,9 +143,10 @@ GRADFUSE_HD Factor factor_of(ScaledNorm f) {
   return {whole, std::exp2(half), std::exp2(f.exponent - half), f.value};
 }
 
-enum class NonFinite : int32_t { Propagate, Error, Zero };
-// Refuse: the policy is Error and the norm is not finite, so the caller raises.
-enum class Action : int32_t { Keep, Scale, Zero, Refuse };
+enum class NonFinite : int32_t { Propagate, Error, Zero, Skip };
+// Refuse: the policy is Error and the norm is not finite, so the caller raises. Skip: an optimizer's
+// step changes nothing.
+enum class Action : int32_t { Keep, Scale, Zero, Refuse, Skip };
 
 // What a step does to the gradients.
 struct ClipPlan {
@@ -173,9 +174,27 @@ GRADFUSE_HD ClipPlan clip_plan(ScaledNorm norm, double max_norm, NonFinite polic
   }
   if (policy == NonFinite::Zero) return {wide, 0.0, 0.0, Action::Zero, {0.0, 0.0}};
   if (policy == NonFinite::Error) return {wide, 1.0, wide, Action::Refuse, {1.0, 0.0}};
+  if (policy == NonFinite::Skip) return {wide, 1.0, wide, Action::Skip, {1.0, 0.0}};
   const double ratio = max_norm / (wide + 1e-6);
   const double coefficient = ratio > 1.0 ? 1.0 : ratio;
   return {wide, coefficient, wide * coefficient, Action::Scale, {coefficient, 0.0}};
+}
+
+// What gradients carry that are those of a scaled loss (Micikevicius et al. 2018, "Mixed Precision
+// Training", section 3.2).
+struct LossScale {
+  double value;
+  bool found_inf;  // somebody saw a gradient that is not finite
+};
+
+// The plan for such gradients: its norms are of the gradients without the scale, its factor takes
+// the scale off as well.
+GRADFUSE_HD ClipPlan unscaled_plan(ScaledNorm norm, double max_norm, NonFinite policy,
+                                   LossScale scale) {
+  ClipPlan plan = clip_plan({norm.value / scale.value, norm.exponent}, max_norm, policy);
+  plan.factor.value /= scale.value;
+  if (scale.found_inf) plan.action = Action::Skip;
+  return plan;
 }
 
 // Adaptive gradient clipping of one unit (Brock et al. 2021, eq. 3): the factor for its gradient,

@@ -1,0 +1,250 @@
+// The CPU kernels of the optimizers for one instruction set: include after setting
+// GRADFUSE_VEC_BYTES, in that set's anonymous namespace. An update loads and stores each stream
+// once, a vector of consecutive elements at a time; all types are computed in float32, float64 in
+// float64.
+
+#include "vec.h"
+#include "vec_rows.h"
+
+#if GRADFUSE_VEC_BYTES == 64
+inline FloatVec square_root(FloatVec v) {
+  return (FloatVec)_mm512_maskz_sqrt_ps(0xffff, (__m512)v);
+}
+inline DoubleVec square_root(DoubleVec v) {
+  return (DoubleVec)_mm512_maskz_sqrt_pd(0xff, (__m512d)v);
+}
+#elif GRADFUSE_VEC_BYTES == 32
+inline FloatVec square_root(FloatVec v) { return (FloatVec)_mm256_sqrt_ps((__m256)v); }
+inline DoubleVec square_root(DoubleVec v) { return (DoubleVec)_mm256_sqrt_pd((__m256d)v); }
+#else
+inline FloatVec square_root(FloatVec v) {
+  for (int i = 0; i < kFloats; ++i) v[i] = std::sqrt(v[i]);
+  return v;
+}
+inline DoubleVec square_root(DoubleVec v) {
+  for (int i = 0; i < kDoubles; ++i) v[i] = std::sqrt(v[i]);
+  return v;
+}
+#endif
+
+#include "../math/updates.h"
+
+template <class T>
+using VecOfType = typename Lanes<T>::Vec;
+
+// Loads and stores of a whole vector, or of the first n lanes of one.
+struct Whole {
+  template <class T>
+  auto get(const T* p) const {
+    return load(p);
+  }
+  template <class T, class V>
+  void put(T* p, V v) const {
+    store(p, v);
+  }
+};
+struct First {
+  int64_t n;
+  template <class T>
+  auto get(const T* p) const {
+    return load_first(p, n);
+  }
+  template <class T, class V>
+  void put(T* p, V v) const {
+    store_first(p, v, n);
+  }
+};
+
+// Calls f(i, access) for vectors that cover [0, n), the last one partial.
+template <class T, class F>
+inline void for_each_vector(int64_t n, F f) {
+  constexpr int64_t step = Lanes<T>::count;
+  int64_t i = 0;
+  for (; i + step <= n; i += step) f(i, Whole{});
+  if (i < n) f(i, First{n - i});
+}
+
+// g = clamp(gradient * factor, -bound, bound). The factor is a product, for one type has no room
+// for it; NaN stays.
+template <class T>
+struct Gradient {
+  using V = VecOfType<T>;
+  using S = std::decay_t<decltype(V{}[0])>;
+  const S first, second, third;
+  const V high;
+  const bool plain, bounded;
+
+  explicit Gradient(const ElementFactor& f)
+      : first(static_cast<S>(f.first)),
+        second(static_cast<S>(f.second)),
+        third(static_cast<S>(f.third)),
+        high(V{} + static_cast<S>(f.bound)),
+        plain(f.second == 1.0 && f.third == 1.0),
+        bounded(!std::isinf(f.bound)) {}
+
+  V operator()(V g) const {
+    g = g * first;
+    if (!plain) g = g * second * third;
+    if (bounded) {
+      g = (g > high) ? high : g;
+      g = (g < -high) ? -high : g;
+    }
+    return g;
+  }
+};
+
+// A new value of a parameter or its state: rounded to nearest, or up and down at random so that it
+// is right on average (Croci et al. 2022, "Stochastic rounding: implementation, error analysis and
+// applications").
+template <class T, class V, class Access>
+inline void put_rounded(T* p, V v, int64_t element, const Rounding& rounding, uint32_t stream,
+                        const Access& access) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (rounding.stochastic) {
+      const UIntVec index = lane_numbers<UIntVec>() + static_cast<uint32_t>(element);
+      const UIntVec noise = random_bits(index ^ (rounding.key + stream)) >> 16;
+      const UIntVec bits = bit_cast<UIntVec>(v);
+      const UIntVec cut = (bits + noise) & 0xffff0000u;
+      const UIntVec whole = (bits & 0x7f800000u) == 0x7f800000u ? bits : cut;  // NaN and inf stay
+      access.put(p, bit_cast<V>(whole));
+      return;
+    }
+  }
+  access.put(p, v);
+}
+
+// The parameter's value, which is its master's where there is one.
+template <class V, class T, class Access>
+inline V value_of(const T* param, const float* master, int64_t i, const Access& access) {
+  if constexpr (sizeof(T) == 2)
+    if (master) return access.get(master + i);
+  return access.get(param + i);
+}
+template <class T, class V, class Access>
+inline void put_value(T* param, float* master, V v, int64_t i, int64_t start,
+                      const Rounding& rounding, const Access& access) {
+  if constexpr (sizeof(T) == 2)
+    if (master) access.put(master + i, v);
+  put_rounded(param + i, v, start + i, rounding, 0, access);
+}
+
+// Of a parameter's numbers, those of elements [start, start + n).
+template <class T>
+inline T* from(void* data, int64_t start) {
+  return data ? static_cast<T*>(data) + start : nullptr;
+}
+
+// T is the type of parameter and gradient, S that of the state.
+template <class T, class S>
+void adamw_run(const ParamRef& p, int64_t start, int64_t n, const AdamWFactors<double>& factors,
+               const ElementFactor& factor, const Rounding& given) {
+  using V = VecOfType<T>;
+  using E = typename Gradient<T>::S;
+  const AdamWFactors<E> f = narrowed<E>(factors);
+  const Gradient<T> gradient(factor);
+  T* const param = from<T>(p.param, start);
+  const T* const grad = static_cast<const T*>(p.grad) + start;
+  S* const first = from<S>(p.first, start);
+  S* const second = from<S>(p.second, start);
+  S* const largest = from<S>(p.largest, start);
+  float* const master = from<float>(p.master, start);
+  const Rounding rounding = {given.stochastic, given.key + static_cast<uint32_t>(start >> 32)};
+  for_each_vector<T>(n, [&](int64_t i, auto access) {
+    V x = value_of<V>(param, master, i, access);
+    V m = access.get(first + i), v = access.get(second + i), top = V{};
+    const V g = gradient(access.get(grad + i));
+    if (largest) top = access.get(largest + i);
+    adamw_update(x, g, m, v, largest ? &top : nullptr, f);
+    put_value(param, master, x, i, start, rounding, access);
+    put_rounded(first + i, m, start + i, rounding, 1, access);
+    put_rounded(second + i, v, start + i, rounding, 2, access);
+    if (largest) put_rounded(largest + i, top, start + i, rounding, 3, access);
+  });
+}
+
+template <class T, class S>
+void sgd_run(const ParamRef& p, int64_t start, int64_t n, const SgdFactors<double>& factors,
+             const ElementFactor& factor, const Rounding& given) {
+  using V = VecOfType<T>;
+  using E = typename Gradient<T>::S;
+  const SgdFactors<E> f = narrowed<E>(factors);
+  const Gradient<T> gradient(factor);
+  T* const param = from<T>(p.param, start);
+  const T* const grad = static_cast<const T*>(p.grad) + start;
+  S* const buffer = from<S>(p.first, start);
+  float* const master = from<float>(p.master, start);
+  const Rounding rounding = {given.stochastic, given.key + static_cast<uint32_t>(start >> 32)};
+  for_each_vector<T>(n, [&](int64_t i, auto access) {
+    V x = value_of<V>(param, master, i, access);
+    const V g = gradient(access.get(grad + i));
+    V b = V{};
+    if (buffer) b = access.get(buffer + i);
+    sgd_update(x, g, buffer ? &b : nullptr, f);
+    put_value(param, master, x, i, start, rounding, access);
+    if (buffer) put_rounded(buffer + i, b, start + i, rounding, 1, access);
+  });
+}
+
+// Sum of adamw_ratio over elements [start, start + n), of a few hundred vectors in the type that
+// elements are computed in and of those sums in float64.
+template <class T, class S>
+double ratio_run(const ParamRef& p, int64_t start, int64_t n, const AdamWFactors<double>& factors,
+                 const ElementFactor& factor) {
+  using V = VecOfType<T>;
+  using E = typename Gradient<T>::S;
+  constexpr int64_t kBlock = 256 * Lanes<T>::count;
+  const AdamWFactors<E> f = narrowed<E>(factors);
+  const Gradient<T> gradient(factor);
+  const T* const grad = static_cast<const T*>(p.grad) + start;
+  const S* const second = from<S>(p.second, start);
+  double total = 0.0;
+  for (int64_t block = 0; block < n; block += kBlock) {
+    V sum = V{};
+    for_each_vector<T>(n - block < kBlock ? n - block : kBlock, [&](int64_t k, auto access) {
+      const int64_t i = block + k;
+      sum += adamw_ratio(gradient(access.get(grad + i)), access.get(second + i), f);
+    });
+    total += lane_sum(sum);
+  }
+  return total;
+}
+
+// Calls f(T*, S*) with the types of a parameter and of its state.
+template <class F>
+auto with_types(const ParamRef& p, F f) {
+  const bool wide = p.state_dtype == DType::Float;
+  BFloat16* const b = nullptr;
+  Half* const h = nullptr;
+  float* const s = nullptr;
+  double* const d = nullptr;
+  switch (p.dtype) {
+    case DType::Half: return wide ? f(h, s) : f(h, h);
+    case DType::BFloat16: return wide ? f(b, s) : f(b, b);
+    case DType::Float: return f(s, s);
+    default: return f(d, d);
+  }
+}
+
+void adamw(const ParamRef& p, int64_t start, int64_t n, const AdamWFactors<double>& factors,
+           const ElementFactor& factor, const Rounding& rounding) {
+  with_types(p, [&](auto* t, auto* s) {
+    adamw_run<std::remove_pointer_t<decltype(t)>, std::remove_pointer_t<decltype(s)>>(
+        p, start, n, factors, factor, rounding);
+  });
+}
+
+void sgd(const ParamRef& p, int64_t start, int64_t n, const SgdFactors<double>& factors,
+         const ElementFactor& factor, const Rounding& rounding) {
+  with_types(p, [&](auto* t, auto* s) {
+    sgd_run<std::remove_pointer_t<decltype(t)>, std::remove_pointer_t<decltype(s)>>(
+        p, start, n, factors, factor, rounding);
+  });
+}
+
+double adamw_ratio_sum(const ParamRef& p, int64_t start, int64_t n,
+                       const AdamWFactors<double>& factors, const ElementFactor& factor) {
+  return with_types(p, [&](auto* t, auto* s) {
+    return ratio_run<std::remove_pointer_t<decltype(t)>, std::remove_pointer_t<decltype(s)>>(
+        p, start, n, factors, factor);
+  });
+}
