@@ -47,6 +47,7 @@ class _BatchNormAct(_BatchNorm):
     """
 
     plain: type[_BatchNorm]
+    __jit_unused_properties__ = ("qconfig",)  # torch.jit.trace would read it
 
     def __init__(
         self,
@@ -92,14 +93,13 @@ class _BatchNormAct(_BatchNorm):
         self._check_input_dim(input)
         factor: float | Tensor = 0.0 if self.momentum is None else self.momentum
         counts = self.training and self.track_running_stats
-        if counts and self.num_batches_tracked is not None and not recomputing():
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:  # a tensor, so that nothing waits for its value
-                factor = self.num_batches_tracked.double().reciprocal()
+        counted = self.num_batches_tracked if counts and not recomputing() else None
+        if counted is not None and self.momentum is None:
+            factor = (counted + 1).double().reciprocal()  # a tensor: nothing waits for its value
         # In a net the next layer mostly keeps the output anyway; then it costs no memory here.
-        tells_sign = self.activation != "leaky_relu" or self.negative_slope >= 0.0
+        # Where torch's activation keeps its input instead, what follows may write to its output.
         tracked = not self.training or self.track_running_stats
-        return batch_norm_act(
+        output = batch_norm_act(
             input,
             self.running_mean if tracked else None,
             self.running_var if tracked else None,
@@ -111,8 +111,11 @@ class _BatchNormAct(_BatchNorm):
             momentum=factor,
             eps=self.eps,
             negative_slope=self.negative_slope,
-            save="output" if tells_sign else "bitmask",
+            save="bitmask" if self.activation in ("relu6", "leaky_relu") else "output",
         )
+        if counted is not None:  # last, so that an error leaves all as it was
+            counted.add_(1)
+        return output
 
     @property
     def qconfig(self) -> NoReturn:

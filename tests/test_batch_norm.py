@@ -201,6 +201,18 @@ def test_layouts_of_every_tensor(backend, device):
                 torch.testing.assert_close(value, expected[name], rtol=2e-5, atol=2e-5)
 
 
+def test_gaps_keep_the_memory_format(backend, device):
+    """As torch does, and what a compiled graph is told beforehand."""
+    dense = random(4, 8, 5, 6, device=device)
+    last = dense.contiguous(memory_format=torch.channels_last)
+    for x in (last[:, :4], last[..., ::2], dense[:, :4], dense.transpose(2, 3), last[..., :1, :1]):
+        case = Case(tuple(x.shape), device=device)
+        case.x, case.r = x, x.clone()
+        stock = F.batch_norm(x, None, None, training=True)
+        assert run_ours(case)["y"].stride() == stock.stride()
+        assert reference.output_like(x).stride() == stock.stride()
+
+
 def test_a_sequence_with_its_channels_last(backend, device):
     case = Case((4, 6, 8), device=device)
     expected = run_ours(case)
@@ -238,6 +250,12 @@ def test_residuals_of_other_dtypes_promote_as_an_add_does(backend, device):
     assert gradfuse.batch_norm_act(x, None, None, residual=r, training=True).dtype == torch.float32
     y = gradfuse.batch_norm_act(r, None, None, residual=x, training=True)
     z = F.relu(F.batch_norm(r, None, None, None, None, True) + x)
+    torch.testing.assert_close(y, z)
+    number = torch.tensor(0.5, dtype=torch.float64, device=device)  # without dimensions: widens not
+    assert gradfuse.batch_norm_act(r, None, None, residual=number, training=True).dtype == r.dtype
+    larger = random(2, 4, 6, 5, device=device)
+    y = gradfuse.batch_norm_act(r, None, None, residual=larger, training=True)
+    z = F.relu(F.batch_norm(r, None, None, None, None, True) + larger)
     torch.testing.assert_close(y, z)
 
 

@@ -44,6 +44,23 @@ def test_first_and_second_derivatives(backend, activation, training, save):
     torch.autograd.gradgradcheck(lambda x: call(x, *frozen), (x,))
 
 
+@HOST_BACKENDS
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("training", [True, False])
+def test_second_derivatives_of_nothing(backend, activation, training):
+    """torch's backward divides by the number of elements, and takes the process with it."""
+    for shape in ((0, 3, 4, 4), (2, 3, 0)):
+        x, w, b, r = inputs(*shape)
+        mean, var = torch.zeros(3, dtype=DOUBLE), torch.ones(3, dtype=DOUBLE)
+        y = gradfuse.batch_norm_act(
+            x, mean, var, w, b, residual=r, activation=activation, training=training
+        )
+        first = torch.autograd.grad(y.sum(), (x, w, b, r), create_graph=True)
+        assert [t.shape for t in first] == [t.shape for t in (x, w, b, r)]
+        sum(t.sum() for t in first).backward()
+        assert not any(t.grad is not None and t.grad.any() for t in (x, w, b, r))
+
+
 def test_only_the_gradients_that_are_needed(backend, device):
     for wanted in itertools.product((True, False), repeat=4):
         if not any(wanted):
@@ -175,6 +192,49 @@ def test_torch_func(backend):
     torch.testing.assert_close(vmap(ours)(xs), torch.stack([stock(t) for t in xs]))
     for a, b_ in zip(jvp(ours, (x,), (x,)), jvp(stock, (x,), (x,)), strict=True):
         torch.testing.assert_close(a, b_)
+
+
+@HOST_BACKENDS
+def test_torch_func_when_training(backend):
+    x, w, b, _ = (t.detach() for t in inputs(4, 3, 5))
+
+    def ours(x, *stats):
+        return gradfuse.batch_norm_act(x, *(stats or (None, None)), w, b, training=True)
+
+    def stock(x, *stats):
+        return F.relu(F.batch_norm(x, *(stats or (None, None)), w, b, training=True))
+
+    xs = torch.stack([x, 2 * x + x.square()])
+    torch.testing.assert_close(vmap(ours)(xs), torch.stack([stock(t) for t in xs]))
+    found = [(torch.zeros(3, dtype=DOUBLE), torch.ones(3, dtype=DOUBLE)) for _ in range(2)]
+    of_ours, of_stock = (
+        grad(lambda x, f=f, s=s: f(x, *s).square().sum())(x)
+        for f, s in zip((ours, stock), found, strict=True)
+    )
+    torch.testing.assert_close(of_ours, of_stock)
+    torch.testing.assert_close(found[0], found[1])
+    with pytest.raises(RuntimeError, match=r"running_var.* were not batched"):
+        vmap(lambda x: ours(x, *found[0]))(xs)
+
+
+@pytest.mark.parametrize("activation", ["relu", None])
+def test_compiled_layouts_with_gaps(activation):
+    dense = random(4, 8, 5, 6)
+    last = dense.contiguous(memory_format=torch.channels_last)
+    for x in (dense.transpose(2, 3), last[:, :4], last[..., ::2]):
+        torch.compiler.reset()
+
+        def call(x):
+            return gradfuse.batch_norm_act(x, None, None, activation=activation, training=True)
+
+        results = []
+        for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+            leaf = x.detach().requires_grad_()
+            y = function(leaf)
+            (g,) = torch.autograd.grad(y.square().sum(), leaf)
+            results.append((y, g))
+        torch.testing.assert_close(results[1], results[0])
+        assert results[1][0].stride() == results[0][0].stride()
 
 
 @HOST_BACKENDS

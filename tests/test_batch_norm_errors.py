@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import HOST_BACKENDS, random
+from torch.utils.flop_counter import FlopCounterMode
 
 import gradfuse
 
@@ -36,6 +37,13 @@ def call(x=None, mean=None, var=None, **options):
         ({"bias": torch.ones(3, 1)}, ValueError, "bias must have one element per channel"),
         ({"weight": torch.ones(3, dtype=torch.int64)}, TypeError, "weight must be float16"),
         ({"residual": 1.0}, TypeError, "residual must be a Tensor, got float"),
+        (
+            {"residual": torch.ones(7)},
+            ValueError,
+            r"residual must broadcast .*\[4, 3, 5\], got \[7\]",
+        ),
+        ({"x": [1.0], "residual": torch.ones(3)}, TypeError, "input must be a Tensor, got list"),
+        ({"momentum": None}, TypeError, "momentum must be a number .* got None"),
         ({"training": False}, ValueError, "running_mean and running_var must be given"),
         ({"mean": torch.zeros(3)}, ValueError, "must come together, got only running_mean"),
         (
@@ -65,6 +73,37 @@ def test_nothing_is_written_when_a_later_argument_is_wrong(backend):
         call(mean=mean, var=var, bias=torch.ones(7))
     assert not mean.any()
     assert var.eq(1).all()
+
+
+@HOST_BACKENDS
+@pytest.mark.parametrize(
+    "residual",
+    [
+        torch.ones(4, 3, 5, dtype=torch.complex64),
+        torch.ones(4, 3, 5, dtype=torch.float64, device="meta"),
+        torch.ones(4, 3, 5, dtype=torch.float64).to_sparse(),
+    ],
+    ids=["complex", "elsewhere", "sparse"],
+)
+def test_nothing_is_written_when_the_residual_is_wrong(backend, residual):
+    mean, var = torch.zeros(3), torch.ones(3)
+    with pytest.raises(TypeError, match="residual must be"):
+        call(mean=mean, var=var, residual=residual)
+    assert not mean.any()
+
+
+@pytest.mark.parametrize(
+    ("mean", "var", "message"),
+    [
+        (torch.zeros(3), None, "must come together, got only running_mean"),
+        (torch.zeros(3), torch.ones(4), "running_var must have one element per channel"),
+        (torch.zeros(1), torch.ones(1), "running_mean must have one element per channel"),
+    ],
+)
+def test_running_statistics_are_checked_on_the_way_to_a_graph(mean, var, message):
+    with FlopCounterMode(display=False), pytest.raises(ValueError, match=message):
+        call(mean=mean, var=var)
+    assert not mean.any()
 
 
 def test_freed_storage_is_no_crash(native):

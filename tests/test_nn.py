@@ -41,8 +41,10 @@ def test_as_torchs_through_training_and_evaluation(
     assert list(a.state_dict()) == list(b.state_dict())
     for name, value in b.state_dict().items():
         torch.testing.assert_close(a.state_dict()[name], value)
-    a.load_state_dict(b.state_dict())
-    b.load_state_dict(a.state_dict())
+    options = {"momentum": momentum, "affine": affine, "track_running_stats": tracked}
+    for source, target in ((a, stock(6, **options)), (b, ours(6, **options))):
+        target.double().load_state_dict(source.state_dict())
+        torch.testing.assert_close(target.state_dict(), source.state_dict())
 
 
 def test_the_same_parameters_go_in_and_out():
@@ -72,6 +74,13 @@ def test_wrong_arguments():
         BatchNormAct2d(3)(random(4, 3))
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         BatchNormAct1d(3)(random(1, 3))
+
+
+def test_an_error_leaves_the_count_of_batches():
+    m = BatchNormAct1d(3)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        m(random(1, 3))
+    assert m.num_batches_tracked == 0
 
 
 def test_no_silent_conversion_to_sync_batch_norm():

@@ -113,20 +113,25 @@ def batch_norm_act(
             f"{_OP}: negative_slope must be >= 0 with save='output', which tells the sign of the "
             f"input no more, got {negative_slope}"
         )
+    if momentum is None:
+        raise TypeError(f"{_OP}: momentum must be a number or a Tensor of one, got None")
     if training and running_mean is not None and recomputing():
         running_mean = running_var = None
     if residual is not None and residual is not input:
         if not isinstance(residual, Tensor):
             raise TypeError(f"{_OP}: residual must be a Tensor, got {type(residual).__name__}")
+        if not isinstance(input, Tensor):
+            raise TypeError(f"{_OP}: input must be a Tensor, got {type(input).__name__}")
         if residual.dtype != input.dtype or residual.shape != input.shape:
-            fitted = _fitted(residual, input)
-            if fitted is None:
-                return reference.batch_norm_act(
-                    input, running_mean, running_var, weight, bias, residual=residual,
-                    activation=activation, training=training, momentum=momentum, eps=eps,
-                    negative_slope=negative_slope,
+            dtype, shape = _sum_of(residual, input)
+            if shape != input.shape:
+                normalised = batch_norm_act(
+                    input.to(dtype), running_mean, running_var, weight, bias, activation=None,
+                    training=training, momentum=momentum, eps=eps,
                 )  # fmt: skip
-            residual = fitted
+                return reference.activate(normalised + residual, activation, negative_slope)
+            input = input.to(dtype)
+            residual = residual.to(dtype).expand(shape)
     masked = save == "bitmask" and activation in MASKED
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return _through_library(
@@ -158,13 +163,24 @@ def batch_norm_act(
     return output
 
 
-def _fitted(residual: Tensor, input: Tensor) -> Tensor | None:
-    """The residual as a tensor of input's shape and dtype, None if the sum is not of them."""
-    if torch.promote_types(residual.dtype, input.dtype) != input.dtype:
-        return None
-    if torch.broadcast_shapes(residual.shape, input.shape) != input.shape:
-        return None
-    return residual.to(input.dtype).expand(input.shape)
+def _sum_of(residual: Tensor, input: Tensor) -> tuple[torch.dtype, torch.Size]:
+    """The dtype and shape of input + residual; an error if there is none, nothing being written."""
+    dtype = torch.result_type(input, residual)
+    if dtype.is_complex or residual.layout != torch.strided:
+        raise TypeError(
+            f"{_OP}: residual must be dense and real, got {residual.dtype} of {residual.layout}"
+        )
+    if residual.device != input.device and residual.ndim:
+        raise TypeError(
+            f"{_OP}: residual must be on input's device {input.device}, got {residual.device}"
+        )
+    sizes = zip(reversed(residual.shape), reversed(input.shape), strict=False)
+    if any(r != i and r != 1 and i != 1 for r, i in sizes):
+        raise ValueError(
+            f"{_OP}: residual must broadcast to input's shape {list(input.shape)}, got "
+            f"{list(residual.shape)}"
+        )
+    return dtype, torch.broadcast_shapes(residual.shape, input.shape)
 
 
 def _check_transformed(
@@ -299,10 +315,10 @@ def _differentiable_backward(
                 z = torch.nn.functional.batch_norm(x, mean, var, w, b, False, 0.0, eps)
             z = z if residual is None else z + residual
             g = _activation_backward(g, z, name, negative_slope, False)
-    if x is None:
+    if x is None or not x.numel():  # torch's divides by the number of elements
         scale = invstd if w is None else invstd * w
         grad_input = g * scale.reshape(-1, *[1] * (g.ndim - 2))
-        grad_weight = None
+        grad_weight = None if x is None else torch.zeros_like(invstd)
         grad_bias = g.sum([d for d in range(g.ndim) if d != 1])
     else:
         grad_input, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
@@ -315,6 +331,21 @@ def _differentiable_backward(
         None if grad_weight is None or weight is None else grad_weight.to(weight.dtype),
         grad_bias.to(dtype if bias is None else bias.dtype) if wanted[3] else None,
     )
+
+
+def _check_updated(input: Tensor, running_mean: Tensor | None, running_var: Tensor | None) -> None:
+    """What the op cannot check of the running statistics, as it is not given them."""
+    if (running_mean is None) != (running_var is None):
+        raise ValueError(
+            f"{_OP}: running_mean and running_var must come together, got only "
+            f"{'running_var' if running_mean is None else 'running_mean'}"
+        )
+    for name, t in (("running_mean", running_mean), ("running_var", running_var)):
+        if t is not None and t.shape != (input.shape[1],):
+            raise ValueError(
+                f"{_OP}: {name} must have one element per channel, [{input.shape[1]}], got "
+                f"{list(t.shape)}"
+            )
 
 
 def _through_library(
@@ -332,6 +363,8 @@ def _through_library(
     masked: bool,
 ) -> Tensor:
     """The call as an op without side effects, and the update of the running statistics apart."""
+    if training:
+        _check_updated(input, running_mean, running_var)
     given = (None, None) if training else (running_mean, running_var)
     output: Tensor
     output, _, stats = torch.ops.gradfuse.batch_norm_act(
@@ -364,7 +397,7 @@ def _fake_forward(
         )
     n, c = input.shape[:2]
     positions = input.shape[2:].numel()
-    output = torch.empty_like(input)
+    output = reference.output_like(input)
     mask_shape = [0]
     if masked and input.numel():
         if c == 1:

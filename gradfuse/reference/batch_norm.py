@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 # By the compiled module's codes.
 ACTIVATIONS = (
@@ -89,11 +90,11 @@ def batch_norm_act(
     )
     out = F.batch_norm(wide, mean, var, w, b, training, float(momentum), eps)
     for running, now in ((running_mean, mean), (running_var, var)):
-        if training and running is not None and now is not None and now is not running:
+        if training and running is not None and now is not None and now.dtype != running.dtype:
             running.copy_(now)
     dtype = input.dtype
     if residual is not None:
-        dtype = torch.promote_types(dtype, residual.dtype)
+        dtype = torch.result_type(input, residual)
         out = out + residual
     return activate(out, activation, negative_slope).to(dtype)
 
@@ -104,23 +105,22 @@ def _per_channel(v: Tensor, like: Tensor) -> Tensor:
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    """Whether the mask's rows run along the channels."""
+    """Whether the channels are x's innermost dimension, gaps or not: the mask's rows run along."""
     if x.is_contiguous():
         return False
     if x.movedim(1, -1).is_contiguous():
         return True
-    return x.ndim > 3 and (
-        x.is_contiguous(
-            memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-        )
-    )
+    return suggest_memory_format(x) != torch.contiguous_format
 
 
-def _output_like(x: Tensor) -> Tensor:
-    """Memory for the output: of x's layout, contiguous where that has gaps."""
-    if _is_channels_last(x):
+def output_like(x: Tensor) -> Tensor:
+    """Memory for the output: x's strides if it is dense, else those of the format it is nearest."""
+    if x.is_contiguous() or x.movedim(1, -1).is_contiguous():
         return torch.empty_like(x)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    if not _is_channels_last(x):
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    n, c, *rest = x.shape
+    return x.new_empty(n, *rest, c).movedim(-1, 1)
 
 
 def _rows(x: Tensor, channels_last: bool) -> Tensor:
@@ -274,7 +274,7 @@ def batch_norm_forward(
         z = z + _per_channel(bias.double(), x)
     if residual is not None:
         z = z + residual.double()
-    output = _output_like(input).copy_(activate(z, name, negative_slope))
+    output = output_like(input).copy_(activate(z, name, negative_slope))
     if not wants_mask:
         return output, no_mask, stats
     bits = derivative(z.to(input.dtype), name, 0.0) != 0
