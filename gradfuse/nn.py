@@ -47,7 +47,6 @@ class _BatchNormAct(_BatchNorm):
     """
 
     plain: type[_BatchNorm]
-    __jit_unused_properties__ = ("qconfig",)  # torch.jit.trace would read it
 
     def __init__(
         self,
