@@ -30,6 +30,18 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+_KEPT = (
+    "train",
+    "state_dict",
+    "load_state_dict",
+    "_load_from_state_dict",
+    "_save_to_state_dict",
+    "get_extra_state",
+    "set_extra_state",
+    "_apply",
+    "_version",
+    "__call__",
+)
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _ACT_MODULES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
@@ -85,6 +97,14 @@ def clone(model: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
 
 def hooked(module: nn.Module) -> bool:
     return any(getattr(module, name) for name in _HOOKS) or parametrize.is_parametrized(module)
+
+
+def own_methods(module: nn.Module) -> str:
+    """The first of nn.Module's methods that the class overrides and a graph would lose, or ""."""
+    for name in _KEPT:
+        if getattr(type(module), name) is not getattr(nn.Module, name):
+            return name
+    return ""
 
 
 def timm_activation(bn: nn.Module) -> Activation | None:
@@ -163,28 +183,51 @@ class _WatchfulProxy(Proxy):
             return _WatchfulProxy
         raise _Untraceable("the forward asks for the type of a value")
 
-    # torch.fx records `a += b` as `a = a + b`, which is not the same to other names of a.
-    def __iadd__(self, other: Any) -> Proxy:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
 
-    def __isub__(self, other: Any) -> Proxy:
-        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
+def _in_place(target: Callable[..., Any]) -> Callable[[Proxy, Any], Proxy]:
+    def method(self: Proxy, other: Any) -> Proxy:
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
 
-    def __imul__(self, other: Any) -> Proxy:
-        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+    return method
 
-    def __itruediv__(self, other: Any) -> Proxy:
-        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
+
+# torch.fx records `a += b` as `a = a + b`, which is not the same to other names of a.
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"):
+    setattr(_WatchfulProxy, f"__i{_name}__", _in_place(getattr(operator, f"i{_name}")))
+for _name in ("and", "or", "xor", "lshift", "rshift"):
+    setattr(_WatchfulProxy, f"__i{_name}__", _in_place(getattr(operator, f"i{_name}")))
+
+
+def _modes() -> tuple[bool, ...]:
+    """What a `with` sets for the ops in it; a graph does not record it."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
+    )
 
 
 class _BlockTracer(Tracer):
     def __init__(self, holders: set[int]) -> None:
         super().__init__()
         self._holders = holders
+        self._modes = _modes()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> Node:
+        if _modes() != self._modes:
+            raise _Untraceable("the forward changes the mode of autograd or autocast")
+        return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
-        return id(m) not in self._holders or isinstance(m, _BatchNorm) or hooked(m)
+        is_block = id(m) in self._holders and not isinstance(m, _BatchNorm)
+        return not is_block or hooked(m) or own_methods(m) != ""
 
+    def proxy(self, node: Node) -> Proxy:
+        return _WatchfulProxy(node, self)
+
+
+class _CodeTracer(Tracer):
     def proxy(self, node: Node) -> Proxy:
         return _WatchfulProxy(node, self)
 
@@ -198,6 +241,9 @@ def trace(module: nn.Module, holders: set[int]) -> tuple[Graph | None, str]:
 
     `holders` are the ids of the modules that hold a batch norm.
     """
+    own = "" if isinstance(module, GraphModule) else own_methods(module)
+    if own:
+        return None, f"its class overrides nn.Module.{own}"
     before = _flags(module)
     graphs = []
     try:
@@ -216,6 +262,29 @@ def trace(module: nn.Module, holders: set[int]) -> tuple[Graph | None, str]:
     if str(graphs[0]) != str(graphs[1]):
         return None, "its forward differs between training and eval mode"
     return graphs[0], ""
+
+
+def _refuse_call(module: nn.Module, args: Any) -> None:
+    raise RuntimeError(
+        f"{type(module).__name__}: expected a call of the fused model as a whole, got one of this "
+        "part, whose forward is now in the model's graph; fuse the part by itself, or unfuse"
+    )
+
+
+def merge(module: nn.Module) -> None:
+    """Marks a module whose forward has become a part of its caller's: by itself it is wrong."""
+    if not is_merged(module):
+        module.register_forward_pre_hook(_refuse_call)
+
+
+def is_merged(module: nn.Module) -> bool:
+    return _refuse_call in module._forward_pre_hooks.values()
+
+
+def unmerge(module: nn.Module) -> None:
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if hook is _refuse_call:
+            del module._forward_pre_hooks[key]
 
 
 class FusedGraph(GraphModule):
@@ -247,7 +316,7 @@ def _assemble(state: dict[str, Any], graph: Graph, name: str) -> FusedGraph:
     holder = nn.Module()
     holder.__dict__.update(state)
     graph.lint()
-    graph._tracer_cls = None  # pickling traces the generated code again: any tracer can
+    graph._tracer_cls = _CodeTracer  # for pickling, which traces the generated code again
     result = FusedGraph(holder, graph, name)
     result.__dict__.update(state)
     return result
@@ -328,6 +397,8 @@ def _is_tensor(node: Any) -> bool:
         return False
     if node.op == "call_function" and node.target is operator.getitem:
         return _is_tensor(node.args[0])
+    if node.op == "call_function" and node.target in vars(operator).values():
+        return any(_is_tensor(a) for a in node.args)
     return True
 
 
@@ -336,6 +407,18 @@ def _between(first: Node, last: Node) -> Iterator[Node]:
     while node is not last:
         yield node
         node = node.next
+
+
+def _overwritten(first: Node, last: Node, root: nn.Module) -> bool:
+    """Whether a value that is older than `first` may be written to between the two."""
+    made: set[Node] = set()
+    for node in _between(first, last):
+        written = _written(node, root)
+        if written is not None and written not in made:
+            return True
+        if written is None and node.op != "call_method":  # a method's result may be a view
+            made.add(node)
+    return False
 
 
 def _match_add(found: Match, root: nn.Module) -> None:
@@ -357,13 +440,9 @@ def _match_add(found: Match, root: nn.Module) -> None:
     if in_place and operands[0] is not found.bn:
         found.reason = "the add writes to the tensor that the batch norm is added to"
         return
-    made = set()
-    for other in _between(found.bn, node):
-        written = _written(other, root)
-        if written is not None and written not in made:
-            found.reason = "values are overwritten between the batch norm and the add"
-            return
-        made.add(other)
+    if _overwritten(found.bn, node, root):
+        found.reason = "values are overwritten between the batch norm and the add"
+        return
     assert isinstance(others[0], Node)
     found.add, found.residual = node, others[0]
 
@@ -380,9 +459,14 @@ def match(bn: Node, root: nn.Module) -> Match:
         return found
     _match_add(found, root)
     act = _only_user(found.last)
+    activation = None
     if act is not None and act.args and act.args[0] is found.last:
-        found.activation = activation_of(act, root)
-        found.act = act if found.activation else None
+        activation = activation_of(act, root)
+    if act is not None and activation is not None:
+        if _overwritten(found.last, act, root):
+            found.reason = "values are overwritten before the activation"
+        else:
+            found.act, found.activation = act, activation
     return found
 
 

@@ -159,17 +159,27 @@ class _Fuser:
             name, slope = found.activation or (None, 0.01)
             fused = _fused_class(bn).from_batch_norm(bn, name, slope)
             _replace_module(module, target, fused)
+            if found.last is not node:
+                parts = target.split(".")
+                for i in range(1, len(parts)):
+                    _graphs.merge(module.get_submodule(".".join(parts[:i])))
             pattern, why = found.pattern, found.reason
             _graphs.replace(graph, found, target)
             self.sites[full] = Site(full, pattern, True, why)
             changed = True
+        if changed:
+            module = _graphs.with_graph(module, graph)
+        # Calls of blocks that stay modules, for their hooks or methods.
+        for target in {str(n.target): None for n in graph.nodes if n.op == "call_module"}:
+            called = module.get_submodule(target)
+            if id(called) in self.holders and not isinstance(called, _BatchNorm):
+                full = f"{path}.{target}" if path else target
+                _replace_module(module, target, self.visit(called, full))
         for target, child in list(module.named_modules()):  # those the forward does not call
             full = f"{path}.{target}" if path else target
             if isinstance(child, _BatchNorm) and full not in self.sites:
                 self.refuse(full, "the forward does not call it")
-        if not changed:
-            return module
-        return _graphs.with_graph(module, graph)
+        return module
 
     def drop_identities(self, module: nn.Module, graph: Graph) -> None:
         for node in list(graph.nodes):
@@ -188,7 +198,8 @@ def fuse(model: nn.Module) -> nn.Module:
     those of its modules that can be traced. What is fused becomes a gradfuse.nn.BatchNormAct at the
     batch norm's path. The given model is left as it is; the new one has the very same parameters
     and buffers, so that an optimizer made before still works, and the same state_dict keys and
-    module paths. A module whose forward was traced is a torch.fx.GraphModule in the new model.
+    module paths. A module whose forward was traced is a torch.fx.GraphModule in the new model; its
+    parts with a fused add or activation raise RuntimeError where they are called by themselves.
 
     Left alone, each with its reason in the report: a batch norm that is shared or called twice, one
     whose output is used twice, with hooks or parametrizations, of an unknown subclass
@@ -241,7 +252,6 @@ def _unfuse_module(module: nn.Module, path: str, holders: set[int]) -> nn.Module
         return module.to_batch_norm()
     if id(module) not in holders:
         return module
-    is_graph = isinstance(module, GraphModule)
     graph = module.graph if isinstance(module, GraphModule) else _graphs.trace(module, holders)[0]
     if graph is None:
         for name, child in module._modules.items():
@@ -256,10 +266,11 @@ def _unfuse_module(module: nn.Module, path: str, holders: set[int]) -> nn.Module
         called = module.get_submodule(str(node.target))
         if isinstance(called, _BatchNormAct):
             _graphs.expand(graph, node, called)
-        elif is_graph and id(called) in holders:
+        elif id(called) in holders:
             called_path = f"{path}.{node.target}" if path else str(node.target)
             _replace_module(module, str(node.target), _unfuse_module(called, called_path, holders))
     for target, child in list(module.named_modules()):
+        _graphs.unmerge(child)
         if isinstance(child, _BatchNormAct):
             _replace_module(module, target, child.to_batch_norm())
     return _graphs.with_graph(module, graph)

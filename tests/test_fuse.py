@@ -339,6 +339,98 @@ def test_an_in_place_add_is_seen_by_other_names():
     torch.testing.assert_close(gradfuse.fuse(model)(x), copy.deepcopy(model)(x))
 
 
+def residual_written(self, x):
+    r = x * 1.0
+    out = self.bn(x) + r
+    r.mul_(2.0)
+    return out.relu() + r
+
+
+def without_gradients(self, x):
+    with torch.no_grad():
+        x = self.conv(x)
+    return self.bn(x).relu()
+
+
+def raised_in_place(self, x):
+    x = x * 1.0
+    other = x
+    x **= 2
+    return (self.bn(x) + other).relu()
+
+
+class Frozen(Block):
+    def train(self, mode=True):
+        super().train(mode)
+        self.bn.eval()
+        return self
+
+
+def from_forward(forward):
+    conv = nn.Conv2d(3, 3, 1)
+    return lambda: lambda_module(forward, bn=nn.BatchNorm2d(3), conv=conv)
+
+
+DIFFICULT = {
+    "a residual written to before the activation": (from_forward(residual_written), "bn+add"),
+    "no_grad around a part": (from_forward(without_gradients), "bn"),
+    "any in-place operator": (from_forward(raised_in_place), "bn+add+relu"),
+    "an own train()": (Frozen, "bn"),
+    "a hook on a block": (lambda: nn.Sequential(with_hook(Block())), "bn+add+relu"),
+    "a size added": (from_forward(lambda s, x: (s.bn(x) + x.shape[0] * 2).relu()), "bn"),
+    "relu6, then written to": (from_forward(lambda s, x: F.relu6(s.bn(x)).mul_(2)), "bn+relu6"),
+    "leaky_relu, then written to": (
+        from_forward(lambda s, x: F.leaky_relu(s.bn(x)).mul_(2)),
+        "bn+leaky_relu",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DIFFICULT)
+def test_what_a_graph_alone_would_get_wrong(name):
+    make, pattern = DIFFICULT[name]
+    torch.manual_seed(0)
+    model = make().double()
+    fused = gradfuse.fuse(model)
+    assert [(s.pattern, s.fused) for s in fused.report] == [(pattern, True)]
+    x = random(4, 3, 5, 5, dtype=torch.float64)
+    assert_same(model, fused, x)
+    assert_same(model, gradfuse.unfuse(fused), x)
+
+
+def test_a_part_called_by_itself():
+    """Its batch norm adds and activates by itself now: its own forward would do so twice."""
+    model = nn.Sequential(Block(), Block())
+    fused = gradfuse.fuse(model)
+    x = random(4, 3, 5, 5)
+    with pytest.raises(RuntimeError, match="Block: expected a call of the fused model as a whole"):
+        nn.Sequential(*fused.children())(x)
+    plain = gradfuse.unfuse(fused)
+    assert torch.equal(nn.Sequential(*plain.eval().children())(x), model.eval()(x))
+
+
+def test_a_quantised_batch_norm_is_refused():
+    site = gradfuse.fuse(nn.Sequential(torch.ao.nn.quantized.BatchNorm2d(3))).report[0]
+    assert not site.fused
+    assert "BatchNorm2d is not a batch norm known" in site.reason
+
+
+def test_other_dimensions():
+    mlp = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.ReLU()).double()
+    volume = nn.Sequential(nn.Conv3d(3, 4, 1), nn.BatchNorm3d(4), nn.GELU()).double()
+    for model, shape in ((mlp, (6, 3)), (volume, (2, 3, 3, 4, 5))):
+        assert all(s.fused for s in gradfuse.fuse(model).report)
+        assert_same(model, gradfuse.fuse(model), random(*shape, dtype=torch.float64))
+
+
+def test_compiled_after_fuse():
+    torch.compiler.reset()
+    fused = gradfuse.fuse(nn.Sequential(Block(), Block()))
+    compiled = torch.compile(copy.deepcopy(fused), fullgraph=True, backend="aot_eager")
+    x = random(4, 3, 5, 5)
+    torch.testing.assert_close(compiled(x), fused(x))
+
+
 def test_wrapped_models_are_refused():
     with pytest.raises(TypeError, match=r"fuse: model must be an nn\.Module, got int"):
         gradfuse.fuse(3)
