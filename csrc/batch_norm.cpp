@@ -332,8 +332,9 @@ BatchNormGradients batch_norm_backward(const at::Tensor& grad_output, const Mayb
   call.grad_output = g.const_data_ptr();
   call.input = data_of(x);
   call.residual = data_of(r);
-  call.output = mask ? nullptr : data_of(y);
-  call.mask = mask ? mask->const_data_ptr<uint8_t>() : nullptr;
+  const bool by_mask = mask && has_mask(act);
+  call.output = by_mask ? nullptr : data_of(y);
+  call.mask = by_mask ? mask->const_data_ptr<uint8_t>() : nullptr;
   call.weight = channels(weight);
   call.bias = channels(bias);
   call.stats = stats.const_data_ptr<double>();

@@ -135,6 +135,30 @@ def test_constant_channels(backend, device, value):
         assert ours["x"].isfinite().all()
 
 
+def test_a_huge_constant_channel_and_a_small_eps(backend, device):
+    """(0 - mean) / deviation overflows: the lanes past a run's end must not count."""
+    for shape in ((4, 5, 3, 3), (4, 5, 6, 6), (64, 5)):
+        case = Case(shape, device=device, residual=False, activation=None)
+        case.x = torch.full(shape, 3e36, device=device)
+        case.options["eps"] = 1e-12
+        assert all(t.isfinite().all() for t in run_ours(case).values())
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels_last"),
+    [((8, 4, 60, 60), False), ((8, 4, 60, 60), True), ((30000, 4), False)],
+)
+def test_an_outlier_where_the_sums_begin(native, shape, channels_last):
+    """The sums are of differences from a channel's first element: far from all others, the squares
+    cancel."""
+    case = Case(shape, channels_last, residual=False, activation=None)
+    case.x = case.x * 0.0 + 1.0 / 3.0
+    case.x[(0, slice(None), *[0] * (len(shape) - 2))] = 1e4
+    ours, truth = run_ours(case), run_torch(case, torch.float64)
+    for name in ("y", "mean", "var"):
+        torch.testing.assert_close(ours[name].double(), truth[name], rtol=1e-6, atol=1e-6)
+
+
 def test_odd_channel_counts_and_many_channels(backend, device):
     for channels in (1, 3, 31, 257) if backend == "ptx" else (1, 3, 31, 257, 4099, 65537):
         for shape in ((2, channels), (2, channels, 3)):

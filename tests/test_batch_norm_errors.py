@@ -136,3 +136,16 @@ def test_backward_arguments_are_checked(native):
     bad = (False, True, 1e-5, 11, 0.0, True, False, False, False)
     with pytest.raises(ValueError, match="activation must be"):
         native.batch_norm_backward(g, g, None, g, None, None, None, stats, *bad)
+
+
+def test_a_mask_that_the_activation_has_no_use_for_is_not_read(native):
+    """It would be read in place of the output, or the output as a null pointer."""
+    g, y = random(4, 3, 5), random(4, 3, 5, seed=1).sigmoid()
+    stats = torch.ones(3, 3, dtype=torch.float64)
+    mask = torch.zeros(12, 1, dtype=torch.uint8)
+    sigmoid = (False, False, 1e-5, 8, 0.0, True, False, False, False)
+    with_mask, without = (
+        native.batch_norm_backward(g, g, None, y, m, None, None, stats, *sigmoid)[0]
+        for m in (mask, None)
+    )
+    assert torch.equal(with_mask, without)

@@ -105,16 +105,20 @@ void write(ChannelRef v, int64_t c, double value) {
 //   apply(span, coefficients, stride)
 struct Stages {
   bool sums;  // whether sum() is needed
-  bool applies;  // whether apply() is
+  bool squares;  // whether its second sum is that of the first's squares
+  bool applies;  // whether apply() is needed
   int coefficients;
 };
 
-// Whether float32 terms of these sums may have overflowed or vanished.
-bool left_range(const double* sums, int64_t stride, int64_t channels, double elements) {
+// Whether float32 terms of these sums may have overflowed or vanished, or their squares are to
+// cancel: the element that they are shifted by lies more than 8 deviations from the mean.
+bool left_range(const double* sums, int64_t stride, int64_t channels, double elements,
+                bool squares) {
   for (int64_t i = 0; i < channels; ++i) {
     const double a = sums[i], b = std::abs(sums[stride + i]);
     if (!std::isfinite(a) || !std::isfinite(b)) return true;
     if (b < 1e-28 * elements && (a != 0.0 || b != 0.0)) return true;
+    if (squares && 65.0 * a * a > 64.0 * b * elements) return true;
   }
   return false;
 }
@@ -129,7 +133,7 @@ void run(const BatchNormShape& shape, Stages stages, Prepare prepare, Sum sum, F
     const double elements =
         static_cast<double>((span.outer_end - span.outer) * (span.inner_end - span.inner));
     if (std::is_same_v<F, double> ||
-        !left_range(sums, stride, span.channel_end - span.channel, elements))
+        !left_range(sums, stride, span.channel_end - span.channel, elements, stages.squares))
       return;
     std::fill_n(sums, 2 * stride, 0.0);
     sum(span, coefficients, sums, stride, true);
@@ -218,7 +222,7 @@ void forward(const BatchNormForward& call) {
     }
   };
   run<F>(
-      call.shape, {call.training, true, kForwardCoefficients},
+      call.shape, {call.training, true, true, kForwardCoefficients},
       [&](int64_t channel, int64_t end, F* p, int64_t stride) {  // what the sums are shifted by
         for (int64_t c = channel; c < end; ++c)
           p[kMean * stride + c - channel] =
@@ -267,7 +271,8 @@ void backward(const BatchNormBackward& call) {
   const bool sums =
       call.grad_weight.data || call.grad_bias.data || (call.training && call.grad_input);
   run<F>(
-      call.shape, {sums, call.grad_input || call.grad_residual, kBackwardCoefficients}, prepare,
+      call.shape, {sums, false, call.grad_input || call.grad_residual, kBackwardCoefficients},
+      prepare,
       [&](const Span& span, const F* p, double* s, int64_t stride, bool wide) {
         kernels.backward_sums(call, span, p, s, stride, wide);
       },

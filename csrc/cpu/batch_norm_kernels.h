@@ -169,13 +169,15 @@ struct TwoSums {
 
   void add(V x, V y, V z) {  // x to the first, y * z to the second
     if constexpr (kWide && !std::is_same_v<T, double>) {
-      const Pair<DoubleVec> wx = widen(x), wy = widen(y), wz = widen(z);
-      first.a += wx.a, first.b += wx.b;
-      second.a += wy.a * wz.a, second.b += wy.b * wz.b;
+      add_wide(widen(x), widen(y), widen(z));
     } else {
       a += x;
       b += y * z;
     }
+  }
+  void add_wide(Pair<DoubleVec> x, Pair<DoubleVec> y, Pair<DoubleVec> z) {
+    first.a += x.a, first.b += x.b;
+    second.a += y.a * z.a, second.b += y.b * z.b;
   }
   void fold() {
     if constexpr (std::is_same_v<T, double>) {
@@ -230,8 +232,16 @@ inline void forward_sums_of(const BatchNormForward& call, const Span& span,
   sum_span<T, kMean + 1, kWide>(
       call.shape, span, coefficients, sums, stride,
       [=](const auto& piece, const Coefficients<T>& c, TwoSums<T, kWide>& s) {
-        const auto d = only_lanes(load_lanes(x + piece.at, piece.count) - c.v[kMean], piece.count);
-        s.add(d, d, d);
+        const VecFor<T> v = load_lanes(x + piece.at, piece.count);
+        const VecFor<T> shift = only_lanes(c.v[kMean], piece.count);
+        if constexpr (kWide && !std::is_same_v<T, double>) {
+          const Pair<DoubleVec> wide = widen(v), from = widen(shift);
+          const Pair<DoubleVec> d = {wide.a - from.a, wide.b - from.b};
+          s.add_wide(d, d, d);
+        } else {
+          const VecFor<T> d = v - shift;
+          s.add(d, d, d);
+        }
       });
 }
 
@@ -356,7 +366,7 @@ inline void backward_sums_of(const BatchNormBackward& given, const Span& span,
             only_lanes(gradient_before<T, kActivation>(call, piece, c), piece.count);
         VecFor<T> h = VecFor<T>{};
         if (x) h = (load_lanes(x + piece.at, piece.count) - c.v[kMean]) * c.v[kInvstd];
-        s.add(g, g, h);
+        s.add(g, g, only_lanes(h, piece.count));
       });
 }
 
