@@ -105,3 +105,58 @@ def test_policies(policy):
     else:
         assert clipper.clip_().void
         assert all(not p.grad.any() for p in parameters)
+
+
+MAPS = [((8, 6, 40, 50), False), ((8, 6, 40, 50), True), ((4, 6, 7, 7), False), ((300, 70), False)]
+
+
+def normalise(x, residual, weight, mean, var):
+    """Output and gradients of a training step of batch norm + add + relu."""
+    y = gradfuse.batch_norm_act(x, mean, var, weight, residual=residual, training=True)
+    return y, *torch.autograd.grad(y.square().sum(), (x, residual, weight))
+
+
+def batch_norm_tensors(shape, channels_last, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    x, r = (
+        torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=form)
+        for _ in range(2)
+    )
+    w = torch.rand(shape[1], generator=generator)
+    return x, r, w, torch.zeros(shape[1]), torch.ones(shape[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("shape", "channels_last"), MAPS)
+def test_batch_norm_as_on_the_cpu(shape, channels_last, dtype):
+    tensors = batch_norm_tensors(shape, channels_last, dtype)
+    found = {}
+    for device in ("cpu", "cuda"):
+        x, r, w, mean, var = (t.to(device) for t in tensors)
+        for t in (x, r, w):
+            t.requires_grad_()
+        found[device] = (*normalise(x, r, w, mean, var), mean, var)
+    tolerance = max(4 * torch.finfo(dtype).eps, 1e-4)
+    for a, b in zip(found["cuda"], found["cpu"], strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("shape", "channels_last"), MAPS)
+def test_batch_norm_captured_in_a_graph(shape, channels_last):
+    """And so without a wait, which a capture does not allow."""
+    tensors = [t.cuda() for t in batch_norm_tensors(shape, channels_last)]
+    for t in tensors[:3]:
+        t.requires_grad_()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        normalise(*tensors)  # warm-up
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = normalise(*tensors)
+    with torch.no_grad():
+        tensors[0].mul_(3.0).add_(1.0)
+    graph.replay()
+    for a, b in zip(captured, normalise(*tensors), strict=True):
+        assert torch.equal(a, b)

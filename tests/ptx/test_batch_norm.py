@@ -1,11 +1,15 @@
 """What the batch norm kernels move: the input twice, or once where a block holds a channel."""
 
+import re
+
 import pytest
 import torch
 from helpers import REAL, bits, random, short
 
 import gradfuse
 from gradfuse import reference
+from ptx import emulated
+from ptx.test_traffic import Operations
 
 DTYPES = pytest.mark.parametrize("dtype", REAL, ids=short)
 RELU, NOTHING = 1, (None, None, None, None)
@@ -15,6 +19,8 @@ def run(ptx, x, r, g):
     """(loaded, stored) bytes by buffer, of the forward and of the backward."""
 
     def counts():
+        assert ptx.runtime.waits == 0
+        assert {launch.stream for launch in ptx.launches} == {0}
         loaded, stored = {}, {}
         for found, by in ((loaded, ptx.traffic.loaded), (stored, ptx.traffic.stored)):
             for (name, width), n in by.items():
@@ -74,8 +80,11 @@ def test_small_maps_are_read_once(ptx, dtype):
     assert len(ptx.launches) == 1
 
 
-def test_any_order_of_the_blocks_gives_the_same_bits(ptx):
-    for x in (random(2, 3, 70, 80), random(300, 70)):
+@DTYPES
+def test_any_order_of_the_blocks_gives_the_same_bits(ptx, dtype):
+    """The second stage adds the chunks' sums in their order, whoever comes first."""
+    shapes = ((2, 3, 70, 80), (300, 70), (2, 3, 8, 8))
+    for x in (random(*shape, dtype=dtype) for shape in shapes):
         found = {}
         for order in ("forward", "backward", "shuffled"):
             ptx.machine.order = order
@@ -84,6 +93,28 @@ def test_any_order_of_the_blocks_gives_the_same_bits(ptx):
             y.sum().backward()
             found[order] = bits([y, leaf.grad])
         assert found["forward"] == found["backward"] == found["shuffled"]
+
+
+def test_no_kernel_has_an_atomic_on_floats():
+    _, compiled = emulated.build()
+    for c in compiled:
+        found = re.findall(r"\b(?:atom|red)\.\S*\.b?f\d\S*", c.ptx.read_text())
+        assert not found, f"{c.ptx.name}: {found}"
+
+
+def test_the_host_never_waits(ptx):
+    """Running statistics of another type or with gaps and a momentum on the device included."""
+    x = random(2, 3, 70, 80).requires_grad_()
+    mean, var = torch.zeros(3, 2)[:, 0], torch.ones(3, dtype=torch.bfloat16)
+    momentum = torch.tensor(0.3)
+    with Operations() as operations:
+        y = gradfuse.batch_norm_act(x, mean, var, residual=x, training=True, momentum=momentum)
+        assert ptx.runtime.waits == 0
+        y.sum().backward()
+    assert ptx.runtime.waits == 0
+    assert {launch.stream for launch in ptx.launches} == {0}
+    assert "_local_scalar_dense" not in operations.names
+    assert mean.all()
 
 
 def test_without_what_is_not_needed_nothing_is_read(ptx):

@@ -14,7 +14,8 @@ from gradfuse import reference
 from ptx import emulated
 from ptx.checks import Violation
 from ptx.parser import Module
-from ptx.toolchain import demangled, resources
+from ptx.toolchain import demangled, ptxas, resources
+from ptx.traffic import architectures
 
 # A step of each op, on parameters with gradients.
 STEPS = {
@@ -109,12 +110,24 @@ def test_every_kernel_was_run(ptx):
 
 
 def test_no_kernel_spills_registers():
-    """On the one architecture that is compiled here; make traffic shows all."""
+    """On the one architecture that is compiled here."""
     _, compiled = emulated.build()
     for c in compiled:
         used = resources(c.ptxas.read_text())
         assert set(used) == set(Module(c.ptx.read_text()).kernel_names)
         assert not {demangled(k): r for k, r in used.items() if r.spilled_bytes}
+
+
+@pytest.mark.slow
+def test_no_kernel_spills_registers_on_any_architecture(nvcc):
+    found = architectures()
+    assert len(found) == 6
+    for arch in found:
+        for source in emulated.kernel_sources():
+            used = resources(ptxas(source, arch))
+            assert used
+            spilled = {demangled(k): r for k, r in used.items() if r.spilled_bytes}
+            assert not spilled, f"{arch}: {spilled}"
 
 
 def virtual(numel, dtype):

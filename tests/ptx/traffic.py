@@ -187,6 +187,12 @@ def kernel_rows(launches: Sequence[Launch]) -> list[list[object]]:
     ]
 
 
+def architectures() -> list[str]:
+    """Those that setup.py builds for: sm_75 and so on."""
+    names = setup_script().DEFAULT_ARCHS.split(";")
+    return ["sm_" + name.partition("+")[0].replace(".", "") for name in names]
+
+
 def resource_rows(archs: Sequence[str]) -> list[list[object]]:
     """Registers of each kernel by architecture, + the bytes it spills."""
     by_kernel: dict[str, dict[str, str]] = defaultdict(dict)
@@ -226,10 +232,7 @@ def main() -> int:
     ]
     print(markdown(header, kernel_rows(launches)), end="\n\n", flush=True)
 
-    archs = [
-        "sm_" + a.partition("+")[0].replace(".", "")
-        for a in setup_script().DEFAULT_ARCHS.split(";")
-    ]
+    archs = architectures()
     print(markdown(["registers", *archs], resource_rows(archs)))
     return 0
 
