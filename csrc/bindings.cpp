@@ -7,6 +7,7 @@
 #include "batch_norm.h"
 #include "checks.h"
 #include "clip.h"
+#include "stepper.h"
 
 namespace py = pybind11;
 
@@ -20,8 +21,7 @@ ResultTuple as_tuple(ClipResult&& r) {
 }
 
 NonFinite policy_of(int code) {
-  if (code < 0 || code > 2)
-    fail<std::invalid_argument>("nonfinite: expected 0, 1 or 2, got ", code);
+  if (code < 0 || code > 3) fail<std::invalid_argument>("nonfinite: expected 0 to 3, got ", code);
   return static_cast<NonFinite>(code);
 }
 
@@ -84,9 +84,12 @@ void adaptive_clip_(py::handle weights, py::handle grads, double clip_factor, do
   clip_adaptively(list, clip_factor, eps, norm_spec(norm_type));
 }
 
-MaybeTensor maybe_tensor(const char* name, py::handle object) {
+MaybeTensor maybe_tensor(const char* op, const char* name, py::handle object) {
   if (object.is_none()) return std::nullopt;
-  return tensor_of("batch_norm_act", name, object);
+  return tensor_of(op, name, object);
+}
+MaybeTensor maybe_tensor(const char* name, py::handle object) {
+  return maybe_tensor("batch_norm_act", name, object);
 }
 
 ResultTuple batch_norm_forward_(py::handle input, py::handle residual, py::handle weight,
@@ -138,6 +141,95 @@ py::tuple batch_norm_backward_(py::handle grad_output, py::handle input, py::han
                         or_none(grads.bias));
 }
 
+// Float64 and contiguous, as the kernels read them.
+at::Tensor checked_vector(const char* op, const char* name, py::handle object, int64_t numel) {
+  const at::Tensor t = tensor_of(op, name, object);
+  if (t.scalar_type() != at::kDouble || t.numel() != numel || !t.is_contiguous())
+    fail<std::invalid_argument>(op, ": ", name, " must be ", numel, " numbers of float64, got ",
+                                t.sizes(), " of ", t.scalar_type());
+  return t;
+}
+at::Tensor checked_totals(const char* op, py::handle totals) {
+  return checked_vector(op, "totals", totals, kTotals);
+}
+MaybeTensor checked_coefficients(const char* op, py::handle object, size_t rows) {
+  if (object.is_none()) return std::nullopt;
+  return checked_vector(op, "coefficients", object, static_cast<int64_t>(rows));
+}
+
+// Stepper, with the checks of Python's arguments.
+class PyStepper {
+ public:
+  explicit PyStepper(int rule) : rule_(rule), stepper_(static_cast<Rule>(rule)) {
+    if (rule != 0 && rule != 1)
+      fail<std::invalid_argument>("Stepper: rule must be 0 or 1, got ", rule);
+  }
+  bool holds(py::list groups, py::dict state, const std::vector<int>& needs) const {
+    check_count(groups, needs.size());
+    return stepper_.holds(groups.ptr(), state.ptr(), needs);
+  }
+  void hold(py::list groups, py::dict state, const std::vector<int>& needs) {
+    check_count(groups, needs.size());
+    stepper_.hold(groups.ptr(), state.ptr(), needs);
+    groups_ = groups.size();
+  }
+  std::vector<at::Tensor> parameters() const { return stepper_.parameters(); }
+  ResultTuple measure(double max_norm, int nonfinite, py::handle scale,
+                      py::handle found_inf) const {
+    const char* op = "step";
+    LossScaleTensors given = {maybe_tensor(op, "grad_scale", scale),
+                              maybe_tensor(op, "found_inf", found_inf)};
+    for (const MaybeTensor& t : {given.scale, given.found_inf})
+      if (t && t->numel() != 1)
+        fail<std::invalid_argument>("step: grad_scale and found_inf must be one number, got ",
+                                    t->sizes());
+    const NonFinite policy = policy_of(nonfinite);
+    const py::gil_scoped_release release;
+    return as_tuple(stepper_.measure(max_norm, policy, given));
+  }
+  // Each group is (lr, maximize, then the numbers of its rule); lr a number or a tensor of one.
+  void update(py::list groups, py::handle totals, py::handle coefficients, double bound,
+              bool update_clip, bool stochastic_rounding, bool materialize) {
+    const char* op = "step";
+    check_count(groups, groups_);
+    std::vector<GroupOptions> options;
+    std::vector<MaybeTensor> lrs;
+    for (py::handle item : groups) {
+      const py::tuple g = py::reinterpret_borrow<py::tuple>(item);
+      GroupOptions o = {};
+      MaybeTensor lr;
+      if (is_tensor(g[0].ptr()))
+        lr = tensor_of(op, "lr", g[0]).detach();
+      else
+        o.lr = g[0].cast<double>();
+      o.maximize = g[1].cast<bool>();
+      const auto number = [&](int i) { return g[2 + i].cast<double>(); };
+      if (rule_ == 0)
+        o.adamw = {number(0), number(1), number(2), number(3)};
+      else
+        o.sgd = {number(0), number(1), number(2), number(3) != 0.0};
+      options.push_back(o);
+      lrs.push_back(lr);
+    }
+    MaybeTensor plan;
+    if (!totals.is_none()) plan = checked_totals(op, totals);
+    const MaybeTensor each = checked_coefficients(op, coefficients, stepper_.parameters().size());
+    const py::gil_scoped_release release;
+    stepper_.update(options, lrs, plan, each,
+                    {bound, update_clip, stochastic_rounding, materialize});
+  }
+
+ private:
+  static void check_count(const py::list& groups, size_t expected) {
+    if (groups.size() != expected)
+      fail<std::invalid_argument>("Stepper: expected ", expected, " groups, got ", groups.size());
+  }
+
+  int rule_;
+  size_t groups_ = 0;
+  Stepper stepper_;
+};
+
 // Parameters held between calls, so that a call walks no Python list.
 class ParameterList {
  public:
@@ -145,13 +237,37 @@ class ParameterList {
     parameters_.push_back(tensor_of("GradClipper.add", "parameter", parameter));
   }
   ResultTuple clip_(double max_norm, double norm_type, int nonfinite) const {
-    std::vector<at::Tensor> grads;
-    grads.reserve(parameters_.size());
-    for (const at::Tensor& p : parameters_) grads.push_back(p.unsafeGetTensorImpl()->grad());
-    return clip_tensors(std::move(grads), max_norm, norm_type, nonfinite);
+    return clip_tensors(gradients(), max_norm, norm_type, nonfinite);
+  }
+  // The norm, the totals and the table; nothing is clipped.
+  ResultTuple measure(double norm_type, int nonfinite) const {
+    const char* op = "GradClipper";
+    const GradList list = check_gradients(op, gradients(), true);
+    const py::gil_scoped_release release;
+    return as_tuple(plan_step(op, list, INFINITY, norm_spec(norm_type), policy_of(nonfinite), {}));
+  }
+  // Does what the totals say, times a coefficient for each parameter if given.
+  void apply_(py::handle totals, py::handle coefficients) const {
+    const char* op = "GradClipper";
+    const at::Tensor plan = checked_totals(op, totals);
+    const MaybeTensor each = checked_coefficients(op, coefficients, parameters_.size());
+    GradList list = check_gradients(op, gradients(), true);
+    const py::gil_scoped_release release;
+    apply_totals(list, plan, each);
+  }
+  void clamp_(double clip_value) const {
+    GradList list = check_gradients("GradClipper", gradients(), true);
+    const py::gil_scoped_release release;
+    clip_by_value(list, clip_value);
   }
 
  private:
+  std::vector<at::Tensor> gradients() const {
+    std::vector<at::Tensor> grads;
+    grads.reserve(parameters_.size());
+    for (const at::Tensor& p : parameters_) grads.push_back(p.unsafeGetTensorImpl()->grad());
+    return grads;
+  }
   std::vector<at::Tensor> parameters_;
 };
 
@@ -193,5 +309,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def(py::init<>())
       .def("add", &ParameterList::add, py::arg("parameter"))
       .def("clip_", &ParameterList::clip_, py::arg("max_norm"), py::arg("norm_type"),
-           py::arg("nonfinite"));
+           py::arg("nonfinite"))
+      .def("measure", &ParameterList::measure, py::arg("norm_type"), py::arg("nonfinite"))
+      .def("apply_", &ParameterList::apply_, py::arg("totals"), py::arg("coefficients"))
+      .def("clamp_", &ParameterList::clamp_, py::arg("clip_value"));
+  py::class_<PyStepper>(m, "Stepper")
+      .def(py::init<int>(), py::arg("rule"))
+      .def("holds", &PyStepper::holds, py::arg("groups"), py::arg("state"), py::arg("needs"))
+      .def("hold", &PyStepper::hold, py::arg("groups"), py::arg("state"), py::arg("needs"))
+      .def("parameters", &PyStepper::parameters)
+      .def("measure", &PyStepper::measure, py::arg("max_norm"), py::arg("nonfinite"),
+           py::arg("scale"), py::arg("found_inf"))
+      .def("update", &PyStepper::update, py::arg("groups"), py::arg("totals"),
+           py::arg("coefficients"), py::arg("bound"), py::arg("update_clip"),
+           py::arg("stochastic_rounding"), py::arg("materialize"));
 }

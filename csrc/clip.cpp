@@ -81,7 +81,8 @@ void cuda_stats(const DeviceGroup& group, NormSpec spec, double max_norm, NonFin
 LossScale scale_on_host(const LossScaleTensors& given) {
   LossScale scale = {1.0, false};
   if (given.scale) scale.value = on_host(given.scale->to(at::kDouble)).item<double>();
-  if (given.found_inf) scale.found_inf = on_host(given.found_inf->to(at::kDouble)).item<double>() != 0.0;
+  if (given.found_inf)
+    scale.found_inf = on_host(given.found_inf->to(at::kDouble)).item<double>() != 0.0;
   return scale;
 }
 

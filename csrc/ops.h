@@ -141,7 +141,7 @@ void stats(const std::vector<GradRef>& grads,
            double* totals,  // [kTotals]
            void* norm,  // [], float64 if norm_is_double, else float32
            bool norm_is_double,
-           const float* scale,      // [], the loss scale that the gradients carry; or null
+           const float* scale,  // [], the loss scale that the gradients carry; or null
            const float* found_inf,  // [], not 0 if the step is to be skipped; or null
            cudaStream_t stream);
 // The totals of the plan for a norm that is already there.

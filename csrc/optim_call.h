@@ -21,9 +21,9 @@ struct ParamRef {
   void* second;   // AdamW: exp_avg_sq
   void* largest;  // AdamW with amsgrad: max_exp_avg_sq; else null
   float* master;  // the parameter in float32 where it is of 16 bits and has one; else null
-  float* step;    // []: steps taken; advanced by an update that is not skipped
+  float* step;  // []: steps taken; advanced by an update that is not skipped. Null: not counted
   int64_t numel;
-  DType dtype;        // of param and grad
+  DType dtype;  // of param and grad
   DType state_dtype;  // of first, second, largest: dtype or Float
   int32_t group;
   int32_t row;  // among the optimizer's parameters: in coefficients, and of the random numbers
@@ -56,7 +56,8 @@ struct ElementFactor {
 GRADFUSE_HD ElementFactor element_factor(ScaledNorm factor, DType dtype, double bound,
                                          bool maximize) {
   Factor f = factor_of(factor);
-  // float32 has few bits for a factor below 2^-126, though 1e30 times it is a number like any other.
+  // float32 has few bits for a factor below 2^-126, though 1e30 times it is a number like any
+  // other.
   if (dtype != DType::Double && f.whole < 0x1p-126)
     f = {f.whole, 0x1p-100, 0x1p-100, f.whole * 0x1p200};
   return {maximize ? -f.first : f.first, f.second, f.third, bound};

@@ -30,6 +30,8 @@ class GradReport:
         max_norm, norm_type, nonfinite: the settings of the step.
     """
 
+    SKIP = 4.0  # the totals' action of a step that is to change nothing
+
     def __init__(
         self,
         names: list[str],
@@ -86,6 +88,11 @@ class GradReport:
         return self._total(3) == 2.0
 
     @property
+    def skipped(self) -> bool:
+        """Whether an optimizer's step changed nothing, for a non-finite gradient or a policy."""
+        return self._total(3) == self.SKIP
+
+    @property
     def parameters(self) -> list[ParameterGrad]:
         """A row for every parameter that had a gradient, in the order they were given."""
         if self._rows is None:
@@ -114,6 +121,7 @@ class GradReport:
             "clipped_norm": self.clipped_norm,
             "clipped": self.clipped,
             "void": self.void,
+            "skipped": self.skipped,
             "max_norm": self.max_norm,
             "norm_type": self.norm_type,
             "nonfinite": self.nonfinite,
@@ -123,6 +131,8 @@ class GradReport:
     def _verdict(self) -> str:
         if self.void:
             return "void: all gradients set to 0"
+        if self.skipped:
+            return "step skipped"
         if not self.clipped:
             return "left alone"
         return f"scaled by {self.coefficient:.3g} to {self.clipped_norm:.4g}"

@@ -31,14 +31,13 @@ ScaledNorm factor_for(const GradientUse& use, int32_t row) {
 
 Prepared prepare(const OptimStep& step, const ParamRef& p) {
   const GroupOptions& group = step.groups[p.group];
-  const double taken = *p.step;
+  const double taken = p.step ? *p.step : 0.0;
   Prepared out;
   if (step.rule == Rule::AdamW)
     out.adamw = adamw_factors(group.adamw, group.lr, taken + 1.0);
   else
     out.sgd = sgd_factors(group.sgd, group.lr, taken == 0.0);
-  out.factor =
-      element_factor(factor_for(step.use, p.row), p.dtype, step.use.bound, group.maximize);
+  out.factor = element_factor(factor_for(step.use, p.row), p.dtype, step.use.bound, group.maximize);
   out.rounding = rounding_of(step.stochastic_rounding, p.row, taken);
   return out;
 }
@@ -92,7 +91,8 @@ void optim_step(const OptimStep& step) {
         kernels.sgd(p, c.start, c.length, with.sgd, with.factor, with.rounding);
     }
   });
-  for (const ParamRef& p : step.params) *p.step += 1.0f;
+  for (const ParamRef& p : step.params)
+    if (p.step) *p.step += 1.0f;
 }
 
 }  // namespace gradfuse::cpu

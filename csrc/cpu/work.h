@@ -1,5 +1,5 @@
-// Tensors cut into chunks, and chunks gathered into items of work for the threads. Borders depend on
-// the sizes alone.
+// Tensors cut into chunks, and chunks gathered into items of work for the threads. Borders depend
+// on the sizes alone.
 #pragma once
 
 #include <vector>

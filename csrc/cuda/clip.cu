@@ -54,6 +54,7 @@ static_assert(sizeof(SlotBatch) <= 32000, "kernel parameters end at 32,764 bytes
 
 __global__ void __launch_bounds__(kThreads)
     merge_slots(const __grid_constant__ SlotBatch batch, const Stats* slots, double p,
+                const float* scale,  // [] or null
                 Stats* per_grad,  // [gradients of this batch]
                 double* table) {  // [rows, kTableColumns]
   const int64_t numel = batch.numel[blockIdx.x];
@@ -64,19 +65,22 @@ __global__ void __launch_bounds__(kThreads)
   const Stats total = block_merge<kThreads>(sum, p);
   if (threadIdx.x == 0) {
     per_grad[blockIdx.x] = total;
-    write_table_row(total, static_cast<double>(numel),
-                    table + batch.row[blockIdx.x] * kTableColumns);
+    double* row = table + batch.row[blockIdx.x] * kTableColumns;
+    write_table_row(total, static_cast<double>(numel), row);
+    if (scale) unscale_table_row(row, *scale);
   }
 }
 
 __global__ void __launch_bounds__(kThreads, 1)
     finish(const Stats* per_grad, int64_t count, NormSpec spec, double max_norm, NonFinite policy,
-           double* totals, void* norm, bool norm_is_double) {
+           double* totals, void* norm, bool norm_is_double, const float* scale,
+           const float* found_inf) {
   Stats sum = {};
   for (int64_t i = threadIdx.x; i < count; i += kThreads) sum = merge(sum, per_grad[i], spec.p);
   const Stats total = block_merge<kThreads>(sum, spec.p);
   if (threadIdx.x != 0) return;
-  const ClipPlan plan = clip_plan(norm_of(sum_of(total, spec), spec), max_norm, policy);
+  const LossScale loss = {scale ? *scale : 1.0, found_inf && *found_inf != 0.0f};
+  const ClipPlan plan = unscaled_plan(norm_of(sum_of(total, spec), spec), max_norm, policy, loss);
   write_totals(plan, sum_of(total, spec), totals);
   if (norm_is_double)
     *static_cast<double*>(norm) = plan.norm;
@@ -98,7 +102,17 @@ __device__ Action action_of(const double* totals) {
   return static_cast<Action>(static_cast<int32_t>(totals[3]));
 }
 
-__device__ Factor factor_in(const double* totals) { return factor_of({totals[6], totals[7]}); }
+// `own` is a gradient's coefficient on top of the totals' factor, or null.
+__device__ Factor factor_in(const double* totals, const double* own) {
+  return factor_of({totals[6] * (own ? *own : 1.0), totals[7]});
+}
+
+// Whether gradients stay as they are.
+__device__ bool keeps(const double* totals, const double* coefficients) {
+  const Action action = action_of(totals);
+  if (action == Action::Keep) return !coefficients && totals[6] == 1.0;
+  return action == Action::Refuse || action == Action::Skip;
+}
 
 template <class T>
 __device__ void zero_run(T* x, int64_t n) {
@@ -114,28 +128,28 @@ __device__ void zero_run(T* x, int64_t n) {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    dense_apply(const __grid_constant__ DenseBatch batch, const double* totals) {
-  const Action action = action_of(totals);
-  if (action == Action::Keep || action == Action::Refuse) return;
+    dense_apply(const __grid_constant__ DenseBatch batch, const double* totals,
+                const double* coefficients) {  // [rows] or null
+  if (keeps(totals, coefficients)) return;
   const int run = find_run(batch.first_block, batch.count, blockIdx.x);
   const int64_t start = (blockIdx.x - batch.first_block[run]) * batch.chunk;
   const int64_t rest = batch.numel[run] - start;
   const int64_t n = rest < batch.chunk ? rest : batch.chunk;
   T* x = static_cast<T*>(batch.data[run]) + start;
-  if (action == Action::Zero)
-    zero_run(x, n);
-  else
-    scale_run<T, kThreads>(x, n, factor_in(totals));
+  if (action_of(totals) == Action::Zero) return zero_run(x, n);
+  const double* own = coefficients ? coefficients + batch.row[run] : nullptr;
+  const Factor factor = factor_in(totals, own);
+  if (factor.whole != 1.0) scale_run<T, kThreads>(x, n, factor);
 }
 
 __global__ void __launch_bounds__(kThreads)
-    strided_apply(const __grid_constant__ StridedRun run, int64_t chunk, const double* totals) {
-  const Action action = action_of(totals);
-  if (action == Action::Keep || action == Action::Refuse) return;
+    strided_apply(const __grid_constant__ StridedRun run, int64_t chunk, const double* totals,
+                  const double* own) {  // [] or null
+  if (keeps(totals, own)) return;
   const int64_t start = static_cast<int64_t>(blockIdx.x) * chunk;
   const int64_t end = start + chunk < run.numel ? start + chunk : run.numel;
-  if (action == Action::Scale)
-    return scale_strided<kThreads>(run, 0, start, end, factor_in(totals));
+  if (action_of(totals) != Action::Zero)
+    return scale_strided<kThreads>(run, 0, start, end, factor_in(totals, own));
   const int parts = run.is_complex ? 2 : 1;
   for (int64_t i = start + threadIdx.x; i < end; i += kThreads)
     for (int k = 0; k < parts; ++k)
@@ -213,11 +227,11 @@ int64_t chunks_of(const GradRef& g, int64_t chunk) { return (g.numel + chunk - 1
 unsigned grid(int64_t blocks) { return static_cast<unsigned>(blocks); }
 
 // Cuts the gradients into launches: plain(T, batch, blocks) for up to kCapacity dense runs of one
-// type, strided(run, blocks, first slot) for each other one. Slots follow launch order; `slot_of`,
-// if given, receives each gradient's first.
+// type, strided(run, blocks, first slot, gradient) for each other one. Slots follow launch order;
+// `slot_of`, if given, receives each gradient's first; `rows`, if given, says the batches' rows.
 template <class Plain, class Strided>
-void for_each_launch(const std::vector<GradRef>& grads, std::vector<int64_t>* slot_of, Plain plain,
-                     Strided strided) {
+void for_each_launch(const std::vector<GradRef>& grads, std::vector<int64_t>* slot_of,
+                     const std::vector<int64_t>* rows, Plain plain, Strided strided) {
   const int64_t chunk = chunk_elements(grads);
   int64_t slot = 0;
   for (DType dtype : {DType::Half, DType::BFloat16, DType::Float, DType::Double}) {
@@ -238,6 +252,7 @@ void for_each_launch(const std::vector<GradRef>& grads, std::vector<int64_t>* sl
       if (g.numel == 0) continue;
       batch.first_slot = slot;
       batch.data[batch.count] = g.data;
+      batch.row[batch.count] = rows ? static_cast<int32_t>((*rows)[i]) : 0;
       batch.numel[batch.count] = g.numel;
       batch.first_block[batch.count++] = blocks;
       blocks += chunks_of(g, chunk);
@@ -250,7 +265,7 @@ void for_each_launch(const std::vector<GradRef>& grads, std::vector<int64_t>* sl
     if (slot_of) (*slot_of)[i] = slot;
     if (g.numel == 0) continue;
     const int64_t blocks = chunks_of(g, chunk);
-    strided(strided_run(g), grid(blocks), slot);
+    strided(strided_run(g), grid(blocks), slot, i);
     slot += blocks;
   }
 }
@@ -266,7 +281,8 @@ int64_t stats_scratch_bytes(const std::vector<GradRef>& grads) {
 
 void stats(const std::vector<GradRef>& grads, const std::vector<int64_t>& rows, int64_t table_rows,
            NormSpec spec, double max_norm, NonFinite policy, void* scratch, double* table,
-           double* totals, void* norm, bool norm_is_double, cudaStream_t stream) {
+           double* totals, void* norm, bool norm_is_double, const float* scale,
+           const float* found_inf, cudaStream_t stream) {
   const int64_t chunk = chunk_elements(grads);
   const int64_t count = static_cast<int64_t>(grads.size());
   Stats* const per_grad = static_cast<Stats*>(scratch);
@@ -279,7 +295,7 @@ void stats(const std::vector<GradRef>& grads, const std::vector<int64_t>& rows, 
   }
   std::vector<int64_t> slot_of(grads.size());
   for_each_launch(
-      grads, &slot_of,
+      grads, &slot_of, nullptr,
       [&](auto type, const DenseBatch& batch, unsigned blocks) {
         using T = decltype(type);
         if (spec.kind == NormKind::P)
@@ -288,7 +304,7 @@ void stats(const std::vector<GradRef>& grads, const std::vector<int64_t>& rows, 
           dense_stats<T, false><<<blocks, kThreads, 0, stream>>>(batch, spec, slots);
         check_launch("dense_stats");
       },
-      [&](const StridedRun& run, unsigned blocks, int64_t slot) {
+      [&](const StridedRun& run, unsigned blocks, int64_t slot, size_t) {
         if (spec.kind == NormKind::P)
           strided_stats<true><<<blocks, kThreads, 0, stream>>>(run, chunk, spec, slots + slot);
         else
@@ -304,11 +320,12 @@ void stats(const std::vector<GradRef>& grads, const std::vector<int64_t>& rows, 
       batch.numel[i] = grads[first + i].numel;
       batch.row[i] = rows[first + i];
     }
-    merge_slots<<<grid(n), kThreads, 0, stream>>>(batch, slots, spec.p, per_grad + first, table);
+    merge_slots<<<grid(n), kThreads, 0, stream>>>(batch, slots, spec.p, scale, per_grad + first,
+                                                  table);
     check_launch("merge_slots");
   }
   finish<<<1, kThreads, 0, stream>>>(per_grad, count, spec, max_norm, policy, totals, norm,
-                                     norm_is_double);
+                                     norm_is_double, scale, found_inf);
   check_launch("finish");
 }
 
@@ -317,16 +334,18 @@ void plan(const double* norm, double max_norm, double* totals, cudaStream_t stre
   check_launch("plan_of_norm");
 }
 
-void apply(const std::vector<GradRef>& grads, const double* totals, cudaStream_t stream) {
+void apply(const std::vector<GradRef>& grads, const double* totals, const double* coefficients,
+           const std::vector<int64_t>& rows, cudaStream_t stream) {
   const int64_t chunk = chunk_elements(grads);
   for_each_launch(
-      grads, nullptr,
+      grads, nullptr, &rows,
       [&](auto type, const DenseBatch& batch, unsigned blocks) {
-        dense_apply<decltype(type)><<<blocks, kThreads, 0, stream>>>(batch, totals);
+        dense_apply<decltype(type)><<<blocks, kThreads, 0, stream>>>(batch, totals, coefficients);
         check_launch("dense_apply");
       },
-      [&](const StridedRun& run, unsigned blocks, int64_t) {
-        strided_apply<<<blocks, kThreads, 0, stream>>>(run, chunk, totals);
+      [&](const StridedRun& run, unsigned blocks, int64_t, size_t i) {
+        const double* own = coefficients ? coefficients + rows[i] : nullptr;
+        strided_apply<<<blocks, kThreads, 0, stream>>>(run, chunk, totals, own);
         check_launch("strided_apply");
       });
 }
@@ -334,12 +353,12 @@ void apply(const std::vector<GradRef>& grads, const double* totals, cudaStream_t
 void clamp(const std::vector<GradRef>& grads, double bound, cudaStream_t stream) {
   const int64_t chunk = chunk_elements(grads);
   for_each_launch(
-      grads, nullptr,
+      grads, nullptr, nullptr,
       [&](auto type, const DenseBatch& batch, unsigned blocks) {
         dense_clamp<decltype(type)><<<blocks, kThreads, 0, stream>>>(batch, bound);
         check_launch("dense_clamp");
       },
-      [&](const StridedRun& run, unsigned blocks, int64_t) {
+      [&](const StridedRun& run, unsigned blocks, int64_t, size_t) {
         strided_clamp<<<blocks, kThreads, 0, stream>>>(run, chunk, bound);
         check_launch("strided_clamp");
       });

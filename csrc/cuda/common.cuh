@@ -108,6 +108,7 @@ struct DenseBatch {
   void* data[kCapacity];
   int64_t numel[kCapacity];
   int64_t first_block[kCapacity];  // of each run, ascending from 0
+  int32_t row[kCapacity];          // of each run, in the caller's list
   int64_t first_slot;  // slot of block 0; blocks and slots of a batch run in parallel
   int64_t chunk;
   int32_t count;

@@ -144,8 +144,8 @@ GRADFUSE_HD Factor factor_of(ScaledNorm f) {
 }
 
 enum class NonFinite : int32_t { Propagate, Error, Zero, Skip };
-// Refuse: the policy is Error and the norm is not finite, so the caller raises. Skip: an optimizer's
-// step changes nothing.
+// Refuse: the policy is Error and the norm is not finite, so the caller raises. Skip: an
+// optimizer's step changes nothing.
 enum class Action : int32_t { Keep, Scale, Zero, Refuse, Skip };
 
 // What a step does to the gradients.

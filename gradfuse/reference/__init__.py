@@ -5,3 +5,4 @@ One file per stem. The functions at the end of each have the names and arguments
 
 from gradfuse.reference.batch_norm import *  # noqa: F403
 from gradfuse.reference.clip import *  # noqa: F403
+from gradfuse.reference.optim import *  # noqa: F403

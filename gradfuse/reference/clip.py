@@ -12,8 +12,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-KEEP, SCALE, ZERO, REFUSE = range(4)
-PROPAGATE, ERROR, ZERO_GRADIENTS = range(3)
+KEEP, SCALE, ZERO, REFUSE, SKIP = range(5)
+PROPAGATE, ERROR, ZERO_GRADIENTS, SKIP_STEP = range(4)
 _DTYPES = {
     torch.float16,
     torch.bfloat16,
@@ -76,6 +76,8 @@ def clip_plan(
         return wide, [0.0], 0.0, ZERO
     if policy == ERROR:
         return wide, [1.0], wide, REFUSE
+    if policy == SKIP_STEP:
+        return wide, [1.0], wide, SKIP
     ratio = max_norm / (wide + 1e-6)
     coefficient = 1.0 if ratio > 1.0 else ratio
     return wide, [coefficient], wide * coefficient, SCALE
@@ -204,8 +206,13 @@ def _result(
     max_norm: float,
     p: float,
     policy: int,
+    scale: float = 1.0,
+    found_inf: bool = False,
 ) -> tuple[Result, list[float], int]:
-    """The result, the steps of the coefficient and the action."""
+    """The result, the steps of the factor and the action.
+
+    Norms are of the gradients without their loss scale, which the factor takes off.
+    """
     device = grads[0][1].device if grads else torch.device("cpu")
     any_double = any(g.dtype in (torch.float64, torch.complex128) for _, g in grads)
     table = [[0.0, 0.0, 0.0, 0.0, -1.0] for _ in tensors]
@@ -213,27 +220,43 @@ def _result(
         s, v = scaled_norm(g, 2.0)
         a = magnitudes(g)
         table[row] = [
-            s * v,
-            float(a.max()) if a.numel() else 0.0,
+            s * v / scale,
+            float(a.max()) / scale if a.numel() else 0.0,
             float((~a.isfinite()).sum()),
             float((a == 0).sum()),
             float(g.numel()),
         ]
     norm = combine_norms([scaled_norm(g, p) for _, g in grads], p)
+    norm = (norm[0], norm[1] / scale)
     wide, steps, clipped, action = clip_plan(norm, max_norm, policy)
+    action = SKIP if found_inf else action
     if action == REFUSE:
         raise RuntimeError(
             f"{op}: expected a finite total norm of order {p:g}, got {wide}; nothing was "
             'written (nonfinite="propagate" or "zero" would go on; a GradReport names the layer)'
         )
     totals = torch.tensor(
-        [wide, math.prod(steps), clipped, action, norm[1], 0.0, math.prod(steps), 0.0],
+        [wide, math.prod(steps), clipped, action, norm[1], 0.0, math.prod(steps) / scale, 0.0],
         dtype=torch.float64,
         device=device,
     )
     total_norm = totals[0].clone().to(torch.float64 if any_double else torch.float32)
     rows = torch.tensor(table, dtype=torch.float64, device=device).reshape(-1, 5)
     return (total_norm, totals, rows), steps, action
+
+
+def measure(
+    op: str,
+    tensors: list[Tensor | None],
+    grads: list[tuple[int, Tensor]],
+    max_norm: float,
+    p: float,
+    policy: int,
+    scale: float = 1.0,
+    found_inf: bool = False,
+) -> Result:
+    """The norm, the totals of the plan, and the table; nothing is written."""
+    return _result(op, tensors, grads, max_norm, p, policy, scale, found_inf)[0]
 
 
 def _apply(grads: list[tuple[int, Tensor]], steps: list[float], action: int) -> None:
@@ -333,3 +356,23 @@ class ParameterList:
 
     def clip_(self, max_norm: float, norm_type: float, nonfinite: int) -> Result:
         return clip_(self._parameters, True, max_norm, norm_type, nonfinite)
+
+    @torch.no_grad()
+    def measure(self, norm_type: float, nonfinite: int) -> Result:
+        listed = [p.grad for p in self._parameters]
+        grads = check_gradients("GradClipper", listed, writes=True)
+        return measure("GradClipper", listed, grads, math.inf, norm_type, nonfinite)
+
+    @torch.no_grad()
+    def apply_(self, totals: Tensor, coefficients: Tensor | None) -> None:
+        grads = check_gradients("GradClipper", [p.grad for p in self._parameters], writes=True)
+        action, factor = int(totals[3]), float(totals[6])
+        for i, g in grads:
+            own = factor if coefficients is None else factor * float(coefficients[i])
+            if action == ZERO:
+                g.zero_()
+            elif action in (KEEP, SCALE) and own != 1.0:
+                scale_tensor_(g, [own])
+
+    def clamp_(self, clip_value: float) -> None:
+        clamp_(self._parameters, True, clip_value)

@@ -11,6 +11,11 @@ Stats stats(const std::vector<GradRef>&, const std::vector<int64_t>&, NormSpec, 
   refuse();
 }
 void scale(const std::vector<GradRef>&, ScaledNorm) { refuse(); }
+void scale_each(const std::vector<GradRef>&, const std::vector<int64_t>&, ScaledNorm,
+                const double*) {
+  refuse();
+}
+void optim_step(const OptimStep&) { refuse(); }
 void zero(const std::vector<GradRef>&) { refuse(); }
 void clamp(const std::vector<GradRef>&, double) { refuse(); }
 void clip_units(const std::vector<UnitRef>&, double, double, NormSpec) { refuse(); }

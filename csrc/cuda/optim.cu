@@ -1,0 +1,398 @@
+// One step of an optimizer, for any number of parameters in a handful of launches.
+//
+//   ratio_sums      a block per chunk, of update clipping: gradient and second moment are read, the
+//                   sum of adamw_ratio goes into the chunk's slot
+//   merge_ratios    a block per parameter: its slots in order, the factor of its learning rate
+//   optim_update    a block per chunk: returns at once if the totals say Skip, else reads and
+//   writes
+//                   every stream once
+//   advance_steps   a thread per parameter: its step counter, after all blocks have read it
+//
+// Assumes element-aligned data; a parameter whose streams all begin at a 16-byte boundary, as
+// torch's do, is read and written 16 bytes at a time. Results do not depend on the order of blocks.
+
+#include <algorithm>
+#include <cub/block/block_reduce.cuh>
+
+#include "common.cuh"
+
+namespace gradfuse::cuda {
+namespace {
+
+GRADFUSE_HD float square_root(float v) { return std::sqrt(v); }
+GRADFUSE_HD double square_root(double v) { return std::sqrt(v); }
+
+#include "../math/updates.h"
+
+// Parameters of one group and one pair of types.
+struct ParamBatch {
+  static constexpr int kCapacity = 320;
+  void* param[kCapacity];
+  const void* grad[kCapacity];
+  void* first[kCapacity];
+  void* second[kCapacity];
+  void* largest[kCapacity];
+  float* master[kCapacity];
+  float* step[kCapacity];
+  int64_t numel[kCapacity];
+  int64_t first_block[kCapacity];  // ascending from 0
+  int32_t row[kCapacity];
+  bool aligned[kCapacity];
+  int64_t first_slot;  // of block 0, of update clipping
+  int64_t first_param;  // among the step's parameters
+  int64_t chunk;
+  int32_t count;
+};
+static_assert(sizeof(ParamBatch) + sizeof(GroupOptions) <= 32000,
+              "kernel parameters end at 32,764 bytes");
+
+__device__ bool skips(const GradientUse& use) {
+  if (!use.totals) return false;
+  const Action action = static_cast<Action>(static_cast<int32_t>(use.totals[3]));
+  return action == Action::Skip || action == Action::Refuse;
+}
+
+// What is the same for all elements of a parameter.
+template <Rule kRule, class W>
+struct Prepared {
+  std::conditional_t<kRule == Rule::AdamW, AdamWFactors<W>, SgdFactors<W>> rule;
+  W first, second, third, bound;  // of the gradient
+  Rounding rounding;
+};
+
+// `slower` is update clipping's factor of the learning rate.
+template <Rule kRule, class W>
+__device__ Prepared<kRule, W> prepare(const ParamBatch& batch, int run, const GroupOptions& group,
+                                      const GradientUse& use, DType dtype, bool stochastic,
+                                      double slower) {
+  Prepared<kRule, W> out;
+  const double taken = batch.step[run] ? *batch.step[run] : 0.0;
+  const double lr = (group.lr_value ? *group.lr_value : group.lr) * slower;
+  if constexpr (kRule == Rule::AdamW)
+    out.rule = narrowed<W>(adamw_factors(group.adamw, lr, taken + 1.0));
+  else
+    out.rule = narrowed<W>(sgd_factors(group.sgd, lr, taken == 0.0));
+  ScaledNorm norm = {1.0, 0.0};
+  if (use.totals) norm = {use.totals[6], use.totals[7]};
+  if (use.coefficients) norm.value *= use.coefficients[batch.row[run]];
+  const ElementFactor f = element_factor(norm, dtype, use.bound, group.maximize);
+  out.first = static_cast<W>(f.first);
+  out.second = static_cast<W>(f.second);
+  out.third = static_cast<W>(f.third);
+  out.bound = static_cast<W>(f.bound);
+  out.rounding = rounding_of(stochastic, batch.row[run], taken);
+  return out;
+}
+
+// clamp(gradient * factor, -bound, bound); NaN stays.
+template <class P, class W>
+__device__ W gradient(const P& with, W g) {
+  g = g * with.first * with.second * with.third;
+  g = (g > with.bound) ? with.bound : g;
+  return (g < -with.bound) ? -with.bound : g;
+}
+
+template <class T, class W>
+__device__ T rounded(W v, int64_t element, const Rounding& rounding, uint32_t stream) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    const uint32_t bits = __float_as_uint(v);
+    if (rounding.stochastic && (bits & 0x7f800000u) != 0x7f800000u) {
+      const uint32_t key = rounding.key + static_cast<uint32_t>(element >> 32) + stream;
+      const uint32_t noise = random_bits(static_cast<uint32_t>(element) ^ key) >> 16;
+      return Element<T>::narrow(__uint_as_float((bits + noise) & 0xffff0000u));
+    }
+  }
+  return Element<T>::narrow(static_cast<typename Element<T>::Wide>(v));
+}
+
+// kCount consecutive elements of a stream in the type they are computed in. `whole`: in 16-byte
+// accesses, from a boundary.
+template <int kCount, bool kWhole, class T, class W>
+__device__ void get(const T* p, W (&x)[kCount]) {
+  if constexpr (kWhole) {
+    constexpr int kPer = kPer16Bytes<T>;
+    static_assert(kCount % kPer == 0, "whole words");
+#pragma unroll
+    for (int w = 0; w < kCount / kPer; ++w) {
+      const Word<T> word = load_word(p + w * kPer);
+#pragma unroll
+      for (int k = 0; k < kPer; ++k) x[w * kPer + k] = Element<T>::widen(word.element[k]);
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) x[k] = Element<T>::widen(p[k]);
+  }
+}
+template <int kCount, bool kWhole, class T, class W>
+__device__ void put(T* p, const W (&x)[kCount], int64_t element, const Rounding& rounding,
+                    uint32_t stream) {
+  if constexpr (kWhole) {
+    constexpr int kPer = kPer16Bytes<T>;
+#pragma unroll
+    for (int w = 0; w < kCount / kPer; ++w) {
+      Word<T> word;
+#pragma unroll
+      for (int k = 0; k < kPer; ++k)
+        word.element[k] = rounded<T>(x[w * kPer + k], element + w * kPer + k, rounding, stream);
+      store_word(p + w * kPer, word);
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) p[k] = rounded<T>(x[k], element + k, rounding, stream);
+  }
+}
+
+// The streams of one parameter.
+template <class T, class S>
+struct Streams {
+  T* param;
+  const T* grad;
+  S* first;
+  S* second;
+  S* largest;
+  float* master;
+
+  __device__ Streams(const ParamBatch& batch, int run)
+      : param(static_cast<T*>(batch.param[run])),
+        grad(static_cast<const T*>(batch.grad[run])),
+        first(static_cast<S*>(batch.first[run])),
+        second(static_cast<S*>(batch.second[run])),
+        largest(static_cast<S*>(batch.largest[run])),
+        master(sizeof(T) == 2 ? batch.master[run] : nullptr) {}
+};
+
+template <Rule kRule, int kCount, bool kWhole, class T, class S, class W>
+__device__ void update(const Streams<T, S>& s, int64_t i, const Prepared<kRule, W>& with) {
+  W x[kCount], g[kCount], m[kCount], v[kCount], top[kCount];
+  bool from_master = false;
+  if constexpr (sizeof(T) == 2) {
+    from_master = s.master;
+    if (from_master) get<kCount, kWhole>(s.master + i, x);
+  }
+  if (!from_master) get<kCount, kWhole>(s.param + i, x);
+  get<kCount, kWhole>(s.grad + i, g);
+  if (s.first) get<kCount, kWhole>(s.first + i, m);
+  if constexpr (kRule == Rule::AdamW) {
+    get<kCount, kWhole>(s.second + i, v);
+    if (s.largest) get<kCount, kWhole>(s.largest + i, top);
+  }
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    if constexpr (kRule == Rule::AdamW)
+      adamw_update(x[k], gradient(with, g[k]), m[k], v[k], s.largest ? &top[k] : nullptr,
+                   with.rule);
+    else
+      sgd_update(x[k], gradient(with, g[k]), s.first ? &m[k] : nullptr, with.rule);
+  }
+  if constexpr (sizeof(T) == 2)
+    if (from_master) put<kCount, kWhole>(s.master + i, x, i, with.rounding, 0);
+  put<kCount, kWhole>(s.param + i, x, i, with.rounding, 0);
+  if (s.first) put<kCount, kWhole>(s.first + i, m, i, with.rounding, 1);
+  if constexpr (kRule == Rule::AdamW) {
+    put<kCount, kWhole>(s.second + i, v, i, with.rounding, 2);
+    if (s.largest) put<kCount, kWhole>(s.largest + i, top, i, with.rounding, 3);
+  }
+}
+
+// Calls many(i) for aligned groups of kCount elements of the block's chunk, one(i) for the rest.
+template <int kCount, class Many, class One>
+__device__ void for_each_group(const ParamBatch& batch, int run, Many many, One one) {
+  const int64_t begin = (blockIdx.x - batch.first_block[run]) * batch.chunk;
+  const int64_t rest = batch.numel[run] - begin;
+  const int64_t end = begin + (rest < batch.chunk ? rest : batch.chunk);
+  int64_t whole = begin;
+  if (batch.aligned[run]) whole = begin + (end - begin) / kCount * kCount;
+  for (int64_t i = begin + threadIdx.x * kCount; i < whole; i += kThreads * kCount) many(i);
+  for (int64_t i = whole + threadIdx.x; i < end; i += kThreads) one(i);
+}
+
+template <Rule kRule, class T, class S>
+__global__ void __launch_bounds__(kThreads)
+    optim_update(const __grid_constant__ ParamBatch batch,
+                 const __grid_constant__ GroupOptions group, GradientUse use, DType dtype,
+                 bool stochastic,
+                 const double* slower) {  // [params], or null
+  using W = typename Element<T>::Wide;
+  constexpr int kCount = kPer16Bytes<T>;
+  if (skips(use)) return;
+  const int run = find_run(batch.first_block, batch.count, blockIdx.x);
+  __shared__ Prepared<kRule, W> with;
+  if (threadIdx.x == 0)
+    with = prepare<kRule, W>(batch, run, group, use, dtype, stochastic,
+                             slower ? slower[batch.first_param + run] : 1.0);
+  __syncthreads();
+  const Streams<T, S> streams(batch, run);
+  const Prepared<kRule, W> mine = with;
+  for_each_group<kCount>(
+      batch, run, [&](int64_t i) { update<kRule, kCount, true>(streams, i, mine); },
+      [&](int64_t i) { update<kRule, 1, false>(streams, i, mine); });
+}
+
+struct Plus {
+  __device__ double operator()(double a, double b) const { return a + b; }
+};
+
+// Sums over the block in thread order. Result valid in thread 0.
+__device__ double block_sum(double mine) {
+  using Reduce = cub::BlockReduce<double, kThreads>;
+  __shared__ typename Reduce::TempStorage storage;
+  return Reduce(storage).Reduce(mine, Plus{});
+}
+
+template <class T, class S>
+__global__ void __launch_bounds__(kThreads)
+    ratio_sums(const __grid_constant__ ParamBatch batch, const __grid_constant__ GroupOptions group,
+               GradientUse use, DType dtype,
+               double* slots) {  // [all chunks]
+  using W = typename Element<T>::Wide;
+  constexpr int kCount = kPer16Bytes<T>;
+  if (skips(use)) return;
+  const int run = find_run(batch.first_block, batch.count, blockIdx.x);
+  __shared__ Prepared<Rule::AdamW, W> with;
+  if (threadIdx.x == 0) with = prepare<Rule::AdamW, W>(batch, run, group, use, dtype, false, 1.0);
+  __syncthreads();
+  const Streams<T, S> s(batch, run);
+  const Prepared<Rule::AdamW, W> mine = with;
+  double sum = 0.0;
+  for_each_group<kCount>(
+      batch, run,
+      [&](int64_t i) {
+        W g[kCount], v[kCount], part = 0;
+        get<kCount, true>(s.grad + i, g);
+        get<kCount, true>(s.second + i, v);
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) part += adamw_ratio(gradient(mine, g[k]), v[k], mine.rule);
+        sum += part;
+      },
+      [&](int64_t i) {
+        W g[1], v[1];
+        get<1, false>(s.grad + i, g);
+        get<1, false>(s.second + i, v);
+        sum += adamw_ratio(gradient(mine, g[0]), v[0], mine.rule);
+      });
+  const double total = block_sum(sum);
+  if (threadIdx.x == 0) slots[batch.first_slot + blockIdx.x] = total;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    merge_ratios(const __grid_constant__ ParamBatch batch, GradientUse use,
+                 const double* slots,  // [all chunks]
+                 double* slower) {  // [params]
+  if (skips(use)) return;
+  const int64_t numel = batch.numel[blockIdx.x];
+  const int64_t count = (numel + batch.chunk - 1) / batch.chunk;
+  const double* mine = slots + batch.first_slot + batch.first_block[blockIdx.x];
+  double sum = 0.0;
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += mine[i];
+  const double total = block_sum(sum);
+  if (threadIdx.x == 0)
+    slower[batch.first_param + blockIdx.x] = update_clip_factor(total / static_cast<double>(numel));
+}
+
+__global__ void __launch_bounds__(kThreads)
+    advance_steps(const __grid_constant__ ParamBatch batch, GradientUse use) {
+  if (skips(use)) return;
+  for (int i = threadIdx.x; i < batch.count; i += kThreads)
+    if (batch.step[i]) *batch.step[i] += 1.0f;
+}
+
+bool is_aligned(const ParamRef& p) {
+  const void* streams[] = {p.param, p.grad, p.first, p.second, p.largest, p.master};
+  return std::all_of(std::begin(streams), std::end(streams),
+                     [](const void* s) { return reinterpret_cast<uintptr_t>(s) % 16 == 0; });
+}
+
+int64_t chunks_of(const ParamRef& p, int64_t chunk) { return (p.numel + chunk - 1) / chunk; }
+
+// Calls f(T, S) with the types of a parameter and of its state.
+template <class F>
+void with_types(DType dtype, DType state, F f) {
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    if constexpr (sizeof(T) == 2) {
+      if (state == DType::Float) return f(type, float{});
+    }
+    f(type, type);
+  });
+}
+
+// Calls launch(batch, dtype, state, group, blocks) for the parameters of each group and pair of
+// types, up to kCapacity at a time. Those without elements take no block but are counted.
+template <class Launch>
+void for_each_batch(const OptimStep& step, Launch launch) {
+  const int64_t chunk = chunk_elements(step.params);
+  int64_t slot = 0;
+  for (size_t i = 0; i < step.params.size();) {
+    const ParamRef& like = step.params[i];
+    ParamBatch batch;
+    batch.count = 0;
+    batch.chunk = chunk;
+    batch.first_slot = slot;
+    batch.first_param = static_cast<int64_t>(i);
+    int64_t blocks = 0;
+    for (; i < step.params.size() && batch.count < ParamBatch::kCapacity; ++i) {
+      const ParamRef& p = step.params[i];
+      if (p.dtype != like.dtype || p.state_dtype != like.state_dtype || p.group != like.group)
+        break;
+      const int k = batch.count++;
+      batch.param[k] = p.param;
+      batch.grad[k] = p.grad;
+      batch.first[k] = p.first;
+      batch.second[k] = p.second;
+      batch.largest[k] = p.largest;
+      batch.master[k] = p.master;
+      batch.step[k] = p.step;
+      batch.numel[k] = p.numel;
+      batch.first_block[k] = blocks;
+      batch.row[k] = p.row;
+      batch.aligned[k] = is_aligned(p);
+      blocks += chunks_of(p, chunk);
+    }
+    launch(batch, like, static_cast<unsigned>(blocks));
+    slot += blocks;
+  }
+}
+
+}  // namespace
+
+int64_t optim_scratch_bytes(const OptimStep& step) {
+  if (!step.update_clip) return 0;
+  const int64_t chunk = chunk_elements(step.params);
+  int64_t slots = static_cast<int64_t>(step.params.size());
+  for (const ParamRef& p : step.params) slots += chunks_of(p, chunk);
+  return slots * static_cast<int64_t>(sizeof(double));
+}
+
+void optim_step(const OptimStep& step, void* scratch, cudaStream_t stream) {
+  double* const slower = step.update_clip ? static_cast<double*>(scratch) : nullptr;
+  double* const slots = slower + step.params.size();
+  for_each_batch(step, [&](const ParamBatch& batch, const ParamRef& like, unsigned blocks) {
+    const GroupOptions& group = step.groups[like.group];
+    if (blocks) {
+      with_types(like.dtype, like.state_dtype, [&](auto type, auto state) {
+        using T = decltype(type);
+        using S = decltype(state);
+        if (step.rule == Rule::Sgd) {
+          optim_update<Rule::Sgd, T, S><<<blocks, kThreads, 0, stream>>>(
+              batch, group, step.use, like.dtype, step.stochastic_rounding, nullptr);
+          return check_launch("optim_update");
+        }
+        if (step.update_clip) {
+          ratio_sums<T, S>
+              <<<blocks, kThreads, 0, stream>>>(batch, group, step.use, like.dtype, slots);
+          check_launch("ratio_sums");
+          merge_ratios<<<static_cast<unsigned>(batch.count), kThreads, 0, stream>>>(batch, step.use,
+                                                                                    slots, slower);
+          check_launch("merge_ratios");
+        }
+        optim_update<Rule::AdamW, T, S><<<blocks, kThreads, 0, stream>>>(
+            batch, group, step.use, like.dtype, step.stochastic_rounding, slower);
+        check_launch("optim_update");
+      });
+    }
+    advance_steps<<<1, kThreads, 0, stream>>>(batch, step.use);
+    check_launch("advance_steps");
+  });
+}
+
+}  // namespace gradfuse::cuda
