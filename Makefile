@@ -27,6 +27,7 @@ $(VENV)/.installed: pyproject.toml
 bench: build
 	$(PY) -m gradfuse bench
 	$(PY) -m gradfuse bench-batch-norm
+	$(PY) -m gradfuse bench-step
 
 lint: build
 	$(PY) -m ruff check .

@@ -1,4 +1,5 @@
 from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor
 
@@ -70,3 +71,29 @@ class ParameterList:
     def clip_(
         self, max_norm: float, norm_type: float, nonfinite: int
     ) -> tuple[Tensor, Tensor, Tensor]: ...
+    def measure(self, norm_type: float, nonfinite: int) -> tuple[Tensor, Tensor, Tensor]: ...
+    def apply_(self, totals: Tensor, coefficients: Tensor | None) -> None: ...
+    def clamp_(self, clip_value: float) -> None: ...
+
+class Stepper:
+    def __init__(self, rule: int) -> None: ...
+    def holds(
+        self, groups: list[dict[str, Any]], state: dict[Tensor, Any], needs: list[int]
+    ) -> bool: ...
+    def hold(
+        self, groups: list[dict[str, Any]], state: dict[Tensor, Any], needs: list[int]
+    ) -> None: ...
+    def parameters(self) -> list[Tensor]: ...
+    def measure(
+        self, max_norm: float, nonfinite: int, scale: Tensor | None, found_inf: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    def update(
+        self,
+        groups: list[tuple[Any, ...]],
+        totals: Tensor | None,
+        coefficients: Tensor | None,
+        bound: float,
+        update_clip: bool,
+        stochastic_rounding: bool,
+        materialize: bool,
+    ) -> None: ...

@@ -1,4 +1,4 @@
-"""The command line: python -m gradfuse bench | bench-batch-norm | demo | info."""
+"""The command line: python -m gradfuse bench | bench-batch-norm | bench-step | demo | info."""
 
 from __future__ import annotations
 
@@ -52,6 +52,10 @@ def run(command: str, rest: Sequence[str]) -> int:
             from gradfuse.bench.batch_norm import main as bench_batch_norm
 
             return bench_batch_norm(rest)
+        if command == "bench-step":
+            from gradfuse.bench.step import main as bench_step
+
+            return bench_step(rest)
         from gradfuse.demo import main as demo
 
         return demo(rest)
@@ -71,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("bench", help="time gradient clipping against its peers", add_help=False)
     commands.add_parser("bench-batch-norm", help="the same of batch norm", add_help=False)
+    commands.add_parser("bench-step", help="the same of clip and update", add_help=False)
     commands.add_parser("demo", help="train nets with and without gradfuse", add_help=False)
     commands.add_parser("info", help="versions, build, instruction set, threads")
     arguments, rest = parser.parse_known_args(argv)

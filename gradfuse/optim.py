@@ -117,7 +117,7 @@ class _ClippedOptimizer(torch.optim.Optimizer):
         self._step()
         return loss
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _step(self) -> None:
         self._refresh()

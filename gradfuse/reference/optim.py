@@ -173,6 +173,7 @@ class Stepper:
         for stream, (target, state) in enumerate(zip(real, new[1:], strict=False), 1):
             if target is not None and state is not None:
                 _put(target, state, key, stream)
+        assert new[0] is not None
         if master is not None:
             _real(master).copy_(new[0])
         _put(_real(p), new[0], key, 0)

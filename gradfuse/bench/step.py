@@ -1,0 +1,332 @@
+"""The bench of clip and update: python -m gradfuse bench-step."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.nn.utils import clip_grad_norm_
+
+from gradfuse import optim
+from gradfuse.bench import output
+from gradfuse.bench.gradients import CACHE, random_gradients
+from gradfuse.bench.harness import Contender, Plan, Result, Target, Workload, measure
+from gradfuse.bench.machine import machine
+from gradfuse.bench.models import MODELS, dtype_name
+
+__all__ = ["main", "setup"]
+
+TORCH, FUSED, FLOOR = "torch clip + fused step", "gradfuse", "floor: the same streams"
+COMPILED = "torch.compile'd clip + step"
+Maker = Callable[[list[Parameter]], Callable[[], object]]
+
+# The goals of the project, by workload.
+TARGETS = {
+    "ResNet-50, AdamW": Target(1.5),
+    "GPT-2 small, AdamW": Target(1.5),
+    "2,000 small, AdamW": Target(20.0),
+    "ResNet-50, AdamW, GradScaler": Target(1.7),
+    "ResNet-50, SGD": Target(1.6),
+    "ResNet-50, update alone": Target(0.0, 1.1),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "AdamW": {"lr": 1e-4},
+    "SGD": {"lr": 1e-4, "momentum": 0.9},
+}
+STREAMS = {"AdamW": (4, 3), "SGD": (3, 2)}  # read and written by an update
+MAX_NORM = 1.0
+
+
+def torch_step(rule: str, parameters: list[Parameter], clips: bool = True) -> Callable[[], object]:
+    optimizer = getattr(torch.optim, rule)(parameters, fused=True, **OPTIONS[rule])
+
+    def run() -> None:
+        if clips:
+            clip_grad_norm_(parameters, MAX_NORM)
+        optimizer.step()
+
+    return run
+
+
+def fused_step(rule: str, parameters: list[Parameter], clips: bool = True) -> Callable[[], object]:
+    clip: dict[str, Any] = {"clip": MAX_NORM} if clips else {"nonfinite": "propagate"}
+    optimizer = getattr(optim, rule)(parameters, **OPTIONS[rule], **clip)
+    run: Callable[[], object] = optimizer.step
+    return run
+
+
+def compiled_step(rule: str, parameters: list[Parameter]) -> Callable[[], object]:
+    optimizer = getattr(torch.optim, rule)(parameters, **OPTIONS[rule])
+
+    def run() -> None:
+        clip_grad_norm_(parameters, MAX_NORM)
+        optimizer.step()
+
+    compiled: Callable[[], object] = torch.compile(run)
+    return compiled
+
+
+def scaled_steps(parameters: list[Parameter]) -> dict[str, Callable[[], object]]:
+    """A GradScaler's step of AdamW: unscaled and clipped by torch, or within the step."""
+
+    def scaler() -> torch.amp.GradScaler:
+        made = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=1 << 30)
+        made.scale(torch.zeros(()))  # makes its tensors
+        return made
+
+    plain = torch.optim.AdamW(parameters, fused=True, **OPTIONS["AdamW"])
+    ours = optim.AdamW(parameters, clip=MAX_NORM, **OPTIONS["AdamW"])
+    of_plain, of_ours = scaler(), scaler()
+
+    def stock() -> None:
+        of_plain.unscale_(plain)
+        clip_grad_norm_(parameters, MAX_NORM)
+        of_plain.step(plain)
+        of_plain.update()
+
+    def fused() -> None:
+        of_ours.step(ours)
+        of_ours.update()
+
+    return {TORCH: stock, FUSED: fused}
+
+
+def floor(numel: int, streams: tuple[int, int], norm: bool) -> Callable[[], None]:
+    """Loops over as many float32 streams as the step has, a pair or so at a time, in place.
+
+    Reads: sums of products. Writes: in place, of what was read. With `norm` one more read.
+    """
+    reads, writes = streams
+    tensors = [torch.ones(numel) for _ in range(reads)]
+
+    def run() -> None:
+        if norm:
+            torch.dot(tensors[-1], tensors[-1])
+        for t in tensors[:writes]:
+            t.mul_(1.0)
+        for t in tensors[writes:]:
+            t.sum()
+
+    return run
+
+
+def setup(
+    model: str, rule: str, dtype: torch.dtype, clips: bool = True, compiled: bool = False
+) -> Workload:
+    """Clip and update, or with clips=False the update alone, of random gradients."""
+    gradients = random_gradients(MODELS[model](), dtype, "cpu", 2.0, 1.0)
+    sources, ps = gradients.grads, gradients.parameters
+    for p in ps:
+        nn.init.ones_(p)
+    contenders = []
+    makers: dict[str, Maker] = {
+        TORCH: partial(torch_step, rule, clips=clips),
+        FUSED: partial(fused_step, rule, clips=clips),
+    }
+    if compiled:
+        makers[COMPILED] = partial(compiled_step, rule)
+    own = []
+    for name, make in makers.items():  # each on parameters and gradients of its own
+        mine = [Parameter(p.detach().clone()) for p in ps]
+        for p, g in zip(mine, sources, strict=True):
+            p.grad = g.clone()
+        own.append([p.grad for p in mine])
+        contenders.append(Contender(name, make(mine)))
+    reads, writes = STREAMS[rule]
+    numel = gradients.nbytes // 4
+    contenders.append(Contender(FLOOR, floor(numel, (reads, writes), clips)))
+    name = f"{model}, {rule}" if clips else f"{model}, update alone"
+    return Workload(
+        name=name,
+        dtype=dtype_name(dtype),
+        contenders=contenders,
+        bytes_moved=gradients.nbytes * (reads + writes + clips),
+        baseline=TORCH,
+        floor=FLOOR,
+        prepare=preparation(own, sources),
+        targets={FUSED: TARGETS[name]} if name in TARGETS and dtype == torch.float32 else {},
+    )
+
+
+def setup_scaled(model: str) -> Workload:
+    """The step under a GradScaler."""
+    gradients = random_gradients(MODELS[model](), torch.float32, "cpu", 2.0, 1.0)
+    ps = gradients.parameters
+    for p in ps:
+        nn.init.ones_(p)
+    contenders = [Contender(name, run) for name, run in scaled_steps(ps).items()]
+    numel = gradients.nbytes // 4
+    contenders.append(Contender(FLOOR, floor(numel, STREAMS["AdamW"], True)))
+    name = f"{model}, AdamW, GradScaler"
+    sources = [g.clone() for g in gradients.grads]
+    return Workload(
+        name=name,
+        dtype="float32",
+        contenders=contenders,
+        bytes_moved=gradients.nbytes * 8,
+        baseline=TORCH,
+        floor=FLOOR,
+        prepare=preparation([gradients.grads], sources),
+        targets={FUSED: TARGETS[name]} if name in TARGETS else {},
+    )
+
+
+def preparation(own: list[list[Any]], sources: list[Tensor]) -> Callable[[], None]:
+    """Puts the gradients back, and drops what was written from the caches."""
+    elsewhere = torch.zeros(2 * CACHE // 4)
+    small = sum(g.nbytes for g in sources) < CACHE // 4
+
+    def prepare() -> None:
+        for grads in own:
+            torch._foreach_copy_(grads, sources)
+        if not small:
+            elsewhere.sum()
+
+    return prepare
+
+
+class CharLstm(nn.Module):
+    """A small language model of characters, two layers of LSTM."""
+
+    def __init__(self, width: int = 128) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(64, width)
+        self.lstm = nn.LSTM(width, width, num_layers=2, batch_first=True)
+        self.head = nn.Linear(width, 64)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.head(self.lstm(self.embedding(tokens))[0])
+        return out
+
+
+class CharTransformer(nn.Module):
+    """The same with four layers of a transformer."""
+
+    def __init__(self, width: int = 128) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(64, width)
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+        self.head = nn.Linear(width, 64)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.head(self.layers(self.embedding(tokens)))
+        return out
+
+
+def setup_training(make: Callable[[], nn.Module], name: str) -> Workload:
+    """A whole training step: forward, backward, clip, AdamW."""
+    torch.manual_seed(0)
+    model = make()
+    tokens = torch.randint(0, 64, (8, 33))
+
+    def trainer(own: nn.Module, step_of: Maker) -> Callable[[], object]:
+        step = step_of(list(own.parameters()))
+
+        def run() -> float:
+            for p in own.parameters():
+                p.grad = None
+            logits = own(tokens[:, :-1])
+            loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+            loss.backward()
+            step()
+            return loss.item()
+
+        return run
+
+    contenders = [
+        Contender(TORCH, trainer(copy.deepcopy(model), partial(torch_step, "AdamW"))),
+        Contender(FUSED, trainer(copy.deepcopy(model), partial(fused_step, "AdamW"))),
+    ]
+    return Workload(
+        name=f"{name}, whole step",
+        dtype="float32",
+        contenders=contenders,
+        bytes_moved=0,
+        baseline=TORCH,
+        floor=TORCH,
+    )
+
+
+def compiles(budget: float, notes: list[str]) -> bool:
+    """Whether a compiled step of ResNet-50 is ready in time."""
+    if budget <= 0:
+        notes.append(f"{COMPILED}: left out")
+        return False
+    begin = time.perf_counter()
+    ps = [Parameter(torch.ones(8, 8)) for _ in range(8)]
+    for p in ps:
+        p.grad = torch.ones_like(p)
+    try:
+        compiled_step("AdamW", ps)()
+    except Exception as error:
+        notes.append(f"{COMPILED}: left out, {type(error).__name__}")
+        return False
+    estimate = (time.perf_counter() - begin) / 8 * 161
+    if estimate > budget:
+        notes.append(f"{COMPILED}: left out, compiling 161 tensors takes about {estimate:.0f} s")
+        return False
+    return True
+
+
+def workloads(arguments: argparse.Namespace, notes: list[str]) -> Iterator[Workload]:
+    compiled = compiles(arguments.compile_budget, notes)
+    large = "tiny" if arguments.quick else "ResNet-50"
+    yield setup(large, "AdamW", torch.float32, compiled=compiled)
+    yield setup(large, "AdamW", torch.bfloat16)
+    yield setup_scaled(large)
+    yield setup(large, "SGD", torch.float32)
+    yield setup(large, "AdamW", torch.float32, clips=False)
+    yield setup("2,000 small", "AdamW", torch.float32)
+    if not arguments.quick:
+        yield setup("GPT-2 small", "AdamW", torch.float32)
+    yield setup_training(CharLstm, "LSTM")
+    yield setup_training(CharTransformer, "transformer")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m gradfuse bench-step",
+        description="Times clip and update in one against torch's clip and fused optimizers.",
+    )
+    parser.add_argument("--quick", action="store_true", help="small models, no torch.compile")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder to write to")
+    parser.add_argument("--threads", type=int, help="threads of torch, default: torch's own choice")
+    parser.add_argument("--compile-budget", type=float, default=120.0, metavar="SECONDS")
+    arguments = parser.parse_args(argv)
+    arguments.quick = arguments.quick or os.environ.get("GRADFUSE_BENCH_QUICK") == "1"
+    if arguments.quick:
+        arguments.compile_budget = 0.0
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    plan = Plan(5, 20, 0.5) if arguments.quick else Plan(9, 100, 6.0)
+    notes: list[str] = []
+    results: list[Result] = []
+    with output.progress() as show:
+        for work in workloads(arguments, notes):
+            show(f"{work.name}, {work.dtype}")
+            results += measure(work, plan)
+            del work
+    about = machine() | {"device": "cpu", "quick": arguments.quick}
+    output.report(results, about, notes, arguments.out, "bench_step", "clip and update")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
