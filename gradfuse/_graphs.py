@@ -1,22 +1,33 @@
 """Graphs of modules, and the batch norms in them: what `fuse` and `unfuse` are made of.
 
 A module that holds a batch norm is traced with torch.fx down to the modules that hold none, so that
-these keep their classes, their training flags and their randomness. A forward that asks for the
-type or the truth of a value, or comes out otherwise in eval mode than in training, is not traced.
+these keep their classes, their training flags and their randomness. A forward that a graph cannot
+stand for is not traced: one that asks for the type or the truth of a value, draws random numbers,
+checkpoints a part, or comes out otherwise in eval mode or without an optional argument. Where a
+block fails so, it stays a module in its caller's graph.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import inspect
+import itertools
+import math
 import operator
+import random
 import sys
+import warnings
 from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node, Proxy, Tracer
+from torch.fx.node import map_arg
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
@@ -39,7 +50,6 @@ _KEPT = (
     "get_extra_state",
     "set_extra_state",
     "_apply",
-    "_version",
     "__call__",
 )
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -89,6 +99,9 @@ def clone(model: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
     new.__dict__.update(model.__dict__)
     for name in ("_parameters", "_buffers", "_modules", *_HOOKS):
         new.__dict__[name] = type(model.__dict__[name])(model.__dict__[name])
+    for name, value in model.__dict__.items():
+        if isinstance(value, MethodType) and value.__self__ is model:
+            new.__dict__[name] = MethodType(value.__func__, new)
     memo[id(model)] = new
     for name, child in model._modules.items():
         new._modules[name] = None if child is None else clone(child, memo)
@@ -96,7 +109,20 @@ def clone(model: nn.Module, memo: dict[int, nn.Module]) -> nn.Module:
 
 
 def hooked(module: nn.Module) -> bool:
-    return any(getattr(module, name) for name in _HOOKS) or parametrize.is_parametrized(module)
+    """Whether a call of the module is more than its class's forward."""
+    own = any(getattr(module, name) for name in _HOOKS) or "forward" in module.__dict__
+    return own or parametrize.is_parametrized(module)
+
+
+def is_container(module: nn.Module) -> bool:
+    return type(module).forward is nn.Module.forward
+
+
+def is_chain_of_blocks(module: nn.Module) -> bool:
+    """Whether it is a sequence with no batch norm or activation of its own to fuse."""
+    return type(module) is nn.Sequential and not any(
+        isinstance(m, _BatchNorm) or activation_of_module(m) for m in module
+    )
 
 
 def own_methods(module: nn.Module) -> str:
@@ -121,6 +147,8 @@ def refusal(bn: nn.Module) -> str:
     """Why a batch norm cannot be replaced, whatever is around it; "" if it can."""
     if type(bn) not in _PLAIN and timm_activation(bn) is None:
         return f"{type(bn).__module__}.{type(bn).__name__} is not a batch norm known here"
+    if "forward" in bn.__dict__:
+        return "its forward was set on the instance"
     if hooked(bn):
         return "it has hooks or parametrizations"
     return ""
@@ -173,6 +201,14 @@ class _Untraceable(Exception):
     pass
 
 
+class _MoreLeaves(Exception):
+    """A trace added to its leaves: those before it are out of date, and it is of no use."""
+
+
+_DRAWS = "the forward draws random numbers, which a graph would keep"
+_VARIANTS = 16
+
+
 class _WatchfulProxy(Proxy):
     """A proxy whose type nobody but torch may ask for: the answer would be baked in."""
 
@@ -208,20 +244,89 @@ def _modes() -> tuple[bool, ...]:
     )
 
 
+def _generators() -> list[Any]:
+    """The states of the global random generators."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [random.getstate(), np.random.get_state(), torch.get_rng_state(), *cuda]
+
+
+def _set_generators(states: list[Any]) -> None:
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+    if states[3:]:
+        torch.cuda.set_rng_state_all(states[3:])
+
+
+def _drawn(before: list[Any]) -> bool:
+    def raw(states: list[Any]) -> list[Any]:
+        numpy = [part.tobytes() if isinstance(part, np.ndarray) else part for part in states[1]]
+        return [states[0], numpy, *(s.numpy().tobytes() for s in states[2:])]
+
+    return raw(_generators()) != raw(before)
+
+
+def _checkpoints() -> bool:
+    """Whether the code that runs is within torch.utils.checkpoint."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not trace.__code__:
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
 class _BlockTracer(Tracer):
-    def __init__(self, holders: set[int]) -> None:
+    """Traces down to modules without a batch norm and to `leaves`.
+
+    `given` are values for placeholders, by name. A block that cannot be traced is added to
+    `leaves`, for a new trace.
+    """
+
+    def __init__(self, holders: set[int], leaves: set[int], given: dict[str, Any]) -> None:
         super().__init__()
         self._holders = holders
+        self._leaves = leaves
+        self._given = given
         self._modes = _modes()
 
+    def create_args_for_root(self, *args: Any, **kwargs: Any) -> Any:
+        function, values = super().create_args_for_root(*args, **kwargs)
+        for i, value in enumerate(values):
+            if isinstance(value, Proxy) and value.node.target in self._given:
+                values[i] = self._given[str(value.node.target)]
+        return function, values
+
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
+        if _checkpoints():
+            raise _Untraceable("the forward checkpoints a part, which a graph would lose")
         if _modes() != self._modes:
             raise _Untraceable("the forward changes the mode of autograd or autocast")
         return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
         is_block = id(m) in self._holders and not isinstance(m, _BatchNorm)
-        return not is_block or hooked(m) or own_methods(m) != ""
+        stays = hooked(m) or own_methods(m) != "" or id(m) in self._leaves
+        return not is_block or stays
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        states, depth = _generators(), len(self.module_stack)
+        try:
+            result = super().call_module(m, forward, args, kwargs)
+            if _drawn(states):
+                raise _Untraceable(_DRAWS)
+            return result
+        except Exception:
+            path = self.path_of_module(m)
+            if self.is_leaf_module(m, path):
+                raise
+            _set_generators(states)
+            while len(self.module_stack) > depth:
+                self.module_stack.popitem()
+            self._leaves.add(id(m))
+            return self.create_proxy("call_module", path, args, kwargs)
 
     def proxy(self, node: Node) -> Proxy:
         return _WatchfulProxy(node, self)
@@ -236,6 +341,87 @@ def _flags(module: nn.Module) -> dict[nn.Module, bool]:
     return {m: m.training for m in module.modules()}
 
 
+def _alternatives(module: nn.Module) -> dict[str, tuple[Any, ...]]:
+    """What arguments of the forward may be that a proxy is not, by placeholder.
+
+    A proxy `is not None`, whatever it stands for; it is neither `True` nor `False`, and as
+    `**kwargs` it is never empty.
+    """
+    found: dict[str, tuple[Any, ...]] = {}
+    signature = inspect.signature(inspect.unwrap(type(module).forward))
+    for i, parameter in enumerate(list(signature.parameters.values())[1:]):
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            found[f"*{parameter.name}"] = ((),)
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            found[f"**{parameter.name}"] = ({},)
+        elif isinstance(parameter.default, bool):
+            found[parameter.name] = (True, False)
+        elif i > 0 or parameter.default is not parameter.empty:
+            found[parameter.name] = (None,)
+    return found
+
+
+def _of_none(error: Exception) -> bool:
+    """Whether a value was None where it must not be, in the module's own code too."""
+    if isinstance(error, AttributeError):
+        return error.obj is None
+    return isinstance(error, TypeError) and "NoneType" in str(error)
+
+
+def _with_values(graph: Graph, given: dict[str, Any]) -> str:
+    """The graph as text, with these values in place of its placeholders."""
+
+    def value(node: Node) -> Any:
+        is_given = node.op == "placeholder" and node.target in given
+        return given[str(node.target)] if is_given else node
+
+    graph = copied(graph)
+    for node in graph.nodes:
+        node.args = map_arg(node.args, value)
+        node.kwargs = map_arg(node.kwargs, value)
+    return str(graph)
+
+
+def _agreed_graph(module: nn.Module, holders: set[int], leaves: set[int]) -> Graph:
+    """The graph, if it holds in both modes and for all arguments."""
+    states, modules, known = _generators(), list(module.modules()), len(leaves)
+
+    def traced(training: bool, given: dict[str, Any]) -> Graph:
+        for m in modules:
+            m.training = training
+        try:
+            with warnings.catch_warnings():  # of torch.utils.checkpoint, about proxies
+                warnings.simplefilter("ignore")
+                graph = _BlockTracer(holders, leaves, given).trace(module)
+            if _drawn(states):
+                raise _Untraceable(_DRAWS)
+            if len(leaves) > known:
+                raise _MoreLeaves
+            return graph
+        finally:
+            _set_generators(states)
+
+    graphs = {mode: traced(mode, {}) for mode in (True, False)}
+    if str(graphs[True]) != str(graphs[False]):
+        raise _Untraceable("its forward differs between training and eval mode")
+    choices = [[(name, v) for v in (..., *vs)] for name, vs in _alternatives(module).items()]
+    if math.prod(map(len, choices)) > _VARIANTS:
+        raise _Untraceable("its forward has too many arguments that may be None")
+    for chosen in itertools.product(*choices):
+        given = {name: value for name, value in chosen if value is not ...}
+        for mode, graph in graphs.items() if given else ():
+            try:
+                other = traced(mode, given)
+            except Exception as error:
+                if _of_none(error):
+                    continue
+                raise
+            if str(other) != _with_values(graph, given):
+                names = " and ".join(name.lstrip("*") for name in given)
+                raise _Untraceable(f"its forward depends on whether {names} is given")
+    return graphs[True]
+
+
 def trace(module: nn.Module, holders: set[int]) -> tuple[Graph | None, str]:
     """(graph, "") of the forward down to the modules not in `holders`, or (None, why not).
 
@@ -244,13 +430,16 @@ def trace(module: nn.Module, holders: set[int]) -> tuple[Graph | None, str]:
     own = "" if isinstance(module, GraphModule) else own_methods(module)
     if own:
         return None, f"its class overrides nn.Module.{own}"
+    if "forward" in module.__dict__:
+        return None, "its forward was set on the instance"
     before = _flags(module)
-    graphs = []
+    leaves: set[int] = set()
     try:
-        for mode in (True, False):
-            for m in before:
-                m.training = mode
-            graphs.append(_BlockTracer(holders).trace(module))
+        while True:
+            with contextlib.suppress(_MoreLeaves):
+                return _agreed_graph(module, holders, leaves), ""
+    except _Untraceable as error:
+        return None, str(error)
     except Exception as error:  # whatever a forward does with a value that is none
         return (
             None,
@@ -259,9 +448,6 @@ def trace(module: nn.Module, holders: set[int]) -> tuple[Graph | None, str]:
     finally:
         for m, mode in before.items():
             m.training = mode
-    if str(graphs[0]) != str(graphs[1]):
-        return None, "its forward differs between training and eval mode"
-    return graphs[0], ""
 
 
 def _refuse_call(module: nn.Module, args: Any) -> None:
@@ -482,15 +668,21 @@ def replace(graph: Graph, found: Match, target: str) -> None:
             graph.erase_node(node)
 
 
+def add_if_given(value: Tensor, residual: Tensor | None) -> Tensor:
+    return value if residual is None else value + residual
+
+
 def expand(graph: Graph, node: Node, module: _BatchNormAct) -> None:
     """A call of a fused module as batch norm, add and activation."""
-    arguments = [*node.args, *node.kwargs.values()]
+    arguments = dict(zip(("input", "residual"), node.args, strict=False)) | node.kwargs
+    residual = arguments.get("residual")
     with graph.inserting_after(node):
-        value = graph.call_module(str(node.target), (arguments[0],))
-    last = value
-    if len(arguments) > 1 and arguments[1] is not None:
+        last = graph.call_module(str(node.target), (arguments["input"],))
+    if residual is not None:
+        optional = isinstance(residual, Node) and residual.op == "placeholder"
         with graph.inserting_after(last):
-            last = graph.call_function(operator.add, (last, arguments[1]))
+            function = add_if_given if optional else operator.add
+            last = graph.call_function(function, (last, residual))
     if module.activation is not None:
         with graph.inserting_after(last):
             function, kwargs = plain_activation(module)

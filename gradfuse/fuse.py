@@ -60,6 +60,13 @@ def _check_model(op: str, model: nn.Module) -> None:
                 f"{op}: expected a model not yet wrapped, compiled or scripted, got "
                 f"{type(module).__name__}{' at ' + path if path else ''}; {op} it before"
             )
+        forward = module.__dict__.get("forward")
+        if forward is not None and getattr(forward, "__self__", None) is not module:
+            raise ValueError(
+                f"{op}: expected forwards of their classes, or methods bound to their module, got "
+                f"{type(forward).__name__} at {path + '.' if path else ''}forward, which may hold "
+                f"on to the given model; set it after {op}"
+            )
 
 
 def _fused_class(bn: nn.Module) -> type[_BatchNormAct]:
@@ -92,21 +99,24 @@ class _Fuser:
     def refuse(self, path: str, reason: str) -> None:
         self.sites[path] = Site(path, "bn", False, reason)
 
-    def visit(self, module: nn.Module, path: str) -> nn.Module:
-        """What takes the module's place."""
+    def visit(self, module: nn.Module, path: str, why: str = "") -> nn.Module:
+        """What takes the module's place; `why` its caller was not traced."""
         if isinstance(module, _BatchNorm):
-            return self.swap(module, path)
+            return self.swap(module, path, why)
         if id(module) not in self.holders:
             return module
         # A module at two paths is two calls of one batch norm: its parts stay as they are.
         graph = None
-        if self.count[id(module)] == 1:
-            graph, _ = _graphs.trace(module, self.holders)
+        if self.count[id(module)] > 1:
+            why = "they are shared by several paths"
+        elif not (why and _graphs.is_chain_of_blocks(module)):  # which its caller may iterate
+            graph, reason = _graphs.trace(module, self.holders)
+            why = why if _graphs.is_container(module) else reason
         if graph is not None:
             return self.rewrite(module, graph, path)
         for name, child in module._modules.items():
             if child is not None:
-                module._modules[name] = self.visit(child, f"{path}.{name}" if path else name)
+                module._modules[name] = self.visit(child, f"{path}.{name}" if path else name, why)
         return module
 
     def reason_against(self, bn: nn.Module) -> str:
@@ -116,7 +126,7 @@ class _Fuser:
             return "it is shared by several paths"
         return _graphs.refusal(bn)
 
-    def swap(self, bn: nn.Module, path: str) -> nn.Module:
+    def swap(self, bn: nn.Module, path: str, why: str) -> nn.Module:
         """A batch norm whose surroundings are not known: by itself."""
         reason = self.reason_against(bn)
         if reason:
@@ -127,7 +137,8 @@ class _Fuser:
         name = own[0] if own and own[0] else None
         slope = own[1] if own else 0.01
         pattern = f"bn+{name}" if name else "bn"
-        self.sites[path] = Site(path, pattern, True, "its surroundings could not be traced")
+        reason = "its surroundings could not be traced" + (f": {why}" if why else "")
+        self.sites[path] = Site(path, pattern, True, reason)
         return _fused_class(bn).from_batch_norm(bn, name, slope)
 
     def rewrite(self, module: nn.Module, graph: Graph, path: str) -> nn.Module:
@@ -147,8 +158,11 @@ class _Fuser:
             reason = self.reason_against(bn)
             if not reason and times[target] > 1:
                 reason = "it is called more than once"
-            if not reason and (len(node.args) != 1 or node.kwargs):
+            arguments = [*node.args, *node.kwargs.values()]
+            if not reason and len(arguments) != 1:
                 reason = "it is called with more than an input"
+            if not reason:
+                node.args, node.kwargs = tuple(arguments), {}
             found = None if reason else _graphs.match(node, module)
             if found and len(node.users) > 1 and not found.activation:
                 reason = found.reason
@@ -202,8 +216,11 @@ def fuse(model: nn.Module) -> nn.Module:
     parts with a fused add or activation raise RuntimeError where they are called by themselves.
 
     Left alone, each with its reason in the report: a batch norm that is shared or called twice, one
-    whose output is used twice, with hooks or parametrizations, of an unknown subclass
-    (SyncBatchNorm, quantised ones); an add that writes to another tensor or is scaled.
+    whose output is used twice, with hooks, parametrizations or a forward of its own, of an unknown
+    subclass (SyncBatchNorm, quantised ones); an add that writes to another tensor or is scaled. A
+    forward is not traced if it asks for values, draws random numbers, checkpoints a part, changes
+    the mode of autograd or autocast, differs in eval mode or without an optional argument, or was
+    set on the instance: its children are fused each by itself.
 
     Args:
         model: an nn.Module, in training or eval mode, before DistributedDataParallel or
@@ -214,7 +231,8 @@ def fuse(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: model is no nn.Module.
-        ValueError: model is wrapped, compiled or scripted.
+        ValueError: model is wrapped, compiled or scripted, or has a forward set on an instance that
+            is no method bound to it.
     """
     _check_model("fuse", model)
     fuser = _Fuser(_graphs.clone(model, {}), _BatchNorm)
@@ -233,8 +251,8 @@ def unfuse(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: model is no nn.Module.
-        ValueError: model is wrapped, compiled or scripted; or a fused module with an activation is
-            called by a forward that torch.fx cannot trace.
+        ValueError: as of `fuse`; or a fused module with an activation is called by a forward that
+            torch.fx cannot trace.
     """
     _check_model("unfuse", model)
     root = _graphs.clone(model, {})
@@ -252,7 +270,11 @@ def _unfuse_module(module: nn.Module, path: str, holders: set[int]) -> nn.Module
         return module.to_batch_norm()
     if id(module) not in holders:
         return module
-    graph = module.graph if isinstance(module, GraphModule) else _graphs.trace(module, holders)[0]
+    graph = None
+    if isinstance(module, GraphModule):
+        graph = module.graph
+    elif not _graphs.is_chain_of_blocks(module):
+        graph, _ = _graphs.trace(module, holders)
     if graph is None:
         for name, child in module._modules.items():
             if child is not None:
