@@ -36,7 +36,8 @@ class _BatchNormAct(_BatchNorm):
             "sigmoid" or "tanh".
         negative_slope: of "leaky_relu".
 
-    During a checkpoint's recomputation the running statistics and num_batches_tracked stay.
+    During a checkpoint's recomputation the running statistics and num_batches_tracked stay, unless
+    the module is compiled and the checkpoint around it is not.
     nn.SyncBatchNorm.convert_sync_batchnorm raises TypeError on these modules: it would drop the
     activation and the residual. gradfuse.unfuse the model first.
 

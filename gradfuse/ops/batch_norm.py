@@ -32,7 +32,8 @@ def check_activation(op: str, activation: str | None) -> int:
 def recomputing() -> bool:
     """Whether a backward pass is running: a forward call is then a checkpoint's recomputation.
 
-    Not known while torch.compile traces, whose own checkpointing does not run a mutation twice.
+    Not known while torch.compile traces. Its own checkpointing does not run a mutation twice; a
+    compiled module inside an eager checkpoint counts its batch twice, as torch's modules do.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
@@ -71,7 +72,8 @@ def batch_norm_act(
     The batch's mean and variance are those of float64 sums of the differences from an element, so
     that a mean far from zero costs no digits. Elements are computed in float32 (float64 if input
     is) and rounded once. During a checkpoint's recomputation, that is inside a backward pass, the
-    running statistics are left alone: the first forward has counted the batch.
+    running statistics are left alone: the first forward has counted the batch. Not so in a compiled
+    function that an eager checkpoint calls.
 
     Args:
         input: [N, C, ...] Tensor of two or more dimensions; float16, bfloat16, float32 or float64.
@@ -80,7 +82,10 @@ def batch_norm_act(
         running_var: the same; the unbiased variance.
         weight: [C] Tensor or None for ones.
         bias: [C] Tensor or None for zeros.
-        residual: Tensor that broadcasts to input's shape, of any layout; may be input itself.
+        residual: Tensor of any strides and real dtype whose shape broadcasts with input's; may be
+            input itself. The dtype of input + residual is that of the whole call: an input that is
+            narrower is widened first, and the sum is of unrounded elements; gradients come back in
+            each one's own dtype.
         activation: None, "relu", "relu6", "leaky_relu", "silu", "gelu", "gelu_tanh", "hardswish",
             "sigmoid" or "tanh".
         training: normalise with the batch's statistics and update the running ones, if given; else
@@ -93,13 +98,15 @@ def batch_norm_act(
             or "output", which costs no memory where the output is kept anyway.
 
     Returns:
-        Tensor of input's shape, dtype and memory format. (A residual of a wider dtype or a larger
-        shape widens it, by way of torch's own ops.)
+        Tensor of input's shape and memory format, of input's dtype or the wider one of
+        input + residual. A residual of a larger shape enlarges it: the add and the activation are
+        then torch's own ops.
 
     Raises:
-        ValueError: a shape, activation, save or eps is wrong; running statistics are missing; there
-            is one value per channel when training.
-        TypeError: an argument is no tensor, sparse, of another dtype or on another device.
+        ValueError: a shape, activation, save or eps is wrong; residual does not broadcast with
+            input; running statistics are missing; there is one value per channel when training.
+        TypeError: an argument is no tensor, sparse, of another dtype or on another device; residual
+            is complex, sparse or on another device, unless it is a number without dimensions.
         RuntimeError: running statistics are expanded, or a tensor's storage was freed.
 
     Source: Ioffe, Szegedy 2015, "Batch Normalization", algorithms 1 and 2; He, Zhang, Ren, Sun
