@@ -144,14 +144,54 @@ def test_a_huge_constant_channel_and_a_small_eps(backend, device):
         assert all(t.isfinite().all() for t in run_ours(case).values())
 
 
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
     ("shape", "channels_last"),
-    [((8, 4, 60, 60), False), ((8, 4, 60, 60), True), ((30000, 4), False)],
+    [
+        ((4, 5, 6, 6), False),
+        ((4, 5, 6, 6), True),
+        ((70, 5), False),
+        ((2, 2, 80, 80), False),
+        ((2, 2, 80, 80), True),
+    ],
 )
-def test_an_outlier_where_the_sums_begin(native, shape, channels_last):
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [(torch.float32, 3e38), (torch.bfloat16, 3e38), (torch.float64, 1e200)],
+    ids=["float32", "bfloat16", "float64"],
+)
+def test_differences_or_squares_that_overflow(
+    backend, device, dtype, value, shape, channels_last, training
+):
+    """Elements at both ends of the range. In float64 the variance is infinite, as in torch."""
+    case = Case(shape, channels_last, dtype, device, activation="silu", training=training)
+    large = torch.full_like(case.x, value)
+    case.x = torch.where(case.x > 1.0, large, -large)
+    if not training:
+        case.mean = case.mean.double() * 0.0 + case.x.double().max()
+        case.var = case.mean.square()
+    case.mean, case.var = case.mean.double(), case.var.double()
+    truth, ours = run_torch(case, torch.float64), run_ours(case)
+    tolerance = max(4.0 * torch.finfo(dtype).eps, 1e-12)
+    for name, t in truth.items():
+        assert t.isfinite().all() or name == "var"
+        size = {"var": 0.0, "mean": value}.get(name, t.abs().max().item())
+        torch.testing.assert_close(ours[name].double(), t, rtol=tolerance, atol=tolerance * size)
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels_last"),
+    [
+        ((8, 4, 60, 60), False),
+        ((8, 4, 60, 60), True),
+        ((30000, 4), False),
+        ((8, 4, 9, 9), False),
+    ],
+)
+def test_an_outlier_where_the_sums_begin(backend, device, shape, channels_last):
     """The sums are of differences from a channel's first element: far from all others, the squares
     cancel."""
-    case = Case(shape, channels_last, residual=False, activation=None)
+    case = Case(shape, channels_last, device=device, residual=False, activation=None)
     case.x = case.x * 0.0 + 1.0 / 3.0
     case.x[(0, slice(None), *[0] * (len(shape) - 2))] = 1e4
     ours, truth = run_ours(case), run_torch(case, torch.float64)
@@ -271,7 +311,14 @@ def test_residuals_that_broadcast_or_are_the_input(backend, device):
 def test_residuals_of_other_dtypes_promote_as_an_add_does(backend, device):
     x = random(4, 6, 5, dtype=torch.bfloat16, device=device)
     r = random(4, 6, 5, device=device)
-    assert gradfuse.batch_norm_act(x, None, None, residual=r, training=True).dtype == torch.float32
+    wide = x.float().requires_grad_()
+    leaf = x.clone().requires_grad_()
+    y = gradfuse.batch_norm_act(leaf, None, None, residual=r, training=True)
+    z = F.relu(F.batch_norm(wide, None, None, None, None, True) + r)
+    torch.testing.assert_close(y, z)  # float32, and rounded nowhere in between
+    y.square().sum().backward()
+    z.square().sum().backward()
+    torch.testing.assert_close(leaf.grad, wide.grad.bfloat16())
     y = gradfuse.batch_norm_act(r, None, None, residual=x, training=True)
     z = F.relu(F.batch_norm(r, None, None, None, None, True) + x)
     torch.testing.assert_close(y, z)

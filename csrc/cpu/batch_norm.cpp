@@ -251,7 +251,7 @@ void backward(const BatchNormBackward& call) {
       p[kMean * stride + i] = n.mean;
       p[kScale * stride + i] = n.scale;
       p[kShift * stride + i] = n.shift;
-      p[kInvstd * stride + i] = static_cast<F>(invstds[c]);
+      p[kInvstd * stride + i] = scale_of_shrunk<F>(invstds[c]);
     }
   };
   const auto finish = [&](int64_t channel, int64_t end, F* p, const double* sums, int64_t stride) {

@@ -268,10 +268,17 @@ struct NoState {
   void fold() {}
 };
 
+// (x - mean) * kShrink; the coefficient is the mean times that.
+template <class T>
+inline VecFor<T> difference(VecFor<T> x, const Coefficients<T>& c) {
+  return x * static_cast<ScalarFor<T>>(kShrink) - c.v[kMean];
+}
+
 template <class T, class Count>
 inline VecFor<T> normalised(const Coefficients<T>& c, const T* x, const T* residual,
                             const Piece<T, Count>& piece) {
-  VecFor<T> z = (load_lanes(x + piece.at, piece.count) - c.v[kMean]) * c.v[kScale] + c.v[kShift];
+  const VecFor<T> d = difference<T>(load_lanes(x + piece.at, piece.count), c);
+  VecFor<T> z = d * c.v[kScale] + c.v[kShift];
   if (residual) z += load_lanes(residual + piece.at, piece.count);
   return z;
 }
@@ -365,7 +372,7 @@ inline void backward_sums_of(const BatchNormBackward& given, const Span& span,
         const VecFor<T> g =
             only_lanes(gradient_before<T, kActivation>(call, piece, c), piece.count);
         VecFor<T> h = VecFor<T>{};
-        if (x) h = (load_lanes(x + piece.at, piece.count) - c.v[kMean]) * c.v[kInvstd];
+        if (x) h = difference<T>(load_lanes(x + piece.at, piece.count), c) * c.v[kInvstd];
         s.add(g, g, only_lanes(h, piece.count));
       });
 }
@@ -400,8 +407,8 @@ inline void backward_apply_of(const BatchNormBackward& given, const Span& span,
         if (!grad_input) return;
         VecFor<T> d = g * c.v[kDirect];
         if (x) {
-          const VecFor<T> h = (load_lanes(x + piece.at, piece.count) - c.v[kMean]) * c.v[kInvstd];
-          d += h * c.v[kSlope] + c.v[kOffset];
+          const VecFor<T> e = difference<T>(load_lanes(x + piece.at, piece.count), c);
+          d += (e * c.v[kInvstd]) * c.v[kSlope] + c.v[kOffset];
         }
         store_lanes(grad_input + piece.at, d, piece.count);
       },

@@ -54,7 +54,8 @@ enum BackwardCoefficient {
 };
 
 struct BatchNormKernels {
-  // Adds the sums of x - kMean and its square to sums[0] and sums[1]. Reads the span once. A few
+  // Adds the sums of x - kMean, which is not shrunk here, and of its square to sums[0] and sums[1].
+  // Reads the span once. A few
   // float32 terms are added up in float32 before they are widened; if `wide`, none, so that no
   // finite term is lost.
   void (*forward_sums)(const BatchNormForward& call, const Span& span, const void* coefficients,

@@ -104,6 +104,24 @@ __device__ void store_group(T* p, int count, const Wide<T> (&x)[kGroup]) {
     if (e < count) p[e] = Element<T>::narrow(x[e]);
 }
 
+// Per-channel vectors [][channels] as a group takes them: its channel's for all eight elements, or,
+// where channels are contiguous, each element's own.
+template <class W>
+struct Coefficients {
+  const W* of_first;  // of the group's first channel, in the first vector
+  int64_t channels;
+  int count;
+  bool by_row;
+
+  __device__ void operator()(int k, W (&v)[kGroup]) const {
+    const W* p = of_first + k * channels;
+    if (by_row) return load_group(p, count, v);
+    const W one = *p;
+#pragma unroll
+    for (int e = 0; e < kGroup; ++e) v[e] = one;
+  }
+};
+
 // Element i of a vector of channels.
 __device__ inline double read_channel(ChannelRef v, int64_t i, double otherwise) {
   double value = otherwise;
@@ -152,6 +170,22 @@ struct TwoSums {
     }
   }
 };
+
+// Whether float32 differences from a channel's first element are no good: one overflowed, or their
+// squares are to cancel, for that element lies more than 8 deviations from the mean.
+__device__ inline bool left_range(const TwoSums& s, double elements) {
+  return !isfinite(s.first) || !isfinite(s.second) ||
+         65.0 * s.first * s.first > 64.0 * s.second * elements;
+}
+template <class W>
+constexpr bool kLeavesRange = sizeof(W) == 4;
+
+// (x - mean) * kShrink, from the mean times that.
+template <class W>
+__device__ W difference(W x, W shrunk_mean) {
+  return x * static_cast<W>(kShrink) - shrunk_mean;
+}
+
 struct AddTwoSums {
   __device__ TwoSums operator()(const TwoSums& a, const TwoSums& b) const {
     TwoSums s;
@@ -211,13 +245,25 @@ __device__ inline Place place_of(const Runs& runs, int64_t row, int64_t group) {
   return {row * runs.length + group * kGroup, row * runs.groups + group,
           left < kGroup ? static_cast<int>(left) : kGroup};
 }
+template <class W>
+__device__ Coefficients<W> coefficients_of_group(const Runs& runs, int64_t row, int64_t group,
+                                                 int count, const W* coefficients) {
+  const int64_t first = runs.by_row ? group * kGroup : row % runs.channels;
+  return {coefficients + first, runs.channels, count, runs.by_row};
+}
 __device__ inline Place place_in_channel(const Runs& runs, int64_t channel, int64_t q) {
   return place_of(runs, q / runs.groups * runs.channels + channel, q % runs.groups);
 }
 
-// Calls per_channel_group(place, TwoSums&) for a block's share of a channel's chunk, and leaves its
-// sums in the slots. Grid: (channels, chunks), channels fastest.
-template <class Terms>
+// Elements of a channel before its group q.
+__device__ inline int64_t elements_before(const Runs& runs, int64_t q) {
+  return q / runs.groups * runs.length + q % runs.groups * kGroup;
+}
+
+// Calls terms(place, channel, TwoSums&, wide) for a block's share of a channel's chunk, and leaves
+// its sums in the slots. wide is false_type; if kAgain and the sums left their range, all is summed
+// again with true_type. Grid: (channels, chunks), channels fastest.
+template <bool kAgain, class Terms>
 __device__ void sum_channel_chunk(const BatchNormShape& shape, double* slots, Terms terms) {
   const Runs runs(shape);
   const Chunks chunks(shape);
@@ -225,10 +271,18 @@ __device__ void sum_channel_chunk(const BatchNormShape& shape, double* slots, Te
   const int64_t all = runs.rows / runs.channels * runs.groups;
   const int64_t first = chunk * chunks.size;
   const int64_t end = first + chunks.size < all ? first + chunks.size : all;
-  TwoSums mine;
-  for (int64_t q = first + threadIdx.x; q < end; q += kThreads)
-    terms(place_in_channel(runs, channel, q), channel, mine);
-  const TwoSums sum = block_sum(mine);
+  const auto chunk_sum = [&](auto wide) {
+    TwoSums mine;
+    for (int64_t q = first + threadIdx.x; q < end; q += kThreads)
+      terms(place_in_channel(runs, channel, q), channel, mine, wide);
+    return block_sum(mine);
+  };
+  TwoSums sum = chunk_sum(std::false_type());
+  if constexpr (kAgain) {
+    const int64_t elements = elements_before(runs, end) - elements_before(runs, first);
+    const bool again = threadIdx.x == 0 && left_range(sum, static_cast<double>(elements));
+    if (__syncthreads_or(again)) sum = chunk_sum(std::true_type());
+  }
   if (threadIdx.x == 0) {
     slots[chunk * 2 * runs.channels + channel] = sum.first;
     slots[(chunk * 2 + 1) * runs.channels + channel] = sum.second;
@@ -241,9 +295,10 @@ __device__ inline int64_t group_of_thread(const Runs& runs) {
   return blockIdx.x % tiles * kTileGroups + threadIdx.x % kTileGroups;
 }
 
-// The same where channels are contiguous: terms(place, first channel, values) gives the eight terms
-// and products of a group, which are added by column. Grid: (column tiles, chunks), tiles fastest.
-template <class W, class Terms>
+// The same where channels are contiguous: terms(place, x, y, z) gives the eight terms x and
+// products y * z of a group, as W or, if again, as double, which are added by column. Grid: (column
+// tiles, chunks), tiles fastest.
+template <class W, bool kAgain, class Terms>
 __device__ void sum_row_chunk(const BatchNormShape& shape, double* slots, Terms terms) {
   const Runs runs(shape);
   const Chunks chunks(shape);
@@ -253,32 +308,44 @@ __device__ void sum_row_chunk(const BatchNormShape& shape, double* slots, Terms 
   const int64_t group = group_of_thread(runs);
   const int64_t first = chunk * chunks.size;
   const int64_t end = first + chunks.size < runs.rows ? first + chunks.size : runs.rows;
-  double a[kGroup] = {}, b[kGroup] = {};
-  if (group < runs.groups) {
-    for (int64_t row = first + line; row < end; row += kTileRows) {
-      W x[kGroup], y[kGroup], z[kGroup];
-      terms(place_of(runs, row, group), group * kGroup, x, y, z);
-#pragma unroll
-      for (int e = 0; e < kGroup; ++e) {
-        a[e] += x[e];
-        b[e] += static_cast<double>(y[e]) * z[e];
-      }
-    }
-  }
   // The block's lines are added one after another: 16 KiB hold a sum of each column at a time.
   __shared__ double shared[kTileRows][kTileGroups * kGroup];
-  for (int k = 0; k < 2; ++k) {
-    __syncthreads();
+  const auto column_sums = [&](auto type) {
+    using V = decltype(type);
+    double a[kGroup] = {}, b[kGroup] = {};
+    if (group < runs.groups) {
+      for (int64_t row = first + line; row < end; row += kTileRows) {
+        V x[kGroup], y[kGroup], z[kGroup];
+        terms(place_of(runs, row, group), x, y, z);
 #pragma unroll
-    for (int e = 0; e < kGroup; ++e) shared[line][e * kTileGroups + lane] = k ? b[e] : a[e];
-    __syncthreads();
-    // Thread t adds up column (e, lane) = (t / 32, t % 32), as they lie in the shared memory.
-    double sum = 0.0;
+        for (int e = 0; e < kGroup; ++e) {
+          a[e] += x[e];
+          b[e] += static_cast<double>(y[e]) * z[e];
+        }
+      }
+    }
+    TwoSums sums;
 #pragma unroll
-    for (int l = 0; l < kTileRows; ++l) sum += shared[l][threadIdx.x];
-    const int64_t column = group * kGroup + line;
-    if (column < runs.channels) slots[(chunk * 2 + k) * runs.channels + column] = sum;
-  }
+    for (int k = 0; k < 2; ++k) {
+      __syncthreads();
+#pragma unroll
+      for (int e = 0; e < kGroup; ++e) shared[line][e * kTileGroups + lane] = k ? b[e] : a[e];
+      __syncthreads();
+      // Thread t adds up column (e, lane) = (t / 32, t % 32), as they lie in the shared memory.
+      double& sum = k ? sums.second : sums.first;
+#pragma unroll
+      for (int l = 0; l < kTileRows; ++l) sum += shared[l][threadIdx.x];
+    }
+    return sums;
+  };
+  TwoSums sums = column_sums(W());
+  if constexpr (kAgain)
+    if (__syncthreads_or(left_range(sums, static_cast<double>(end - first))))
+      sums = column_sums(double());
+  const int64_t column = group * kGroup + line;
+  if (column >= runs.channels) return;
+  slots[chunk * 2 * runs.channels + column] = sums.first;
+  slots[(chunk * 2 + 1) * runs.channels + column] = sums.second;
 }
 
 // The chunks' sums of a channel, added in order.

@@ -23,8 +23,13 @@ __device__ Normalisation<W> normalisation_of(const BatchNormBackward& call, int6
                           read_channel(call.weight, c, 1.0), read_channel(call.bias, c, 0.0));
 }
 template <class W>
+struct Group {
+  W at[kGroup];
+};
+
+template <class W>
 __device__ W invstd_of(const BatchNormBackward& call, int64_t c) {
-  return static_cast<W>(call.stats[call.shape.channels + c]);
+  return scale_of_shrunk<W>(call.stats[call.shape.channels + c]);
 }
 
 // Writes a channel's parameter gradients, returns the coefficients of its input's.
@@ -41,7 +46,30 @@ __device__ InputGradient<W> finish_channel(const BatchNormBackward& call, int64_
   return g;
 }
 
-// g of a group; `normalised(e)` is its element e before the residual.
+// Gives the normalised elements of a group x, before the residual, one by one: of one channel, or
+// from the coefficients, which need more registers and are loaded at the call.
+template <class W>
+__device__ auto normalised(const Normalisation<W>& n, const W (&x)[kGroup]) {
+  return [&] { return [&](int e) { return difference(x[e], n.mean) * n.scale + n.shift; }; };
+}
+template <class W>
+__device__ auto normalised(const Coefficients<W>& coefficients, const W (&x)[kGroup]) {
+  return [&] {
+    Group<W> z, v;
+    coefficients(0, v.at);
+#pragma unroll
+    for (int e = 0; e < kGroup; ++e) z.at[e] = difference(x[e], v.at[e]);
+    coefficients(1, v.at);
+#pragma unroll
+    for (int e = 0; e < kGroup; ++e) z.at[e] *= v.at[e];
+    coefficients(2, v.at);
+#pragma unroll
+    for (int e = 0; e < kGroup; ++e) z.at[e] += v.at[e];
+    return [z](int e) { return z.at[e]; };
+  };
+}
+
+// g of a group.
 template <class T, class Normalised>
 __device__ void gradient_before(const BatchNormBackward& call, const Place& place,
                                 Wide<T> (&g)[kGroup], Normalised normalised) {
@@ -52,11 +80,12 @@ __device__ void gradient_before(const BatchNormBackward& call, const Place& plac
     if constexpr (kActivation == Activation::None) {
       return;
     } else if constexpr (needs_input(kActivation)) {
+      const auto z = normalised();
       W r[kGroup] = {};
       if (call.residual)
         load_group(static_cast<const T*>(call.residual) + place.at, place.count, r);
 #pragma unroll
-      for (int e = 0; e < kGroup; ++e) g[e] *= derivative_at<kActivation, W>(normalised(e) + r[e]);
+      for (int e = 0; e < kGroup; ++e) g[e] *= derivative_at<kActivation, W>(z(e) + r[e]);
     } else {
       const W slope =
           kActivation == Activation::LeakyRelu ? static_cast<W>(call.negative_slope) : W(0);
@@ -88,15 +117,16 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t c = blockIdx.x % call.shape.channels;
   const Normalisation<W> n = normalisation_of<W>(call, c);
   const W invstd = invstd_of<W>(call, c);
-  sum_channel_chunk(call.shape, slots, [&](const Place& place, int64_t, TwoSums& sums) {
+  const auto terms = [&](const Place& place, int64_t, TwoSums& sums, auto) {
     W x[kGroup] = {}, g[kGroup];
     if (call.input) load_group(static_cast<const T*>(call.input) + place.at, place.count, x);
-    gradient_before<T>(call, place, g, [&](int e) { return (x[e] - n.mean) * n.scale + n.shift; });
+    gradient_before<T>(call, place, g, normalised(n, x));
 #pragma unroll
     for (int e = 0; e < kGroup; ++e)
-      x[e] = call.input && e < place.count ? (x[e] - n.mean) * invstd : W(0);
+      x[e] = call.input && e < place.count ? difference(x[e], n.mean) * invstd : W(0);
     sums.add(g, g, x);
-  });
+  };
+  sum_channel_chunk<false>(call.shape, slots, terms);
 }
 
 template <class T>
@@ -104,22 +134,27 @@ __global__ void __launch_bounds__(kThreads)
     batch_norm_grad_row_sums(const __grid_constant__ BatchNormBackward call, double* slots,
                              const Wide<T>* coefficients) {
   using W = Wide<T>;
-  const int64_t channels = call.shape.channels;
-  sum_row_chunk<W>(
-      call.shape, slots,
-      [&](const Place& place, int64_t channel, W(&x)[kGroup], W(&y)[kGroup], W(&z)[kGroup]) {
-        W in[kGroup] = {};
-        if (call.input) load_group(static_cast<const T*>(call.input) + place.at, place.count, in);
-        const W* p = coefficients + channel;
-        const auto at = [&](int k, int e) { return e < place.count ? p[k * channels + e] : W(0); };
-        gradient_before<T>(call, place, x,
-                           [&](int e) { return (in[e] - at(0, e)) * at(1, e) + at(2, e); });
+  const Runs runs(call.shape);
+  const int64_t group = group_of_thread(runs);
+  W mean[kGroup] = {}, invstd[kGroup] = {};
+  Coefficients<W> of_group = {};
+  if (group < runs.groups) {
+    const int count = place_of(runs, 0, group).count;
+    of_group = coefficients_of_group(runs, 0, group, count, coefficients);
+    of_group(0, mean);
+    of_group(3, invstd);
+  }
+  const auto terms = [&](const Place& place, W(&x)[kGroup], W(&y)[kGroup], W(&z)[kGroup]) {
+    W in[kGroup] = {};
+    if (call.input) load_group(static_cast<const T*>(call.input) + place.at, place.count, in);
+    gradient_before<T>(call, place, x, normalised(of_group, in));
 #pragma unroll
-        for (int e = 0; e < kGroup; ++e) {
-          y[e] = x[e];
-          z[e] = call.input ? (in[e] - at(0, e)) * at(3, e) : W(0);
-        }
-      });
+    for (int e = 0; e < kGroup; ++e) {
+      y[e] = x[e];
+      z[e] = call.input ? difference(in[e], mean[e]) * invstd[e] : W(0);
+    }
+  };
+  sum_row_chunk<W, false>(call.shape, slots, terms);
 }
 
 // What the sums need of each channel.
@@ -152,22 +187,30 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Writes the gradients of a group; x holds its input, unless none is needed.
-template <class T, class Coefficient>
+template <class T, class OfGroup>
 __device__ void write_gradients(const BatchNormBackward& call, const Place& place,
-                                const Wide<T> (&x)[kGroup], Wide<T> (&g)[kGroup],
-                                Coefficient coefficient) {
+                                const Wide<T> (&x)[kGroup], const OfGroup& coefficients,
+                                Wide<T> (&g)[kGroup]) {
   using W = Wide<T>;
   if (call.grad_residual)
     store_group(static_cast<T*>(call.grad_residual) + place.at, place.count, g);
   if (!call.grad_input) return;
+  W v[kGroup];
+  coefficients(4, v);
 #pragma unroll
-  for (int e = 0; e < kGroup; ++e) {
-    W d = coefficient(4, e) * g[e];
-    if (call.training) {
-      const W h = (x[e] - coefficient(0, e)) * coefficient(3, e);
-      d += h * coefficient(5, e) + coefficient(6, e);
-    }
-    g[e] = d;
+  for (int e = 0; e < kGroup; ++e) g[e] *= v[e];
+  if (call.training) {
+    W h[kGroup], slope[kGroup];
+    coefficients(0, v);
+#pragma unroll
+    for (int e = 0; e < kGroup; ++e) h[e] = difference(x[e], v[e]);
+    coefficients(3, v);
+#pragma unroll
+    for (int e = 0; e < kGroup; ++e) h[e] *= v[e];
+    coefficients(5, slope);
+    coefficients(6, v);
+#pragma unroll
+    for (int e = 0; e < kGroup; ++e) g[e] += h[e] * slope[e] + v[e];
   }
   store_group(static_cast<T*>(call.grad_input) + place.at, place.count, g);
 }
@@ -180,20 +223,14 @@ __global__ void __launch_bounds__(kThreads)
   const Runs runs(call.shape);
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= runs.rows * runs.groups) return;
-  const int64_t row = i / runs.groups;
-  const Place place = place_of(runs, row, i % runs.groups);
-  const auto coefficient = [&](int k, int e) {
-    const int64_t c =
-        runs.by_row ? i % runs.groups * kGroup + (e < place.count ? e : 0) : row % runs.channels;
-    return coefficients[k * runs.channels + c];
-  };
+  const int64_t row = i / runs.groups, group = i % runs.groups;
+  const Place place = place_of(runs, row, group);
+  const auto of_group = coefficients_of_group(runs, row, group, place.count, coefficients);
   W x[kGroup] = {}, g[kGroup];
   if (needs_input(call.activation) || (call.training && call.grad_input))
     load_group(static_cast<const T*>(call.input) + place.at, place.count, x);
-  gradient_before<T>(call, place, g, [&](int e) {
-    return (x[e] - coefficient(0, e)) * coefficient(1, e) + coefficient(2, e);
-  });
-  write_gradients<T>(call, place, x, g, coefficient);
+  gradient_before<T>(call, place, g, normalised(of_group, x));
+  write_gradients<T>(call, place, x, of_group, g);
 }
 
 // All of a channel in one block: input and g stay in registers between the sums and the sweep.
@@ -217,13 +254,12 @@ __global__ void __launch_bounds__(kThreads)
     if (q >= all) continue;
     const Place place = place_in_channel(runs, channel, q);
     if (call.input) load_group(static_cast<const T*>(call.input) + place.at, place.count, x[k]);
-    gradient_before<T>(call, place, g[k],
-                       [&](int e) { return (x[k][e] - n.mean) * n.scale + n.shift; });
+    gradient_before<T>(call, place, g[k], normalised(n, x[k]));
     if (!has_sums) continue;
     W h[kGroup];
 #pragma unroll
     for (int e = 0; e < kGroup; ++e)
-      h[e] = call.input && e < place.count ? (x[k][e] - n.mean) * invstd : W(0);
+      h[e] = call.input && e < place.count ? difference(x[k][e], n.mean) * invstd : W(0);
     mine.add(g[k], g[k], h);
   }
   const TwoSums sums = block_sum(mine);
@@ -231,14 +267,20 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) shared = finish_channel<W>(call, channel, sums);
   __syncthreads();
   const InputGradient<W> d = shared;
-  const auto coefficient = [&](int k, int) {
-    return k == 0 ? d.mean : k == 3 ? d.invstd : k == 4 ? d.direct : k == 5 ? d.slope : d.shift;
+  const auto coefficients = [&](int k, W(&v)[kGroup]) {
+    const W one = k == 0   ? d.mean
+                  : k == 3 ? d.invstd
+                  : k == 4 ? d.direct
+                  : k == 5 ? d.slope
+                           : d.shift;
+#pragma unroll
+    for (int e = 0; e < kGroup; ++e) v[e] = one;
   };
 #pragma unroll
   for (int k = 0; k < kHeld; ++k) {
     const int64_t q = threadIdx.x + k * kThreads;
     if (q >= all) continue;
-    write_gradients<T>(call, place_in_channel(runs, channel, q), x[k], g[k], coefficient);
+    write_gradients<T>(call, place_in_channel(runs, channel, q), x[k], coefficients, g[k]);
   }
 }
 

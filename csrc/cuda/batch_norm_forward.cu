@@ -40,6 +40,24 @@ __device__ Normalisation<W> finish_channel(const BatchNormForward& call, int64_t
                           read_channel(call.bias, c, 0.0));
 }
 
+// Adds x - shift and its square, of the first count of a group; in float64 if kWide.
+template <bool kWide, class W>
+__device__ void add_differences(const W (&x)[kGroup], int count, W shift, TwoSums& sums) {
+  if constexpr (kWide) {
+#pragma unroll
+    for (int e = 0; e < kGroup; ++e) {
+      const double d = e < count ? static_cast<double>(x[e]) - shift : 0.0;
+      sums.first += d;
+      sums.second += d * d;
+    }
+  } else {
+    W d[kGroup];
+#pragma unroll
+    for (int e = 0; e < kGroup; ++e) d[e] = e < count ? x[e] - shift : W(0);
+    sums.add(d, d, d);
+  }
+}
+
 template <class T>
 __device__ Wide<T> shift_of(const BatchNormForward& call, int64_t channel) {
   return Element<T>::widen(static_cast<const T*>(call.input)[channel * call.shape.inner]);
@@ -48,14 +66,13 @@ __device__ Wide<T> shift_of(const BatchNormForward& call, int64_t channel) {
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     batch_norm_channel_sums(const __grid_constant__ BatchNormForward call, double* slots) {
-  sum_channel_chunk(call.shape, slots, [&](const Place& place, int64_t channel, TwoSums& sums) {
-    Wide<T> x[kGroup];
+  using W = Wide<T>;
+  const auto terms = [&](const Place& place, int64_t channel, TwoSums& sums, auto wide) {
+    W x[kGroup];
     load_group(static_cast<const T*>(call.input) + place.at, place.count, x);
-    const Wide<T> shift = shift_of<T>(call, channel);
-#pragma unroll
-    for (int e = 0; e < kGroup; ++e) x[e] = e < place.count ? x[e] - shift : Wide<T>(0);
-    sums.add(x, x, x);
-  });
+    add_differences<decltype(wide)::value>(x, place.count, shift_of<T>(call, channel), sums);
+  };
+  sum_channel_chunk<kLeavesRange<W>>(call.shape, slots, terms);
 }
 
 template <class T>
@@ -70,12 +87,14 @@ __global__ void __launch_bounds__(kThreads)
     const Place first = place_of(runs, 0, group);
     load_group(input + first.at, first.count, shift);
   }
-  sum_row_chunk<W>(call.shape, slots,
-                   [&](const Place& place, int64_t, W(&x)[kGroup], W(&y)[kGroup], W(&z)[kGroup]) {
-                     load_group(input + place.at, place.count, x);
+  const auto terms = [&](const Place& place, auto& x, auto& y, auto& z) {
+    using V = std::decay_t<decltype(x[0])>;
+    W in[kGroup];
+    load_group(input + place.at, place.count, in);
 #pragma unroll
-                     for (int e = 0; e < kGroup; ++e) x[e] = y[e] = z[e] = x[e] - shift[e];
-                   });
+    for (int e = 0; e < kGroup; ++e) x[e] = y[e] = z[e] = static_cast<V>(in[e]) - shift[e];
+  };
+  sum_row_chunk<W, kLeavesRange<W>>(call.shape, slots, terms);
 }
 
 template <class T>
@@ -137,17 +156,16 @@ __global__ void __launch_bounds__(kThreads)
   const Runs runs(call.shape);
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= runs.rows * runs.groups) return;
-  const int64_t row = i / runs.groups;
-  const Place place = place_of(runs, row, i % runs.groups);
-  W z[kGroup];
+  const int64_t row = i / runs.groups, group = i % runs.groups;
+  const Place place = place_of(runs, row, group);
+  const auto of_group = coefficients_of_group(runs, row, group, place.count, coefficients);
+  W z[kGroup], mean[kGroup], scale[kGroup], shift[kGroup];
   load_group(static_cast<const T*>(call.input) + place.at, place.count, z);
+  of_group(0, mean);
+  of_group(1, scale);
+  of_group(2, shift);
 #pragma unroll
-  for (int e = 0; e < kGroup; ++e) {
-    const int64_t c =
-        runs.by_row ? i % runs.groups * kGroup + (e < place.count ? e : 0) : row % runs.channels;
-    z[e] = (z[e] - coefficients[c]) * coefficients[runs.channels + c] +
-           coefficients[2 * runs.channels + c];
-  }
+  for (int e = 0; e < kGroup; ++e) z[e] = difference(z[e], mean[e]) * scale[e] + shift[e];
   write_output<T>(call, place, z);
 }
 
@@ -169,12 +187,23 @@ __global__ void __launch_bounds__(kThreads)
     if (q >= all) continue;
     const Place place = place_in_channel(runs, channel, q);
     load_group(static_cast<const T*>(call.input) + place.at, place.count, held[k]);
-    W d[kGroup];
-#pragma unroll
-    for (int e = 0; e < kGroup; ++e) d[e] = e < place.count ? held[k][e] - shift : W(0);
-    if (call.training) mine.add(d, d, d);
+    if (call.training) add_differences<false>(held[k], place.count, shift, mine);
   }
-  const TwoSums sums = block_sum(mine);
+  TwoSums sums = block_sum(mine);
+  if constexpr (kLeavesRange<W>) {
+    const double count = static_cast<double>(call.shape.count());
+    const bool again = call.training && threadIdx.x == 0 && left_range(sums, count);
+    if (__syncthreads_or(again)) {
+      mine = TwoSums();
+#pragma unroll
+      for (int k = 0; k < kHeld; ++k) {
+        const int64_t q = threadIdx.x + k * kThreads;
+        if (q >= all) continue;
+        add_differences<true>(held[k], place_in_channel(runs, channel, q).count, shift, mine);
+      }
+      sums = block_sum(mine);
+    }
+  }
   __shared__ Normalisation<W> shared;
   if (threadIdx.x == 0) shared = finish_channel<W>(call, channel, sums, shift);
   __syncthreads();
@@ -184,7 +213,8 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t q = threadIdx.x + k * kThreads;
     if (q >= all) continue;
 #pragma unroll
-    for (int e = 0; e < kGroup; ++e) held[k][e] = (held[k][e] - n.mean) * n.scale + n.shift;
+    for (int e = 0; e < kGroup; ++e)
+      held[k][e] = difference(held[k][e], n.mean) * n.scale + n.shift;
     write_output<T>(call, place_in_channel(runs, channel, q), held[k]);
   }
 }

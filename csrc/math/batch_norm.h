@@ -27,7 +27,9 @@ struct Moments {
 
 GRADFUSE_HD Moments moments(ChannelSums s, double shift, double count) {
   const double mean = s.sum / count;
-  const double variance = s.squares / count - mean * mean;
+  // Squares past float64's range: infinite, not inf - inf. Of an infinite element, NaN.
+  const double variance =
+      std::isinf(s.squares) ? s.squares + (mean - mean) : s.squares / count - mean * mean;
   return {shift + mean, variance < 0.0 ? 0.0 : variance};  // NaN stays
 }
 
@@ -44,22 +46,40 @@ GRADFUSE_HD double running_average(double old, double now, double momentum) {
   return (1.0 - momentum) * old + momentum * now;
 }
 
-// z = (x - mean) * scale + shift. mean is rounded to F; what it lost is in the shift.
+// Elements and means are taken times this, which costs one fused multiply-add and no digit: then
+// no difference of finite ones overflows, nor is the scale of the largest a subnormal number.
+constexpr double kShrink = 0x1p-4;
+
+template <class F>
+GRADFUSE_HD F shrunk_mean(double mean) {
+  return static_cast<F>(mean * kShrink);
+}
+template <class F>
+GRADFUSE_HD F scale_of_shrunk(double scale) {
+  return static_cast<F>(scale / kShrink);
+}
+
+// z = (x * kShrink - mean) * scale + shift. mean is rounded to F; what it lost is in the shift.
 template <class F>
 struct Normalisation {
   F mean, scale, shift;
 };
 
-template <class F>
-GRADFUSE_HD Normalisation<F> normalisation(double mean, double invstd, double weight, double bias) {
-  const F rounded = static_cast<F>(mean);
-  const double scale = weight * invstd;
-  return {rounded, static_cast<F>(scale),
-          static_cast<F>(bias + (static_cast<double>(rounded) - mean) * scale)};
+// How far the normalised element is from that of a mean as rounded.
+GRADFUSE_HD double normalisation_offset(double shrunk, double mean, double invstd) {
+  return (shrunk / kShrink - mean) * invstd;
 }
 
-// With h = (x - mean) * invstd, grad_input = direct * g + (h * slope + shift), where g is the
-// gradient before the activation. The normalised element itself is h + offset.
+template <class F>
+GRADFUSE_HD Normalisation<F> normalisation(double mean, double invstd, double weight, double bias) {
+  const F shrunk = shrunk_mean<F>(mean);
+  const double scale = weight * invstd;
+  return {shrunk, scale_of_shrunk<F>(scale),
+          static_cast<F>(bias + normalisation_offset(static_cast<double>(shrunk), mean, scale))};
+}
+
+// With h = (x * kShrink - mean) * invstd, grad_input = direct * g + (h * slope + shift), where g is
+// the gradient before the activation. The normalised element itself is h + offset.
 template <class F>
 struct InputGradient {
   F mean, invstd, direct, slope, shift;
@@ -72,21 +92,17 @@ struct GradientSums {
   double dot;
 };
 
-GRADFUSE_HD double normalisation_offset(double rounded_mean, double mean, double invstd) {
-  return (rounded_mean - mean) * invstd;
-}
-
 // Sum of g * (normalised element): the gradient of weight.
 GRADFUSE_HD double weight_gradient(GradientSums s, double offset) { return s.dot + offset * s.sum; }
 
 template <class F>
 GRADFUSE_HD InputGradient<F> input_gradient(double mean, double invstd, double weight,
                                             GradientSums s, double count, bool training) {
-  const F rounded = static_cast<F>(mean);
+  const F shrunk = shrunk_mean<F>(mean);
   const double direct = weight * invstd;
-  InputGradient<F> r = {rounded, static_cast<F>(invstd), static_cast<F>(direct), F(0), F(0)};
+  InputGradient<F> r = {shrunk, scale_of_shrunk<F>(invstd), static_cast<F>(direct), F(0), F(0)};
   if (!training) return r;
-  const double offset = normalisation_offset(static_cast<double>(rounded), mean, invstd);
+  const double offset = normalisation_offset(static_cast<double>(shrunk), mean, invstd);
   const double slope = -direct * weight_gradient(s, offset) / count;
   r.slope = static_cast<F>(slope);
   r.shift = static_cast<F>(slope * offset - direct * s.sum / count);

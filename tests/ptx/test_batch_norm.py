@@ -1,6 +1,7 @@
 """What the batch norm kernels move: the input twice, or once where a block holds a channel."""
 
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -78,6 +79,26 @@ def test_small_maps_are_read_once(ptx, dtype):
     assert loaded_back["argument 4"] == {1: x.numel() // 8}
     assert written(stored_back, x.nbytes) == 2
     assert len(ptx.launches) == 1
+
+
+@pytest.mark.parametrize(("shape", "rows"), [((2, 2, 80, 64), False), ((160, 64), True)])
+def test_coefficients_are_loaded_once_for_a_group(ptx, shape, rows):
+    """One of each for eight elements of a channel; where each element has its own, 16 bytes."""
+    x, r, g = (random(*shape, seed=i) for i in range(3))
+    _, mask, stats = ptx.batch_norm_forward(x, r, *NOTHING, True, 0.1, 1e-5, RELU, 0.0, True)
+    launches = [*ptx.launches]
+    rest = (False, True, 1e-5, RELU, 0.0, True, True, True, True)
+    ptx.batch_norm_backward(g, x, None, None, mask, None, None, stats, *rest)
+    narrow = {}
+    for launch in (*launches, *ptx.launches):
+        found = narrow.setdefault(launch.kernel.partition("<")[0], Counter())
+        for (_, width), n in launch.traffic.loaded.items():
+            found[width] += n
+    groups = x.numel() // 8
+    for kernel, coefficients in (("batch_norm_apply", 3), ("batch_norm_grad_apply", 5)):
+        assert narrow[kernel][4] == (0 if rows else 4 * coefficients * groups)
+    if rows:
+        assert narrow["batch_norm_grad_row_sums"][4] == 0
 
 
 @DTYPES
