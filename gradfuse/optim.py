@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from gradfuse._native import backend
+from gradfuse.clip_in_step import clip_in_step
 from gradfuse.ops.clip import check_nonnegative
 from gradfuse.policies import Policy
 from gradfuse.report import GradReport
 
-__all__ = ["SGD", "AdamW"]
+__all__ = ["SGD", "AdamW", "clip_in_step"]
 
 Clip: TypeAlias = "float | Policy | None"
 

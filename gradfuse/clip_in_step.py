@@ -1,0 +1,241 @@
+"""Clipping inside the step of torch's own fused optimizers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradfuse._native import backend
+from gradfuse.ops.clip import check_nonnegative
+from gradfuse.report import GradReport
+
+__all__ = ["ClipInStep", "clip_in_step"]
+
+_NONFINITE = {"propagate": 0, "error": 1, "skip": 3}
+_CLASSES = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+_ATTRIBUTES = ("grad_scale", "found_inf")  # what torch's kernels divide by, and skip for
+_ABSENT = object()
+
+
+class ClipInStep:
+    """What clip_in_step returns; clips until `remove` is called."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, max_norm: float, nonfinite: str) -> None:
+        self.max_norm = max_norm
+        self._nonfinite = nonfinite
+        self._optimizer = optimizer
+        self._proven: set[tuple[type, torch.device, torch.dtype]] = set()
+        self._names: list[str] = []
+        self._report: GradReport | None = None
+        self._skipped: Tensor | None = None
+        self._before: dict[str, Any] = {}
+        self._fresh: list[Tensor] = []  # parameters whose momentum begins with this step
+        self._empty: dict[Tensor, Any] = {}  # the state, which torch keeps
+        self._held = backend.Stepper(0)
+        self._refresh()
+        self._hooks = (
+            optimizer.register_step_pre_hook(self._begin),
+            optimizer.register_step_post_hook(self._end),
+        )
+
+    @property
+    def max_norm(self) -> float:
+        """Upper bound of the norm; may be changed between steps."""
+        return self._max_norm
+
+    @max_norm.setter
+    def max_norm(self, value: float) -> None:
+        self._max_norm = check_nonnegative("clip_in_step", "max_norm", value)
+
+    @property
+    def report(self) -> GradReport | None:
+        """What the last step saw; None before it."""
+        return self._report
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that changed nothing. On CUDA, reading this waits for the device."""
+        return 0 if self._skipped is None else int(self._skipped)
+
+    def remove(self) -> None:
+        """Takes the hooks off; the optimizer is torch's again."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _refresh(self) -> None:
+        groups = self._optimizer.param_groups
+        needs = [0] * len(groups)
+        if self._held.holds(groups, self._empty, needs):
+            return
+        names: list[str] = []
+        for group in groups:
+            given = group.get("param_names")
+            for i, p in enumerate(group["params"]):
+                _prove(self._optimizer, group, p, self._proven)
+                names.append(given[i] if given else str(len(names)))
+        self._names = names
+        self._held.hold(groups, self._empty, needs)
+
+    @torch.no_grad()
+    def _begin(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if any(a is not None and a is not optimizer for a in (*args, kwargs.get("closure"))):
+            raise RuntimeError(
+                "clip_in_step: expected step() without a closure, got one: it would make new "
+                "gradients after their norm was taken. Call it before step()"
+            )
+        self._refresh()
+        scale, found_inf = (getattr(optimizer, name, None) for name in _ATTRIBUTES)
+        norm, totals, table = self._held.measure(
+            self._max_norm, _NONFINITE[self._nonfinite], scale, found_inf
+        )
+        factor = torch.ldexp(totals[6], totals[7])
+        divisor = factor.reciprocal().float()
+        # Beyond float32, which is what torch's kernels divide by.
+        beyond = divisor.isinf() & factor.ne(0.0) & factor.isfinite()
+        totals[3] = torch.where(beyond, GradReport.SKIP, totals[3])
+        skips = totals[3].eq(GradReport.SKIP)
+        self._report = GradReport(
+            self._names, norm, totals, table, self._max_norm, 2.0, self._nonfinite
+        )
+        if self._skipped is None:
+            self._skipped = torch.zeros((), dtype=torch.int64, device=totals.device)
+        self._skipped += skips
+        self._fresh = _without_momentum(optimizer)
+        self._before = {name: getattr(optimizer, name, _ABSENT) for name in _ATTRIBUTES}
+        idle = totals.device.type == "cpu" and float(factor) == 1.0 and not bool(skips)
+        optimizer.grad_scale = None if idle else divisor  # type: ignore[attr-defined]
+        optimizer.found_inf = None if idle else skips.float()  # type: ignore[attr-defined]
+
+    def _end(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        for name, value in self._before.items():
+            if value is _ABSENT:
+                delattr(optimizer, name)
+            else:
+                setattr(optimizer, name, value)
+        if self._fresh and self._report is not None and self._report.skipped:
+            for p in self._fresh:  # torch made a buffer and left it uninitialised
+                optimizer.state[p].pop("momentum_buffer", None)
+
+
+def clip_in_step(
+    optimizer: torch.optim.Optimizer, max_norm: float, nonfinite: str = "skip"
+) -> ClipInStep:
+    """Clips inside every step of torch's own Adam, AdamW or SGD with fused=True.
+
+    Before a step the gradients are read once for their norm. The coefficient goes to torch's kernel
+    as the loss scale that it divides by, so that no pass rewrites the gradients for the clip. Works
+    under torch.amp.GradScaler, unscaled before or not.
+
+    torch's kernel stores what it divided: after a step that clipped or unscaled, p.grad is the
+    clipped gradient; after one that was skipped it is what it was. torch documents none of this, so
+    it is tried out first, on the class, options, device and dtype of each parameter.
+
+    A step whose coefficient is below 1 / 3.4e38 is skipped, for the kernel divides by a float32. A
+    copied or unpickled optimizer has no hooks, so it does not clip.
+
+    Args:
+        optimizer: torch.optim.Adam, AdamW or SGD, made with fused=True.
+        max_norm: upper bound of the gradients' global norm, >= 0; inf only measures.
+        nonfinite: what a NaN or inf gradient does. "skip": no parameter and no state changes.
+            "error": RuntimeError in step, nothing is written. "propagate": what torch does.
+
+    Returns:
+        A handle with `report`, `skipped_steps`, `max_norm` and `remove()`.
+
+    Raises:
+        TypeError: optimizer is of another class.
+        RuntimeError: it is not fused, has this already, or this torch's kernel does not divide by
+            grad_scale and skip for found_inf.
+        ValueError: max_norm or nonfinite is out of range.
+    """
+    if getattr(optimizer, "skipped_steps", None) is not None:
+        raise TypeError(
+            f"clip_in_step: {type(optimizer).__name__} of gradfuse.optim clips by itself: give it "
+            "clip=max_norm"
+        )
+    if not isinstance(optimizer, _CLASSES):
+        raise TypeError(
+            "clip_in_step: optimizer must be torch.optim.Adam, AdamW or SGD, got "
+            + type(optimizer).__name__
+        )
+    if nonfinite not in _NONFINITE:
+        raise ValueError(
+            f"clip_in_step: nonfinite must be 'skip', 'error' or 'propagate', got {nonfinite!r}"
+        )
+    hooks = optimizer._optimizer_step_pre_hooks.values()
+    if any(isinstance(getattr(h, "__self__", None), ClipInStep) for h in hooks):
+        raise RuntimeError("clip_in_step: this optimizer clips in its step already")
+    return ClipInStep(optimizer, max_norm, nonfinite)
+
+
+def _without_momentum(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [
+        p
+        for group in optimizer.param_groups
+        if group.get("momentum")
+        for p in group["params"]
+        if p.grad is not None and optimizer.state.get(p, {}).get("momentum_buffer") is None
+    ]
+
+
+def _prove(
+    optimizer: torch.optim.Optimizer,
+    group: dict[str, Any],
+    p: Tensor,
+    proven: set[tuple[type, torch.device, torch.dtype]],
+) -> None:
+    """Raises unless a step on 4 g with grad_scale 4 is one on g, and found_inf stops it."""
+    cls = type(optimizer)
+    if not group.get("fused"):
+        raise RuntimeError(
+            f"clip_in_step: expected {cls.__name__}(fused=True), got fused={group.get('fused')}: "
+            "only torch's fused kernels take a coefficient"
+        )
+    key = (cls, p.device, p.dtype)
+    if key in proven:
+        return
+    try:
+        plain = _probed(cls, group, p, 1.0, None)
+        divided = _probed(cls, group, p, 4.0, (4.0, 0.0))
+        stopped = _probed(cls, group, p, 4.0, (4.0, 1.0))
+    except Exception as error:
+        raise RuntimeError(
+            f"clip_in_step: {cls.__name__} of torch {torch.__version__} could not be tried out on "
+            f"{p.device}, {p.dtype}: {error}"
+        ) from error
+    before = torch.ones_like(plain[0])
+    if torch.equal(plain[0], before) or not all(
+        torch.equal(a, b) for a, b in zip(plain, divided, strict=True)
+    ):
+        raise RuntimeError(
+            f"clip_in_step: {cls.__name__} of torch {torch.__version__} does not divide by "
+            f"grad_scale on {p.device}, {p.dtype}; use gradfuse.optim or clip_grad_norm_"
+        )
+    if not torch.equal(stopped[0], before):
+        raise RuntimeError(
+            f"clip_in_step: {cls.__name__} of torch {torch.__version__} does not skip for "
+            f"found_inf on {p.device}, {p.dtype}; use gradfuse.optim or clip_grad_norm_"
+        )
+    proven.add(key)
+
+
+def _probed(
+    cls: type, group: dict[str, Any], like: Tensor, size: float, given: tuple[float, float] | None
+) -> list[Tensor]:
+    """A parameter and its state after a step on a gradient of this size."""
+    with torch.no_grad():
+        p = torch.ones(3, dtype=like.dtype, device=like.device)
+        p.grad = torch.full_like(p, 0.5 * size)
+        options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        rate = options["lr"]  # which may be 0 while it warms up
+        options["lr"] = torch.full_like(rate, 0.5) if isinstance(rate, Tensor) else 0.5
+        probe = cls([{"params": [p], **options}])
+        if given is not None:
+            for name, value in zip(_ATTRIBUTES, given, strict=True):
+                setattr(probe, name, torch.tensor(value, device=like.device))
+        probe.step()
+        return [p, *(t for t in probe.state[p].values() if isinstance(t, Tensor))]
