@@ -41,6 +41,54 @@ inline void store(Half* p, FloatVec v) {
 }
 #endif
 
+#if GRADFUSE_VEC_BYTES == 32
+// Lanes of which the first n are -1 and the others 0.
+template <class I>
+inline __m256i first_lanes(int64_t n) {
+  alignas(32) static constexpr I kLanes[64 / sizeof(I)] = {-1,
+                                                           -1,
+                                                           -1,
+                                                           -1,
+                                                           sizeof(I) == 4 ? -1 : 0,
+                                                           sizeof(I) == 4 ? -1 : 0,
+                                                           sizeof(I) == 4 ? -1 : 0,
+                                                           sizeof(I) == 4 ? -1 : 0};
+  return load_bytes<__m256i>(kLanes + 32 / sizeof(I) - n);
+}
+// The first n of up to 8 16-bit elements, and zeros: in integer registers, for a vector loaded from
+// where shorter stores went waits for them.
+inline __m128i load_first_16(const void* p, int64_t n) {
+  const char* const at = static_cast<const char*>(p);
+  const int64_t bytes = 2 * n;
+  if (bytes >= 8) {
+    const uint64_t low = load_bytes<uint64_t>(at), last = load_bytes<uint64_t>(at + bytes - 8);
+    return _mm_set_epi64x(bytes == 8 ? 0 : static_cast<int64_t>(last >> (8 * (16 - bytes))),
+                          static_cast<int64_t>(low));
+  }
+  uint64_t low = load_bytes<uint16_t>(at);
+  if (bytes >= 4)
+    low = load_bytes<uint32_t>(at) | static_cast<uint64_t>(load_bytes<uint32_t>(at + bytes - 4))
+                                         << (8 * (bytes - 4));
+  return _mm_cvtsi64_si128(static_cast<int64_t>(low));
+}
+// The first n 16-bit elements of a vector, in three stores at most.
+inline void store_first_16(void* p, __m128i v, int64_t n) {
+  char* at = static_cast<char*>(p);
+  uint64_t rest = static_cast<uint64_t>(_mm_cvtsi128_si64(v));
+  if (n & 4) {
+    std::memcpy(at, &rest, 8);
+    at += 8;
+    rest = static_cast<uint64_t>(_mm_extract_epi64(v, 1));
+  }
+  if (n & 2) {
+    std::memcpy(at, &rest, 4);
+    at += 4;
+    rest >>= 32;
+  }
+  if (n & 1) std::memcpy(at, &rest, 2);
+}
+#endif
+
 // The first n elements, 0 < n < lanes, and zeros. Touches nothing after them.
 template <class T>
 inline auto load_first(const T* p, int64_t n) {
@@ -51,6 +99,15 @@ inline auto load_first(const T* p, int64_t n) {
     return (DoubleVec)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p);
   } else {
     const __m256i bits = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);
+    return load(reinterpret_cast<const T*>(&bits));
+  }
+#elif GRADFUSE_VEC_BYTES == 32
+  if constexpr (std::is_same_v<T, float>) {
+    return (FloatVec)_mm256_maskload_ps(p, first_lanes<int32_t>(n));
+  } else if constexpr (std::is_same_v<T, double>) {
+    return (DoubleVec)_mm256_maskload_pd(p, first_lanes<int64_t>(n));
+  } else {
+    const __m128i bits = load_first_16(p, n);
     return load(reinterpret_cast<const T*>(&bits));
   }
 #else
@@ -70,6 +127,16 @@ inline void store_first(T* p, V v, int64_t n) {
     __m256i bits;
     store(reinterpret_cast<T*>(&bits), v);
     _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), bits);
+  }
+#elif GRADFUSE_VEC_BYTES == 32
+  if constexpr (std::is_same_v<T, float>) {
+    _mm256_maskstore_ps(p, first_lanes<int32_t>(n), (__m256)v);
+  } else if constexpr (std::is_same_v<T, double>) {
+    _mm256_maskstore_pd(p, first_lanes<int64_t>(n), (__m256d)v);
+  } else {
+    __m128i bits;
+    store(reinterpret_cast<T*>(&bits), v);
+    store_first_16(p, bits, n);
   }
 #else
   alignas(GRADFUSE_VEC_BYTES) T padded[Lanes<T>::count];
