@@ -1,0 +1,41 @@
+"""Every script of examples/ runs to its end, trains, and says what its optimizer saw."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+from helpers import SANITIZED, assert_ran, run_python
+
+FOLDER = Path(__file__).parent.parent / "examples"
+EXAMPLES = {
+    "plain_loop": (None, "skipped steps: 1"),
+    "amp_gradscaler": (None, "skipped steps: "),
+    "lightning_manual_and_automatic": ("lightning", "Manual after 24 steps: gradient norm (L2)"),
+    "hf_trainer": ("transformers", "40 steps, mean loss "),
+    "accelerate_loop": ("accelerate", "skipped steps: 0"),
+}
+
+
+@pytest.mark.skipif(SANITIZED, reason="the packages' own native code is not what is sanitized")
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(name: str) -> None:
+    package, says = EXAMPLES[name]
+    if package is not None and importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    done = run_python(
+        f"import runpy; runpy.run_path({str(FOLDER / f'{name}.py')!r}, run_name='__main__')",
+        OMP_NUM_THREADS="1",
+        CUDA_VISIBLE_DEVICES="",
+        HF_HUB_OFFLINE="1",
+    )
+    assert says in assert_ran(done)
+    assert "Warning" not in done.stderr
+
+
+def test_all_are_short_and_listed() -> None:
+    scripts = {path.stem: path for path in FOLDER.glob("*.py")}
+    assert scripts.keys() == EXAMPLES.keys()
+    for path in scripts.values():
+        assert len(path.read_text().splitlines()) < 60
