@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import gradfuse
 from gradfuse.demo_fuse import compare
+from gradfuse.demo_policies import compare_bfloat16, compare_policies
 
 __all__ = ["main", "train"]
 
@@ -312,6 +313,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     digits = Digits.load(arguments.seed)
     batches = digits.batches(min(arguments.steps, FUSE_STEPS), arguments.seed)
     compare(batches, digits.accuracy, arguments.seed, arguments.out, console)
+    compare_policies(digits, arguments.steps, arguments.seed, arguments.out, console)
+    compare_bfloat16(digits, arguments.steps, arguments.seed, console)
     return 0
 
 

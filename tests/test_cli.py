@@ -145,7 +145,10 @@ def test_demo(optimizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     out = capsys.readouterr().out
     assert "3 of 3" in out  # stock clipping: every gradient of every step is 0
     assert "0 of 3" in out
-    assert (tmp_path / f"demo_{optimizer}.png").read_bytes().startswith(b"\x89PNG")
+    assert "no clip, NaN skipped" in out
+    assert "master_weights" in out
+    for plot in (f"demo_{optimizer}", "demo_policies"):
+        assert (tmp_path / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

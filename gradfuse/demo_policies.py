@@ -1,0 +1,144 @@
+"""The third part of the demo: clip policies on a run with spikes, and ways to train in bfloat16."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from gradfuse import optim, policies
+
+__all__ = ["compare_bfloat16", "compare_policies"]
+
+SPIKE_EVERY, SPIKE = 50, 1e4  # a batch's loss times this
+CLIPS: dict[str, tuple[str, tuple[Any, ...]]] = {  # name, then policy and arguments
+    "Norm(1)": ("Norm", (1.0,)),
+    "Value(0.01)": ("Value", (0.01,)),
+}
+WAYS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "float32": (torch.float32, {}),
+    "bfloat16": (torch.bfloat16, {}),
+    "bfloat16, stochastic_rounding": (torch.bfloat16, {"stochastic_rounding": True}),
+    "bfloat16, master_weights": (torch.bfloat16, {"master_weights": True}),
+}
+
+
+class Data(Protocol):
+    """demo.Digits."""
+
+    def batches(self, steps: int, seed: int) -> Any: ...
+    def accuracy(self, net: nn.Module) -> float: ...
+
+
+@dataclass
+class Run:
+    losses: list[float] = field(default_factory=list)  # of each batch, before its spike
+    accuracy: float = math.nan
+    skipped: int = 0
+    clipped: int | None = 0  # None where elements are clamped, which is not counted
+
+
+def small_net(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(),
+                         nn.Linear(128, 10))  # fmt: skip
+
+
+class Cast(nn.Module):
+    """A net of another dtype that takes and gives float32."""
+
+    def __init__(self, net: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.net, self.dtype = net.to(dtype), dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x.to(self.dtype))
+        return out.float()
+
+
+def compare_policies(data: Data, steps: int, seed: int, out: Path, console: Console) -> None:
+    """One net, one seed, SGD; a spike every 50 steps and one batch that is NaN."""
+    runs = {"no clip": spiked(data, steps, seed, None, "propagate")}
+    runs["no clip, NaN skipped"] = spiked(data, steps, seed, None, "skip")
+    for name, (policy, arguments) in CLIPS.items():
+        runs[name] = spiked(data, steps, seed, getattr(policies, policy)(*arguments), "skip")
+    grid = Table(
+        title=f"policies; {steps} steps, every {SPIKE_EVERY}th loss times {SPIKE:g}, one NaN batch",
+        title_justify="left",
+    )
+    for column in ("clip", "held-out accuracy", "last loss", "skipped", "clipped"):
+        grid.add_column(column, justify="left" if column == "clip" else "right")
+    for name, run in runs.items():
+        counts = (str(run.skipped), "-" if run.clipped is None else str(run.clipped))
+        grid.add_row(name, f"{run.accuracy:.1%}", f"{run.losses[-1]:.3g}", *counts)
+    console.print(grid)
+    plot(runs, out / "demo_policies.png")
+    console.print(f"written: {out / 'demo_policies.png'}", highlight=False, soft_wrap=True)
+
+
+def spiked(data: Data, steps: int, seed: int, clip: policies.Policy | None, nonfinite: str) -> Run:
+    net = small_net(seed)
+    optimizer = optim.SGD(net.parameters(), 0.05, momentum=0.9, clip=clip, nonfinite=nonfinite)
+    run = Run()
+    clipped = 0
+    for step, (x, y) in enumerate(data.batches(steps, seed), 1):
+        loss = F.cross_entropy(net(x), y)
+        run.losses.append(loss.item())
+        optimizer.zero_grad()
+        factor = math.nan if step == steps // 3 else SPIKE if step % SPIKE_EVERY == 0 else 1.0
+        (loss * factor).backward()
+        optimizer.step()
+        clipped += optimizer.report is not None and optimizer.report.clipped
+    run.accuracy, run.skipped = data.accuracy(net), optimizer.skipped_steps
+    run.clipped = clipped if clip is None or math.isinf(clip.bound) else None
+    return run
+
+
+def compare_bfloat16(data: Data, steps: int, seed: int, console: Console) -> None:
+    """One net, one seed, AdamW; parameters in float32 and bfloat16."""
+    grid = Table(title="parameters in bfloat16; AdamW 1e-3, clip=1", title_justify="left")
+    for column in ("parameters", "loss, mean of last 50 steps", "held-out accuracy"):
+        grid.add_column(column, justify="left" if column == "parameters" else "right")
+    for name, (dtype, options) in WAYS.items():
+        net = Cast(small_net(seed), dtype)
+        optimizer = optim.AdamW(net.parameters(), 1e-3, clip=1.0, **options)
+        losses = []
+        for x, y in data.batches(steps, seed):
+            loss = F.cross_entropy(net(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        last = losses[-50:]
+        grid.add_row(name, f"{sum(last) / len(last):.2g}", f"{data.accuracy(net):.1%}")
+    console.print(grid)
+
+
+def plot(runs: dict[str, Run], path: Path) -> None:
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    ax = figure.subplots()
+
+    for name, run in runs.items():
+        finite = [v if math.isfinite(v) else math.nan for v in run.losses]
+        ax.plot(
+            range(1, len(finite) + 1),
+            finite,
+            label=f"{name}: {run.accuracy:.0%} read correctly",
+            linewidth=1,
+        )
+    ax.set_yscale("log")
+    ax.set_xlabel("training step")
+    ax.set_ylabel("loss (log scale)")
+    ax.set_title("Scanned digits with spikes and one NaN batch")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.25)
+    ax.legend(frameon=False)
+    figure.savefig(path, dpi=130)
