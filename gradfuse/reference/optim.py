@@ -58,6 +58,7 @@ class Stepper:
         self._params: list[tuple[Tensor, int]] = []
         self._needs: list[int] = []
         self._state: dict[Tensor, Any] = {}
+        self._tensors: list[Any] = []
 
     def holds(
         self, groups: list[dict[str, Any]], state: dict[Tensor, Any], needs: list[int]
@@ -70,6 +71,9 @@ class Stepper:
             or state is not self._state
         ):
             return False
+        now = self._in_state(state)
+        if any(a is not b for a, b in zip(now, self._tensors, strict=True)):
+            return False  # one was replaced, and may not fit
         return not any(
             p.grad is not None
             and needs[g] >> slot & 1
@@ -85,6 +89,11 @@ class Stepper:
         self._params = [(p, g) for g, group in enumerate(groups) for p in group["params"]]
         self._needs = list(needs)
         self._state = state
+        self._tensors = self._in_state(state)
+
+    def _in_state(self, state: dict[Tensor, Any]) -> list[Any]:
+        held = [state.get(p, {}) for p, _ in self._params]
+        return [of_one.get(name) for of_one in held for name in self._names]
 
     def parameters(self) -> list[Tensor]:
         return [p for p, _ in self._params]

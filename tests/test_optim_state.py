@@ -1,0 +1,260 @@
+"""gradfuse.optim as torch.optim: groups, schedulers, state that goes both ways, resuming."""
+
+import copy
+import io
+import os
+import pickle
+import random as chance
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from helpers import HOST_BACKENDS, bits, random
+from test_optim import BOTH, TORCHS, contents, fill, fresh, made
+
+from gradfuse.optim import SGD, AdamW
+
+pytestmark = pytest.mark.usefixtures("backend")
+SHAPES = [(9, 5), (4099,), ()]
+
+
+def steps_of(optimizer, params, numbers):
+    for step in numbers:
+        fill(params, step)
+        optimizer.step()
+
+
+def assert_close(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.detach(), b.detach(), rtol=2e-6, atol=1e-7)
+
+
+@BOTH
+@pytest.mark.parametrize("more", [{}, {"fused": True}, {"capturable": True}, {"amsgrad": True}])
+def test_resumes_a_torch_run_and_goes_back(rule, more, device):
+    if rule is SGD and more.keys() & {"capturable", "amsgrad"}:
+        pytest.skip("options of AdamW")
+    options = {"lr": 0.01, **({"momentum": 0.9} if rule is SGD else {})}
+    ours, theirs = fresh(device=device, shapes=SHAPES), fresh(device=device, shapes=SHAPES)
+    if more.keys() & {"capturable"} and device.type == "cpu":
+        first = TORCHS[rule](ours, **options)
+        steps_of(first, ours, range(2))
+        for group in first.param_groups:
+            group["capturable"] = True
+    else:
+        first = TORCHS[rule](ours, **options, **more)
+        steps_of(first, ours, range(2))
+    whole = TORCHS[rule](theirs, **options, **({"amsgrad": True} if "amsgrad" in more else {}))
+    steps_of(whole, theirs, range(6))
+
+    middle = rule(ours, **options)
+    middle.load_state_dict(first.state_dict())
+    steps_of(middle, ours, range(2, 4))
+    state = middle.state_dict()
+    assert {"state", "param_groups"} <= state.keys()
+    last = TORCHS[rule](ours, **options)
+    last.load_state_dict(state)
+    for group in last.param_groups:
+        group["capturable"] = False
+    steps_of(last, ours, range(4, 6))
+    assert_close(ours, theirs)
+
+
+@BOTH
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "weights_only", "load_state_dict"])
+@pytest.mark.parametrize("extra", [{}, {"master_weights": True}, {"stochastic_rounding": True}])
+def test_copies_go_on_bitwise(rule, how, extra, device):
+    params = fresh(torch.bfloat16, device, SHAPES)
+    optimizer = made(rule, params, clip=1.0, **extra)
+    steps_of(optimizer, params, range(2))
+    params[0].grad[0, 0] = float("nan")
+    optimizer.step()
+    if how == "deepcopy":
+        others, again = copy.deepcopy((params, optimizer))
+    elif how == "pickle":
+        others, again = pickle.loads(pickle.dumps((params, optimizer)))
+    else:
+        others = [torch.nn.Parameter(p.detach().clone()) for p in params]
+        again = made(rule, others, clip=1.0, **extra)
+        state = copy.deepcopy(optimizer.state_dict())  # loading takes the tensors themselves
+        if how == "weights_only":
+            file = io.BytesIO()
+            torch.save(state, file)
+            file.seek(0)
+            state = torch.load(file, weights_only=True)
+        again.load_state_dict(state)
+    assert again.skipped_steps == 1
+    assert again.clip == 1.0
+    steps_of(optimizer, params, range(2, 4))
+    steps_of(again, others, range(2, 4))
+    assert contents(again) == contents(optimizer)
+
+
+@BOTH
+def test_groups_and_their_options(rule, device):
+    def run(make):
+        a = fresh(device=device, shapes=SHAPES)
+        extra = fresh(device=device, shapes=[(6,)])
+        groups = [{"params": a[:1], "lr": 0.1}, {"params": a[1:], "weight_decay": 0.5}]
+        optimizer = make(groups)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.1)
+        for step in range(6):
+            if step == 3:
+                optimizer.add_param_group({"params": extra, "lr": 0.03})
+            fill([*a, *extra], step)
+            if step == 4:
+                a[0].grad = None
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        return [*a, *extra]
+
+    assert_close(run(lambda g: made(rule, g)), run(lambda g: made(TORCHS[rule], g)))
+
+
+@BOTH
+def test_closure_and_hooks(rule, device):
+    p = torch.nn.Parameter(torch.ones(3, device=device))
+    optimizer = made(rule, [p])
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        seen.append("closure")
+        return loss
+
+    assert optimizer.step(closure).item() == 3.0
+    assert sorted(seen) == ["after", "before", "closure"]
+    assert (p < 1).all()
+
+
+@BOTH
+def test_parameters_and_state_changed_between_steps(rule, device):
+    def run(make):
+        params = fresh(device=device, shapes=SHAPES)
+        optimizer = make(params)
+        name = "momentum_buffer" if rule is SGD else "exp_avg"
+        for step in range(8):
+            fill(params, step)
+            if step == 1:
+                params[0].grad = None
+                params[0].requires_grad_(False)
+            if step == 2:
+                params[0].requires_grad_(True)
+                params[1].data = params[1].detach() * 2.0
+            if step == 3:
+                optimizer.state[params[1]][name] = torch.full_like(params[1], 0.25)
+            if step == 4:
+                optimizer.state[params[0]][name].mul_(3.0)
+            if step == 5:
+                optimizer.state.clear()
+            if step == 6:
+                params[0].data = random(9, 5, device=device).t().contiguous().t()
+            optimizer.step()
+        return params
+
+    assert_close(run(lambda p: made(rule, p)), run(lambda p: made(TORCHS[rule], p)))
+
+
+STRANGE = [
+    lambda p, s: s.update(dict.fromkeys(s, "text")),
+    lambda p, s: s.update({k: torch.zeros(2) for k in s}),
+    lambda p, s: s.update({k: torch.zeros(1).expand(4099) for k in s if k != "step"}),
+    lambda p, s: s.update({k: torch.zeros(4099, dtype=torch.int64) for k in s if k != "step"}),
+    lambda p, s: s.update({k: torch.zeros(4099).to_sparse() for k in s if k != "step"}),
+    lambda p, s: s.update({k: torch.zeros(4099, dtype=torch.float64) for k in s if k != "step"}),
+    lambda p, s: s.update(step=torch.zeros((), dtype=torch.int64)),
+    lambda p, s: s.clear(),
+    lambda p, s: s.update(step=3),
+]
+
+
+@BOTH
+@pytest.mark.parametrize("nth", range(len(STRANGE)))
+def test_strange_state_is_taken_or_refused(rule, nth, device):
+    """And never read as what it is not."""
+    params = fresh(device=device, shapes=[(4099,)])
+    optimizer = made(rule, params)
+    steps_of(optimizer, params, range(1))
+    STRANGE[nth](params[0], optimizer.state[params[0]])
+    before = bits(params)
+    fill(params, 1)
+    try:
+        optimizer.step()
+    except (ValueError, TypeError, RuntimeError) as error:
+        refused = str(error)
+    else:
+        refused = None
+    if refused is not None:
+        assert "\n" not in refused
+        assert bits(params) == before
+    else:
+        assert torch.isfinite(params[0]).all()
+
+
+TRAIN = """
+import os, sys, torch
+from gradfuse.optim import AdamW
+folder, last = sys.argv[1], int(sys.argv[2])
+torch.manual_seed(0)
+net = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+net.bfloat16()
+optimizer = AdamW(net.parameters(), lr=0.01, clip=0.5, stochastic_rounding=True)
+path, first = os.path.join(folder, "checkpoint"), 0
+if os.path.exists(path):
+    saved = torch.load(path, weights_only=True)
+    net.load_state_dict(saved["net"]); optimizer.load_state_dict(saved["optimizer"])
+    first = saved["step"]
+for step in range(first, last):
+    x = torch.randn(32, 8, generator=torch.Generator().manual_seed(step)).bfloat16()
+    optimizer.zero_grad()
+    net(x).square().mean().backward()
+    optimizer.step()
+    print(step, flush=True)
+    if step % 3 == 2:
+        state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+        torch.save(state, path + ".new")
+        os.replace(path + ".new", path)
+torch.save([p.detach() for p in net.parameters()], os.path.join(folder, "end"))
+"""
+
+
+@HOST_BACKENDS
+def test_killed_at_any_step_it_resumes_bitwise(backend, tmp_path):
+    if backend == "reference":
+        pytest.skip("the child chooses its own implementation")
+
+    def train(folder, kill_after=None):
+        folder.mkdir(exist_ok=True)
+        child = subprocess.Popen(
+            [sys.executable, "-c", TRAIN, str(folder), "40"], stdout=subprocess.PIPE, text=True
+        )
+        for line in child.stdout:
+            if kill_after is not None and int(line) >= kill_after:
+                time.sleep(chance.random() * 0.003)
+                os.kill(child.pid, signal.SIGKILL)
+                break
+        child.communicate()
+        return child.returncode
+
+    assert train(tmp_path / "whole") == 0
+    assert train(tmp_path / "cut", chance.randrange(5, 25)) == -signal.SIGKILL
+    assert train(tmp_path / "cut") == 0
+    whole, cut = (torch.load(tmp_path / name / "end") for name in ("whole", "cut"))
+    assert bits(whole) == bits(cut)
+
+
+def test_amsgrad_turned_on_mid_run(device):
+    params = fresh(device=device, shapes=SHAPES)
+    optimizer = AdamW(params)
+    steps_of(optimizer, params, range(1))
+    optimizer.param_groups[0]["amsgrad"] = True
+    steps_of(optimizer, params, range(1, 3))
+    assert all("max_exp_avg_sq" in optimizer.state[p] for p in params)
