@@ -49,7 +49,7 @@ pytest-reference: build
 # What differs between instruction sets is the kernels' arithmetic; those tests run for each.
 KERNEL_TESTS = tests/test_clip.py tests/test_range.py tests/test_value.py tests/test_adaptive.py \
 	tests/test_nonfinite.py tests/test_quiet.py tests/test_hypothesis.py tests/test_batch_norm.py \
-	tests/test_batch_norm_hypothesis.py
+	tests/test_batch_norm_hypothesis.py tests/test_optim.py
 ISAS = $(shell grep -q avx2 /proc/cpuinfo && echo avx2) baseline
 pytest-isa: build
 	for isa in $(ISAS); do GRADFUSE_PTX=0 GRADFUSE_ISA=$$isa $(PY) -m pytest -q $(KERNEL_TESTS) || exit 1; done
@@ -72,6 +72,7 @@ sanitize: $(VENV)/.installed
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 		$(abspath $(PY)) -m pytest -q -p no:cacheprovider \
 		$(addprefix ../../,$(KERNEL_TESTS)) ../../tests/test_errors.py ../../tests/test_clipper.py \
+		../../tests/test_optim_state.py \
 		../../tests/test_batch_norm_errors.py
 
 # All that wants a real GPU, against the python3 it is given, in under nine minutes.

@@ -23,7 +23,8 @@ InstructionSet choose() {
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
                           __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && (name.empty() || name == "avx512")) return {kClipAvx512, kBatchNormAvx512, kOptimAvx512};
+  if (has_avx512 && (name.empty() || name == "avx512"))
+    return {kClipAvx512, kBatchNormAvx512, kOptimAvx512};
   if (has_avx2 && (name.empty() || name == "avx2")) return {kClipAvx2, kBatchNormAvx2, kOptimAvx2};
 #endif
   if (name.empty()) return {kClipBaseline, kBatchNormBaseline, kOptimBaseline};
