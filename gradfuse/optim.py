@@ -18,7 +18,7 @@ from torch.optim.optimizer import ParamsT
 
 from gradfuse._native import backend
 from gradfuse.clip_in_step import clip_in_step
-from gradfuse.ops.clip import check_nonnegative
+from gradfuse.ops.clip import check_nonnegative, clip_grad_value_
 from gradfuse.policies import Policy
 from gradfuse.report import GradReport
 
@@ -144,6 +144,8 @@ class _ClippedOptimizer(torch.optim.Optimizer):
             groups, totals, coefficients, bound, self._update_clip, self._stochastic,
             self._materialize,
         )  # fmt: skip
+        if self._materialize and bound < math.inf:
+            clip_grad_value_(self._held.parameters(), bound)
         if totals is not None:
             self._count(totals)
 

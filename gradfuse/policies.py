@@ -49,8 +49,8 @@ class Policy:
 
     Attributes:
         bound: largest magnitude of an element, after the coefficient; inf for none.
-        state: Tensors kept between steps. A step whose norm is not finite, or that is skipped for
-            a non-finite gradient, leaves them as they are.
+        state: Tensors kept between steps. A step whose norm is not finite (in float64), or that is
+            skipped for a non-finite gradient, leaves them as they are.
     """
 
     bound: float = math.inf
@@ -85,31 +85,32 @@ class Policy:
             skips: whether a step can be left out; else its gradients become 0.
         """
         norm = totals[0]
-        finite = norm.isfinite()
-        decision = self.decide(norm, table[:, 0], dict(self.state))
+        # A plan for a non-finite norm, or for found_inf, stands: nonfinite decides then.
+        decided = norm.isfinite() & (totals[3] <= _SCALE)
+        state = {name: t.to(norm.device) for name, t in self.state.items()}
+        decision = self.decide(norm, table[:, 0], dict(state))
         for name, new in decision.state.items():
-            old = self.state.get(name)
-            if old is None or old.shape != new.shape or old.device != new.device:
-                self.state[name] = torch.where(finite, new, torch.full_like(new, math.nan))
-                if not bool(finite):  # at the first step alone does this wait
-                    del self.state[name]
-            else:
-                old.copy_(torch.where(finite, new, old))
+            old = state.get(name)
+            if old is not None and old.shape == new.shape:
+                old.copy_(torch.where(decided, new, old))
+            elif bool(decided):  # waits, where a state begins
+                state[name] = new.clone()
+        self.state = state
         coefficient = decision.coefficient
         if coefficient.ndim:
             clipped = (table[:, 0] * coefficient).norm()
-            per_parameter = torch.where(finite, coefficient, torch.ones_like(coefficient))
+            per_parameter = torch.where(decided, coefficient, torch.ones_like(coefficient))
             mean = clipped / norm.clamp(min=_TINY)
             factor = totals[6]
+            untouched = (coefficient == 1.0).all()
         else:
             clipped, per_parameter, mean = norm * coefficient, None, coefficient
-            factor = torch.where(finite, totals[6] * coefficient, totals[6])
-        action = torch.where(mean == 1.0, _KEEP, _SCALE).to(totals)
+            factor = torch.where(decided, totals[6] * coefficient, totals[6])
+            untouched = coefficient == 1.0
+        action = torch.where(untouched, _KEEP, _SCALE).to(totals)
         if decision.skip is not None:
             out = GradReport.SKIP if skips else _ZERO
             action = torch.where(decision.skip, out, action)
-        # A plan for a non-finite norm stands: nonfinite decides then.
-        decided = finite & (totals[3] <= _SCALE)
         planned = torch.stack([norm, mean, clipped, action])
         out_totals = totals.clone()
         out_totals[:4] = torch.where(decided, planned, totals[:4])
