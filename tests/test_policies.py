@@ -42,7 +42,7 @@ def parameters(*grads: list[float]) -> list[Parameter]:
 
 def stepped(
     policy: Policy | float, *grads: list[float], scale: float | None = None
-) -> list[Tensor]:
+) -> list[torch.Tensor]:
     """The parameters after a step of plain SGD with lr 1 from zero: minus the gradients used."""
     ps = parameters(*grads)
     optimizer = optim.SGD(ps, lr=1.0, clip=policy)
