@@ -115,6 +115,8 @@ class Emulated:
         found = getattr(self._module, name)
         if name == "ParameterList":
             return functools.partial(_ParameterList, self, found)
+        if name == "Stepper":
+            return functools.partial(_Stepper, self, found)
         return self.watched(found) if callable(found) else found
 
     def watched(
@@ -195,6 +197,23 @@ class _ParameterList:
     def add(self, parameter: Tensor) -> None:
         self._inner.add(parameter)
         self._parameters.append(parameter)
+
+
+class _Stepper:
+    """The module's Stepper, with what measures and updates watched."""
+
+    def __init__(self, emulated: Emulated, inner: type, rule: int) -> None:
+        self._inner = inner(rule)
+        self._tensors: list[Tensor] = []  # parameters, then their state
+        self.holds, self.parameters = self._inner.holds, self._inner.parameters
+        self.measure = emulated.watched(self._inner.measure, self._inner.parameters)
+        self.update = emulated.watched(self._inner.update, lambda: self._tensors)
+
+    def hold(self, groups: list[dict], state: dict, needs: list[int]) -> None:
+        self._inner.hold(groups, state, needs)
+        held = self._inner.parameters()
+        values = [t for p in held for t in state.get(p, {}).values()]
+        self._tensors = held + [t for t in values if isinstance(t, Tensor)]
 
 
 @functools.cache

@@ -105,7 +105,8 @@ class Compiled(NamedTuple):
 
 def compile_cuda(source: Path) -> Compiled:
     """Compiles a .cu file for TARGET. It may include what lies beside it and in csrc."""
-    inputs = {*sources_of(ROOT / "csrc"), *source.parent.glob("*.cuh"), source}
+    headers = {p for p in sources_of(ROOT / "csrc") if p.suffix in (".h", ".cuh")}
+    inputs = {*headers, *source.parent.glob("*.cuh"), source}
 
     def build(folder: Path) -> None:
         said = run(

@@ -1,0 +1,150 @@
+"""What a step of the optimizers moves: each stream is read once and written once, 16 bytes at a
+time, and a step that is left out writes nothing."""
+
+import math
+
+import pytest
+import torch
+from helpers import bits, random, short
+
+from gradfuse.optim import SGD, AdamW
+
+SIZES = (32, 4096, 40_960)
+BOTH = pytest.mark.parametrize("rule", [AdamW, SGD], ids=lambda r: r.__name__)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+
+OPTIONS = {AdamW: {"update_clip": True, "amsgrad": True}, SGD: {"stochastic_rounding": True}}
+
+
+def made(rule, params, **options):
+    if rule is SGD:
+        options.setdefault("momentum", 0.9)
+    return rule(params, lr=0.01, **options)
+
+
+def parameters(dtype, sizes=SIZES):
+    params = [torch.nn.Parameter(random(n, dtype=dtype, seed=n)) for n in sizes]
+    for p in params:
+        p.grad = random(*p.shape, dtype=dtype, seed=1)
+    return params
+
+
+def moments(optimizer, p):
+    return [t for name, t in optimizer.state[p].items() if name != "step"]
+
+
+def moved(ptx, launches, t):
+    """({width: bytes loaded}, {width: bytes stored}) of a tensor, in these launches."""
+    name = next(b.name for b in ptx.buffers if b.start == t.data_ptr())
+    found = {}, {}
+    for launch in launches:
+        for by_width, counted in zip(
+            found, (launch.traffic.loaded, launch.traffic.stored), strict=True
+        ):
+            for (buffer, width), n in counted.items():
+                if buffer == name:
+                    by_width[width] = by_width.get(width, 0) + n
+    return found
+
+
+@BOTH
+@DTYPES
+def test_every_stream_is_read_once_and_written_once(ptx, rule, dtype):
+    params = parameters(dtype)
+    optimizer = made(rule, params, clip=0.1)
+    for _ in range(2):  # the first one makes the state
+        optimizer.step()
+    assert ptx.runtime.waits == 0
+    launches = ptx.launches
+    assert [launch.kernel.partition("<")[0] for launch in launches] == [
+        "optim_update",
+        "advance_steps",
+    ]
+    for p in params:
+        assert moved(ptx, launches, p.grad) == ({16: p.nbytes}, {})
+        assert len(moments(optimizer, p)) == (2 if rule is AdamW else 1)
+        for t in (p, *moments(optimizer, p)):
+            assert moved(ptx, launches, t) == ({16: t.nbytes}, {16: t.nbytes})
+
+
+@BOTH
+def test_the_norm_reads_gradients_once_and_does_not_wait(ptx, rule, monkeypatch):
+    params = parameters(torch.float32)
+    optimizer = made(rule, params, clip=0.1)
+    seen = []
+    measure = optimizer._held.measure
+
+    def noting(*arguments):
+        result = measure(*arguments)
+        seen.append((ptx.runtime.waits, [moved(ptx, ptx.launches, p.grad) for p in params]))
+        return result
+
+    monkeypatch.setattr(optimizer._held, "measure", noting)
+    optimizer.step()
+    assert seen == [(0, [({16: p.nbytes}, {}) for p in params])]
+
+
+@BOTH
+@DTYPES
+def test_a_skipped_step_moves_nothing(ptx, rule, dtype):
+    params = parameters(dtype)
+    optimizer = made(rule, params, clip=0.1)
+    optimizer.step()
+    params[1].grad[5] = math.nan
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert ptx.launches
+    assert ptx.traffic.bytes_stored() == 0
+    for p in params:
+        for t in (p, p.grad, *moments(optimizer, p)):
+            assert moved(ptx, ptx.launches, t) == ({}, {})
+
+
+@DTYPES
+def test_update_clipping_reads_gradient_and_second_moment_once_more(ptx, dtype):
+    params = parameters(dtype)
+    optimizer = AdamW(params, lr=0.01, clip=0.1, update_clip=True)
+    for _ in range(2):
+        optimizer.step()
+    for p in params:
+        state, n = optimizer.state[p], p.nbytes
+        assert moved(ptx, ptx.launches, p.grad) == ({16: 2 * n}, {})
+        assert moved(ptx, ptx.launches, state["exp_avg_sq"]) == ({16: 2 * n}, {16: n})
+        assert moved(ptx, ptx.launches, state["exp_avg"]) == ({16: n}, {16: n})
+        assert moved(ptx, ptx.launches, p) == ({16: n}, {16: n})
+
+
+@BOTH
+def test_700_parameters_take_a_launch_for_each_320(ptx, rule):
+    params = parameters(torch.float32, [1 + i % 67 for i in range(700)])
+    made(rule, params, clip=0.1).step()
+    names = [launch.kernel.partition("<")[0] for launch in ptx.launches]
+    assert names == ["optim_update", "advance_steps"] * 3
+
+
+@BOTH
+def test_a_learning_rate_on_the_device_is_not_waited_for(ptx, rule, monkeypatch):
+    """To the emulator every tensor is on the device, to torch none is."""
+    outcomes = []
+    for lr in (0.5, torch.tensor(0.5)):
+        monkeypatch.setattr("gradfuse.optim._number", lambda value: value)
+        params = parameters(torch.float32)
+        optimizer = rule(params, lr=lr, clip=0.1)
+        optimizer.step()
+        assert ptx.runtime.waits == 0
+        outcomes.append(torch.cat([p.detach() for p in params]))
+    assert torch.equal(*outcomes)
+
+
+@BOTH
+@DTYPES
+def test_any_order_of_the_blocks_gives_the_same_bits(ptx, rule, dtype):
+    found = {}
+    for order in ("forward", "backward", "shuffled"):
+        ptx.machine.order = order
+        params = parameters(dtype, (1, 4099, 40_961))
+        optimizer = made(rule, params, clip=0.1, **OPTIONS[rule])
+        for _ in range(2):
+            optimizer.step()
+        found[order] = bits([t for p in params for t in (p, *moments(optimizer, p))])
+    assert found["forward"] == found["backward"] == found["shuffled"]
