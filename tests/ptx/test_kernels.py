@@ -10,6 +10,7 @@ import torch
 from helpers import COMPLEX, REAL, bits, random, short
 
 import gradfuse
+import gradfuse.optim
 from gradfuse import reference
 from ptx import emulated
 from ptx.checks import Violation
@@ -104,6 +105,16 @@ def test_every_kernel_was_run(ptx):
         KERNELS_RUN.update(launch.kernel for launch in ptx.launches)
         y.sum().backward()
         KERNELS_RUN.update(launch.kernel for launch in ptx.launches)
+    for dtype in REAL:  # of the optimizers
+        for master in (False, True):
+            params = [torch.nn.Parameter(random(33, dtype=dtype))]
+            for optimizer in (
+                gradfuse.optim.AdamW(params, master_weights=master, update_clip=True),
+                gradfuse.optim.SGD(params, momentum=0.9, master_weights=master),
+            ):
+                params[0].grad = random(33, dtype=dtype)
+                optimizer.step()
+                KERNELS_RUN.update(launch.kernel for launch in ptx.launches)
     _, compiled = emulated.build()
     every = {demangled(k) for c in compiled for k in Module(c.ptx.read_text()).kernel_names}
     assert every <= KERNELS_RUN, f"never run: {sorted(every - KERNELS_RUN)}"
