@@ -80,9 +80,11 @@ void cuda_stats(const DeviceGroup& group, NormSpec spec, double max_norm, NonFin
 // The scale as the host sees it. On CUDA this waits for the device.
 LossScale scale_on_host(const LossScaleTensors& given) {
   LossScale scale = {1.0, false};
-  if (given.scale) scale.value = on_host(given.scale->to(at::kDouble)).item<double>();
-  if (given.found_inf)
-    scale.found_inf = on_host(given.found_inf->to(at::kDouble)).item<double>() != 0.0;
+  const auto number = [](const at::Tensor& t) {
+    return *on_host(converted(t, at::kDouble)).const_data_ptr<double>();
+  };
+  if (given.scale) scale.value = number(*given.scale);
+  if (given.found_inf) scale.found_inf = number(*given.found_inf) != 0.0;
   return scale;
 }
 

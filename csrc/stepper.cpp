@@ -52,7 +52,8 @@ bool same_strides(const at::Tensor& a, const at::Tensor& b) {
 // The totals of gradients that were multiplied already.
 at::Tensor without_factor(const at::Tensor& totals) {
   const at::Tensor out = dense_copy(totals, totals.strides());
-  out.narrow(0, 6, 2).copy_(at::tensor({1.0, 0.0}, at::kDouble));
+  out.select(0, 6).fill_(1.0);
+  out.select(0, 7).zero_();
   return out;
 }
 
