@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,7 +16,9 @@ __all__ = ["ClipInStep", "clip_in_step"]
 _NONFINITE = {"propagate": 0, "error": 1, "skip": 3}
 _CLASSES = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 _ATTRIBUTES = ("grad_scale", "found_inf")  # what torch's kernels divide by, and skip for
-_ABSENT = object()
+_NO_OPTIONS = ("params", "param_names")
+_Path: TypeAlias = tuple[tuple[str, object], ...]
+_Key: TypeAlias = tuple[type, torch.device, torch.dtype, _Path]
 
 
 class ClipInStep:
@@ -26,12 +28,14 @@ class ClipInStep:
         self.max_norm = max_norm
         self._nonfinite = nonfinite
         self._optimizer = optimizer
-        self._proven: set[tuple[type, torch.device, torch.dtype]] = set()
+        self._proven: set[_Key] = set()
+        self._paths: list[_Path] = []  # of the groups
         self._names: list[str] = []
         self._report: GradReport | None = None
         self._skipped: Tensor | None = None
-        self._before: dict[str, Any] = {}
-        self._fresh: list[Tensor] = []  # parameters whose momentum begins with this step
+        self._view = _view_class(type(optimizer))
+        self._fresh: list[Tensor] = []  # parameters whose momentum begins with this step,
+        self._state = optimizer.state  # in this state, which loading replaces
         self._empty: dict[Tensor, Any] = {}  # the state, which torch keeps
         self._held = backend.Stepper(0)
         self._refresh()
@@ -61,13 +65,15 @@ class ClipInStep:
 
     def remove(self) -> None:
         """Takes the hooks off; the optimizer is torch's again."""
+        self._drop_unbegun()
         for hook in self._hooks:
             hook.remove()
 
     def _refresh(self) -> None:
         groups = self._optimizer.param_groups
         needs = [0] * len(groups)
-        if self._held.holds(groups, self._empty, needs):
+        paths = [_path(group) for group in groups]
+        if paths == self._paths and self._held.holds(groups, self._empty, needs):
             return
         names: list[str] = []
         for group in groups:
@@ -75,18 +81,21 @@ class ClipInStep:
             for i, p in enumerate(group["params"]):
                 _prove(self._optimizer, group, p, self._proven)
                 names.append(given[i] if given else str(len(names)))
-        self._names = names
+        self._names, self._paths = names, paths
         self._held.hold(groups, self._empty, needs)
 
     @torch.no_grad()
     def _begin(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if isinstance(optimizer, self._view):
+            return None  # the step of a class calls that of its base
         if any(a is not None and a is not optimizer for a in (*args, kwargs.get("closure"))):
             raise RuntimeError(
                 "clip_in_step: expected step() without a closure, got one: it would make new "
                 "gradients after their norm was taken. Call it before step()"
             )
+        self._drop_unbegun()  # of a step that raised, which had no end
         self._refresh()
         scale, found_inf = (getattr(optimizer, name, None) for name in _ATTRIBUTES)
         norm, totals, table = self._held.measure(
@@ -104,21 +113,23 @@ class ClipInStep:
         if self._skipped is None:
             self._skipped = torch.zeros((), dtype=torch.int64, device=totals.device)
         self._skipped += skips
-        self._fresh = _without_momentum(optimizer)
-        self._before = {name: getattr(optimizer, name, _ABSENT) for name in _ATTRIBUTES}
+        self._fresh, self._state = _without_momentum(optimizer), optimizer.state
         idle = totals.device.type == "cpu" and float(factor) == 1.0 and not bool(skips)
-        optimizer.grad_scale = None if idle else divisor  # type: ignore[attr-defined]
-        optimizer.found_inf = None if idle else skips.float()  # type: ignore[attr-defined]
+        view = self._view.__new__(self._view)
+        view.__dict__ = optimizer.__dict__
+        view.grad_scale = None if idle else divisor
+        view.found_inf = None if idle else skips.float()
+        return (view, *args[1:]), kwargs
 
     def _end(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        for name, value in self._before.items():
-            if value is _ABSENT:
-                delattr(optimizer, name)
-            else:
-                setattr(optimizer, name, value)
+        self._drop_unbegun()
+
+    def _drop_unbegun(self) -> None:
+        """Takes away the momentum that torch made in a skipped step and left uninitialised."""
         if self._fresh and self._report is not None and self._report.skipped:
-            for p in self._fresh:  # torch made a buffer and left it uninitialised
-                optimizer.state[p].pop("momentum_buffer", None)
+            for p in self._fresh:
+                self._state[p].pop("momentum_buffer", None)
+        self._fresh = []
 
 
 def clip_in_step(
@@ -172,6 +183,13 @@ def clip_in_step(
     return ClipInStep(optimizer, max_norm, nonfinite)
 
 
+def _view_class(cls: type[torch.optim.Optimizer]) -> Any:
+    """Instances are given an optimizer's __dict__, so they are it but for _ATTRIBUTES. Those are
+    slots, which come before the __dict__: whatever a step on such a view raises, its optimizer's
+    own attributes are what they were."""
+    return type(cls.__name__, (cls,), {"__slots__": _ATTRIBUTES})
+
+
 def _without_momentum(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [
         p
@@ -182,40 +200,50 @@ def _without_momentum(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     ]
 
 
+def _path(group: dict[str, Any]) -> _Path:
+    """What of a group's options chooses a kernel, or a branch of one: whether each is there, is a
+    Tensor, is zero; not how large it is, which schedules change."""
+
+    def kind(value: Any) -> object:
+        if isinstance(value, Tensor):
+            return value.device, value.dtype
+        return value if value is None else bool(value)
+
+    return tuple(sorted((k, kind(v)) for k, v in group.items() if k not in _NO_OPTIONS))
+
+
 def _prove(
-    optimizer: torch.optim.Optimizer,
-    group: dict[str, Any],
-    p: Tensor,
-    proven: set[tuple[type, torch.device, torch.dtype]],
+    optimizer: torch.optim.Optimizer, group: dict[str, Any], p: Tensor, proven: set[_Key]
 ) -> None:
-    """Raises unless a step on 4 g with grad_scale 4 is one on g, and found_inf stops it."""
+    """Raises unless steps on 4 g with grad_scale 4 are those on g, and found_inf stops one."""
     cls = type(optimizer)
     if not group.get("fused"):
         raise RuntimeError(
             f"clip_in_step: expected {cls.__name__}(fused=True), got fused={group.get('fused')}: "
             "only torch's fused kernels take a coefficient"
         )
-    key = (cls, p.device, p.dtype)
+    key = (cls, p.device, p.dtype, _path(group))
     if key in proven:
         return
+    scaled, stop = (4.0, 0.0), (4.0, 1.0)
     try:
-        plain = _probed(cls, group, p, 1.0, None)
-        divided = _probed(cls, group, p, 4.0, (4.0, 0.0))
-        stopped = _probed(cls, group, p, 4.0, (4.0, 1.0))
+        # Two steps each, as momentum begins with the first.
+        plain = _probed(cls, group, p, [None, None])
+        divided = _probed(cls, group, p, [scaled, scaled])
+        stopped_first = _probed(cls, group, p, [stop])
+        stopped_then = _probed(cls, group, p, [None, stop])
     except Exception as error:
         raise RuntimeError(
             f"clip_in_step: {cls.__name__} of torch {torch.__version__} could not be tried out on "
             f"{p.device}, {p.dtype}: {error}"
         ) from error
-    before = torch.ones_like(plain[0])
-    if torch.equal(plain[0], before) or not all(
-        torch.equal(a, b) for a, b in zip(plain, divided, strict=True)
-    ):
+    begun = _probe_values(p)
+    if torch.equal(plain[0][0], begun) or not _same(plain, divided):
         raise RuntimeError(
             f"clip_in_step: {cls.__name__} of torch {torch.__version__} does not divide by "
             f"grad_scale on {p.device}, {p.dtype}; use gradfuse.optim or clip_grad_norm_"
         )
-    if not torch.equal(stopped[0], before):
+    if not torch.equal(stopped_first[0][0], begun) or not _same(plain[:1] * 2, stopped_then):
         raise RuntimeError(
             f"clip_in_step: {cls.__name__} of torch {torch.__version__} does not skip for "
             f"found_inf on {p.device}, {p.dtype}; use gradfuse.optim or clip_grad_norm_"
@@ -223,19 +251,34 @@ def _prove(
     proven.add(key)
 
 
+def _probe_values(like: Tensor) -> Tensor:
+    """No weight decay cancels the gradient of all."""
+    return torch.tensor([1.0, 0.5, -0.25], dtype=like.dtype, device=like.device)
+
+
+def _same(a: list[list[Tensor]], b: list[list[Tensor]]) -> bool:
+    pairs = zip(a, b, strict=True)
+    return all(torch.equal(x, y) for xs, ys in pairs for x, y in zip(xs, ys, strict=True))
+
+
 def _probed(
-    cls: type, group: dict[str, Any], like: Tensor, size: float, given: tuple[float, float] | None
-) -> list[Tensor]:
-    """A parameter and its state after a step on a gradient of this size."""
+    cls: type, group: dict[str, Any], like: Tensor, steps: list[tuple[float, float] | None]
+) -> list[list[Tensor]]:
+    """A parameter and its state after each step: plain, or with this grad_scale and found_inf on
+    the gradient times grad_scale."""
     with torch.no_grad():
-        p = torch.ones(3, dtype=like.dtype, device=like.device)
-        p.grad = torch.full_like(p, 0.5 * size)
-        options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        p = _probe_values(like)
+        options = {k: v for k, v in group.items() if k not in _NO_OPTIONS}
         rate = options["lr"]  # which may be 0 while it warms up
         options["lr"] = torch.full_like(rate, 0.5) if isinstance(rate, Tensor) else 0.5
         probe = cls([{"params": [p], **options}])
-        if given is not None:
-            for name, value in zip(_ATTRIBUTES, given, strict=True):
-                setattr(probe, name, torch.tensor(value, device=like.device))
-        probe.step()
-        return [p, *(t for t in probe.state[p].values() if isinstance(t, Tensor))]
+        outcome = []
+        for given in steps:
+            p.grad = torch.full_like(p, 0.5 if given is None else 0.5 * given[0])
+            for name, value in zip(_ATTRIBUTES, given or (None, None), strict=True):
+                held = None if value is None else torch.tensor(value, device=like.device)
+                setattr(probe, name, held)
+            probe.step()
+            state = (t for t in probe.state[p].values() if isinstance(t, Tensor))
+            outcome.append([t.clone() for t in (p, *state)])
+        return outcome

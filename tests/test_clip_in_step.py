@@ -11,9 +11,9 @@ from helpers import HOST_BACKENDS, bits
 from torch import nn
 
 import gradfuse.optim
-import gradfuse.reference
 from gradfuse.optim import clip_in_step
 
+pytestmark = pytest.mark.usefixtures("backend")
 RULES = {
     "adamw": (torch.optim.AdamW, {"lr": 1e-2}),
     "adamw-amsgrad": (torch.optim.AdamW, {"lr": 1e-2, "amsgrad": True}),
@@ -52,11 +52,11 @@ def assert_close(ours, torchs) -> None:
 
 
 @rules
-def test_same_as_torch_clip_and_step(rule: str) -> None:
+def test_same_as_torch_clip_and_step(rule: str, backend: str) -> None:
     a, b = net(), net()
     ours, torchs = made(rule, a.parameters()), made(rule, b.parameters())
     handle = clip_in_step(ours, 1.0)
-    for step in range(50):
+    for step in range(5 if backend == "ptx" else 50):
         scale = 10.0 ** (step % 5 - 3)  # some clip, some do not
         give(a, step, scale)
         give(b, step, scale)
@@ -72,6 +72,7 @@ def test_same_as_torch_clip_and_step(rule: str) -> None:
     assert not hasattr(ours, "found_inf")
 
 
+@HOST_BACKENDS
 @rules
 def test_a_quiet_step_is_torchs_bit_for_bit(rule: str) -> None:
     a, b = net(), net()
@@ -115,6 +116,7 @@ def test_a_coefficient_beyond_float32_skips() -> None:
     assert bits(tensors(optimizer)) == before
 
 
+@HOST_BACKENDS
 @rules
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("at", [0, 3])
@@ -158,6 +160,7 @@ def test_error_and_propagate() -> None:
     assert handle.skipped_steps == 0
 
 
+@HOST_BACKENDS
 @rules
 @pytest.mark.parametrize("unscale", [False, True])
 def test_grad_scaler(rule: str, unscale: bool) -> None:
@@ -184,6 +187,7 @@ def test_grad_scaler(rule: str, unscale: bool) -> None:
     assert handle.skipped_steps == 1
 
 
+@HOST_BACKENDS
 def test_add_param_group_state_dict_and_remove() -> None:
     a, b = net(), net()
     ours, torchs = made("adamw", a[0].parameters()), made("adamw", b[0].parameters())
@@ -235,19 +239,117 @@ def test_low_precision_and_a_schedule_from_zero() -> None:
     assert handle.report.clipped_norm == pytest.approx(1.0)
 
 
+def broken(*args, **kwargs):
+    raise RuntimeError("broken")
+
+
 @HOST_BACKENDS
-def test_both_backends(backend, monkeypatch) -> None:
-    if backend == "reference":
-        monkeypatch.setattr("gradfuse.clip_in_step.backend", gradfuse.reference)
+@pytest.mark.parametrize("at", ["kernel", "later hook"])
+def test_a_step_that_raises_leaves_nothing_for_the_next(at: str, monkeypatch) -> None:
+    a, b = net(), net()
+    ours, torchs = (made("sgd-momentum", m.parameters()) for m in (a, b))
+    handle = clip_in_step(ours, 1.0)
+    give(a, 0)
+    with monkeypatch.context() as patch:
+        if at == "kernel":
+            patch.setattr(torch, "_fused_sgd_", broken)
+        else:
+            hook = ours.register_step_pre_hook(broken)
+        with pytest.raises(RuntimeError, match="broken"):
+            ours.step()
+    assert not hasattr(ours, "grad_scale")
+    assert not hasattr(ours, "found_inf")
+    if at == "later hook":
+        hook.remove()
+    for step, scale in enumerate((10.0, 0.01)):
+        give(a, step, scale)
+        give(b, step, scale)
+        norm = nn.utils.clip_grad_norm_(b.parameters(), 1.0)
+        ours.step()
+        torchs.step()
+        assert handle.report.total_norm == pytest.approx(float(norm), rel=1e-5)
+    assert_close(ours, torchs)
+
+
+@HOST_BACKENDS
+@pytest.mark.parametrize("then", ["remove", "load"])
+def test_a_skipped_step_that_raises(then: str) -> None:
+    """What torch made of the momentum that it did not begin is taken away; what was loaded since
+    is not."""
+    a, b = net(), net()
+    ours, torchs = (made("sgd-momentum", m.parameters()) for m in (a, b))
+    hook = ours.register_step_post_hook(broken)  # before ours, which is therefore not called
+    handle = clip_in_step(ours, 1.0)
+    give(a, 0)
+    a[0].weight.grad[1, 2] = math.nan
+    with pytest.raises(RuntimeError, match="broken"):
+        ours.step()
+    hook.remove()
+    if then == "remove":
+        handle.remove()
+    else:
+        give(b, 5)
+        nn.utils.clip_grad_norm_(b.parameters(), 1.0)
+        torchs.step()
+        a.load_state_dict(b.state_dict())
+        ours.load_state_dict(copy.deepcopy(torchs.state_dict()))
+    give(a, 1, 1e-3)
+    give(b, 1, 1e-3)
+    ours.step()
+    torchs.step()
+    assert_close(ours, torchs)
+    assert not hasattr(ours, "grad_scale")
+    assert not hasattr(ours, "found_inf")
+
+
+@HOST_BACKENDS
+def test_a_step_that_raises_under_a_grad_scaler(monkeypatch) -> None:
+    """It leaves what torch's own leaves: the scaler's attributes, not ours."""
     model = net()
-    optimizer = made("sgd", model.parameters())
-    handle = clip_in_step(optimizer, 1.0)
-    before = [p.detach().clone() for p in model.parameters()]
-    give(model, 0)
-    optimizer.step()
-    moved = [(p.detach() - q).flatten() for p, q in zip(model.parameters(), before, strict=True)]
-    assert float(torch.cat(moved).norm()) == pytest.approx(0.1, rel=1e-4)
-    assert handle.report.clipped
+    optimizer = made("adam", model.parameters())
+    clip_in_step(optimizer, 0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.zeros(()))
+    give(model, 0, 1024.0)
+    monkeypatch.setattr(torch, "_fused_adam_", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        scaler.step(optimizer)
+    assert float(optimizer.grad_scale) == 1024.0
+    assert float(optimizer.found_inf) == 0.0
+
+
+class Own(torch.optim.SGD):
+    """A class whose step keeps something, and calls that of its base."""
+
+    steps = 0
+
+    def step(self, closure=None):
+        self.steps += 1
+        return super().step(closure)
+
+
+@HOST_BACKENDS
+def test_the_step_of_a_subclass() -> None:
+    a, b = net(), net()
+    torch.optim.SGD(a.parameters())  # which gives the base's step hooks too
+    ours = Own(a.parameters(), 0.1, momentum=0.9, fused=True)
+    torchs = torch.optim.SGD(b.parameters(), 0.1, momentum=0.9, fused=True)
+    handle = clip_in_step(ours, 1.0)
+    schedule = torch.optim.lr_scheduler.ConstantLR(ours, 1.0)
+    for step in range(4):
+        give(a, step)
+        give(b, step)
+        if step == 2:
+            a[0].weight.grad[1, 2] = math.nan
+            ours.step()
+            continue
+        nn.utils.clip_grad_norm_(b.parameters(), 1.0)
+        ours.step()
+        torchs.step()
+        schedule.step()
+    assert ours.steps == 4
+    assert handle.skipped_steps == 1
+    assert_close(ours, torchs)
 
 
 class Forgetful(torch.optim.AdamW):
@@ -268,11 +370,39 @@ class Stubborn(torch.optim.SGD):
         super().step(closure)
 
 
+class Late(torch.optim.SGD):
+    """One that divides until there is momentum."""
+
+    def step(self, closure=None):
+        if any("momentum_buffer" in s for s in self.state.values()):
+            self.grad_scale = None
+        super().step(closure)
+
+
+class LateStubborn(torch.optim.SGD):
+    """One that skips until there is momentum."""
+
+    def step(self, closure=None):
+        if any("momentum_buffer" in s for s in self.state.values()):
+            self.found_inf = None
+        super().step(closure)
+
+
+class Partial(torch.optim.AdamW):
+    """One that divides, but not with amsgrad."""
+
+    def step(self, closure=None):
+        if any(group["amsgrad"] for group in self.param_groups):
+            self.grad_scale = None
+        super().step(closure)
+
+
 class Demanding(torch.optim.SGD):
     def __init__(self, params, lr, needed, **more) -> None:
         super().__init__(params, lr, **more)
 
 
+@HOST_BACKENDS
 def test_refusals() -> None:
     params = list(net().parameters())
     adamw = torch.optim.AdamW(params, fused=True)
@@ -284,6 +414,8 @@ def test_refusals() -> None:
         (gradfuse.optim.AdamW(params), TypeError, "clips by itself"),
         (Forgetful(params, fused=True), RuntimeError, "does not divide by grad_scale"),
         (Stubborn(params, fused=True), RuntimeError, "does not skip for found_inf"),
+        (Late(params, fused=True, momentum=0.9), RuntimeError, "does not divide by grad_scale"),
+        (LateStubborn(params, fused=True, momentum=0.9), RuntimeError, "does not skip"),
         (Demanding(params, 0.1, 1, fused=True), RuntimeError, "could not be tried out"),
         (params, TypeError, "got list"),
     ]
@@ -304,3 +436,28 @@ def test_refusals() -> None:
     adamw.add_param_group({"params": [torch.zeros(2)], "fused": False})
     with pytest.raises(RuntimeError, match="fused=True"):
         adamw.step()
+
+
+@HOST_BACKENDS
+def test_options_are_tried_out_one_by_one() -> None:
+    """Of each group, and anew when they change."""
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    groups = [{"params": params[:1]}, {"params": params[1:], "amsgrad": True}]
+    with pytest.raises(RuntimeError, match="does not divide by grad_scale"):
+        clip_in_step(Partial(groups, fused=True), 1.0)
+    optimizer = Partial(params, fused=True)
+    clip_in_step(optimizer, 1.0)
+    for p in params:
+        p.grad = torch.ones(2)
+    before = bits(params)
+    optimizer.param_groups[0]["amsgrad"] = True
+    with pytest.raises(RuntimeError, match="does not divide by grad_scale"):
+        optimizer.step()
+    assert bits(params) == before
+
+
+@HOST_BACKENDS
+@pytest.mark.parametrize("decay", [0.5, 1.0])
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_decay_that_cancels_a_gradient_is_not_taken_for_a_skip(cls, decay: float) -> None:
+    clip_in_step(cls(net().parameters(), weight_decay=decay, maximize=True, fused=True), 1.0)
