@@ -7,6 +7,8 @@ import torch
 from helpers import HOST_BACKENDS
 from test_optim import BOTH, TORCHS, contents, fill, fresh, made
 
+from gradfuse.policies import Norm, Value
+
 pytestmark = HOST_BACKENDS
 
 
@@ -76,3 +78,40 @@ def test_an_inf_halves_the_scale_and_skips(rule, nonfinite, backend):
     scaled(one, scaler, 2)
     scaler.step(a)
     assert contents(a) != before
+
+
+POLICIES = {
+    "norm": (lambda: Norm(1.0), lambda p: torch.nn.utils.clip_grad_norm_(p, 1.0)),
+    "value": (lambda: Value(0.25), lambda p: torch.nn.utils.clip_grad_value_(p, 0.25)),
+}
+
+
+@BOTH
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("unscale", [False, True])
+def test_policies_bound_unscaled_gradients(rule, policy, unscale, backend):
+    """Whether the scaler divides before the step or in it; an inf skips, and halves the scale."""
+    bound, torchs_clip = POLICIES[policy]
+    ours, theirs = fresh(), fresh()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    a, b = made(rule, ours, clip=bound()), made(TORCHS[rule], theirs)
+    for step in range(5):
+        scaled(ours, scaler, step)
+        if step == 2:
+            ours[0].grad[0, 0] = math.inf
+            before = contents(a)
+        if unscale:
+            scaler.unscale_(a)
+        scaler.step(a)
+        scaler.update()
+        if step == 2:
+            assert contents(a) == before
+            assert a.report.skipped
+            continue
+        fill(theirs, step)
+        torchs_clip(theirs)
+        b.step()
+    assert scaler.get_scale() == 2048.0  # grown by two, halved, grown by two
+    assert a.skipped_steps == 1
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p.detach(), q.detach(), rtol=2e-6, atol=1e-7)

@@ -158,6 +158,11 @@ class Stepper:
                 f"{list(p.shape)} of {p.dtype} on {p.device}, got {list(g.shape)} of {g.dtype} on "
                 f"{g.device} for parameter {i}"
             )
+        if p.layout != torch.strided or torch._debug_has_internal_overlap(p) == 1:
+            raise TypeError(
+                f"{self._op}: expected plain dense parameters with an element per memory location, "
+                f"got another kind for parameter {i}"
+            )
 
     def _update(
         self, i: int, g: Tensor, options: tuple[Any, ...], update_clip: bool, stochastic: bool
