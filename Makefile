@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch>=2.11
 PY = $(VENV)/bin/python
+# A process for each core, which takes some 2 GB. Threads that wait for work leave the cores to the
+# other processes.
+PYTEST = OMP_WAIT_POLICY=passive $(abspath $(PY)) -m pytest -q -n logical --maxprocesses 8 --dist loadgroup
 CPP = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 .PHONY: demo test build bench lint format pytest pytest-reference pytest-isa pytest-ptx traffic sanitize gpu-check clean
@@ -41,22 +44,25 @@ format: build
 	$(VENV)/bin/clang-format -i $(CPP)
 
 pytest: build
-	$(PY) -m pytest -q
+	$(PYTEST)
 
 pytest-reference: build
-	GRADFUSE_NATIVE=0 GRADFUSE_PTX=0 $(PY) -m pytest -q
+	GRADFUSE_NATIVE=0 GRADFUSE_PTX=0 $(PYTEST)
 
-# What differs between instruction sets is the kernels' arithmetic; those tests run for each.
+# What differs between instruction sets is the kernels' arithmetic. Those tests run for each below
+# this machine's best one, which is that of `make pytest`.
 KERNEL_TESTS = tests/test_clip.py tests/test_range.py tests/test_value.py tests/test_adaptive.py \
 	tests/test_nonfinite.py tests/test_quiet.py tests/test_hypothesis.py tests/test_batch_norm.py \
 	tests/test_batch_norm_hypothesis.py tests/test_optim.py
-ISAS = $(shell grep -q avx2 /proc/cpuinfo && echo avx2) baseline
+NATIVE = not reference or native_and_reference
+ISAS = $(shell grep -q avx512vl /proc/cpuinfo && echo avx2) $(shell grep -q avx2 /proc/cpuinfo && echo baseline)
 pytest-isa: build
-	for isa in $(ISAS); do GRADFUSE_PTX=0 GRADFUSE_ISA=$$isa $(PY) -m pytest -q $(KERNEL_TESTS) || exit 1; done
+	for isa in $(ISAS); do \
+		GRADFUSE_PTX=0 GRADFUSE_ISA=$$isa $(PYTEST) -k "$(NATIVE)" $(KERNEL_TESTS) || exit 1; done
 
 # Every test that takes a backend, on the emulated CUDA kernels; `make test` runs a part of each.
 pytest-ptx: build
-	GRADFUSE_PTX=all $(PY) -m pytest -q -k ptx
+	GRADFUSE_PTX=all $(PYTEST) -k ptx
 
 # What the CUDA kernels move and take, counted by the emulator and by ptxas: the README's tables.
 traffic: build
@@ -70,7 +76,7 @@ sanitize: $(VENV)/.installed
 	GRADFUSE_CUDA=0 GRADFUSE_SANITIZE=1 $(PY) setup.py -q build_ext --build-lib $(SANITIZED)
 	cd $(SANITIZED) && env GRADFUSE_PTX=0 GRADFUSE_SANITIZE=1 PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-		$(abspath $(PY)) -m pytest -q -p no:cacheprovider \
+		$(PYTEST) -p no:cacheprovider -k "$(NATIVE)" \
 		$(addprefix ../../,$(KERNEL_TESTS)) ../../tests/test_errors.py ../../tests/test_clipper.py \
 		../../tests/test_optim_state.py \
 		../../tests/test_batch_norm_errors.py

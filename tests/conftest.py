@@ -114,7 +114,8 @@ class EmulatedTests:
 
 
 def pytest_configure(config):
-    if PTX_REQUIRED:
+    # Of several processes, the one that hears of all tests and runs none.
+    if PTX_REQUIRED and not hasattr(config, "workerinput"):
         config.pluginmanager.register(EmulatedTests())
 
 

@@ -62,6 +62,11 @@ def test_any_order_of_the_blocks_gives_the_same_bits(ptx, step):
         assert found["forward"] == found["backward"] == found["shuffled"]
 
 
+KERNELS_RUN: set[str] = set()
+together = pytest.mark.xdist_group("kernels run")  # in one process, for what they have in common
+
+
+@together
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("dtype", [*REAL, *COMPLEX], ids=short)
 def test_as_the_reference(ptx, monkeypatch, step, dtype):
@@ -80,9 +85,7 @@ def test_as_the_reference(ptx, monkeypatch, step, dtype):
             torch.testing.assert_close(p.grad, q.grad, rtol=max(ulp, 2e-6), atol=0.0)
 
 
-KERNELS_RUN: set[str] = set()
-
-
+@together
 def test_every_kernel_was_run(ptx):
     """By the tests above; those of zero gradients and a lone norm here."""
     params = parameters(torch.float32)

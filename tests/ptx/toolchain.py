@@ -5,6 +5,7 @@ What is built lies under build/ptx, in folders named after a hash of all that we
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -78,20 +79,22 @@ def sources_of(folder: Path) -> list[Path]:
 
 
 def _built(name: str, digest: str, build) -> Path:
-    """The folder of what build(folder) makes, made if it is not there yet."""
+    """The folder of what build(folder) makes, made if it is not there yet: by one process, while
+    others that want it wait."""
     folder = BUILD / f"{name}-{digest}"
-    if not folder.exists():
-        fresh = BUILD / f"{name}-{digest}.{os.getpid()}"
-        fresh.mkdir(parents=True)
-        try:
-            build(fresh)
+    if folder.exists():
+        return folder
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            fresh = BUILD / f"{name}-{digest}.{os.getpid()}"
+            fresh.mkdir()
             try:
+                build(fresh)
                 fresh.rename(folder)
-            except OSError:  # another process was faster
-                if not folder.exists():
-                    raise
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
+            finally:
+                shutil.rmtree(fresh, ignore_errors=True)
     return folder
 
 
