@@ -9,7 +9,8 @@ PY = $(VENV)/bin/python
 PYTEST = OMP_WAIT_POLICY=passive $(abspath $(PY)) -m pytest -q -n logical --maxprocesses 8 --dist loadgroup
 CPP = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: demo test build bench lint format pytest pytest-reference pytest-isa pytest-ptx traffic sanitize gpu-check clean
+.PHONY: demo test build bench lint format pytest pytest-native pytest-reference \
+	pytest-isa pytest-ptx traffic sanitize gpu-check clean
 
 demo: build
 	$(PY) -m gradfuse demo
@@ -46,6 +47,10 @@ format: build
 pytest: build
 	$(PYTEST)
 
+# Of the tests that take the implementations in turn, all but those of the pure-torch one.
+pytest-native: build
+	$(PYTEST) -k "not reference"
+
 pytest-reference: build
 	GRADFUSE_NATIVE=0 GRADFUSE_PTX=0 $(PYTEST)
 
@@ -54,11 +59,10 @@ pytest-reference: build
 KERNEL_TESTS = tests/test_clip.py tests/test_range.py tests/test_value.py tests/test_adaptive.py \
 	tests/test_nonfinite.py tests/test_quiet.py tests/test_hypothesis.py tests/test_batch_norm.py \
 	tests/test_batch_norm_hypothesis.py tests/test_optim.py
-NATIVE = not reference or native_and_reference
 ISAS = $(shell grep -q avx512vl /proc/cpuinfo && echo avx2) $(shell grep -q avx2 /proc/cpuinfo && echo baseline)
 pytest-isa: build
 	for isa in $(ISAS); do \
-		GRADFUSE_PTX=0 GRADFUSE_ISA=$$isa $(PYTEST) -k "$(NATIVE)" $(KERNEL_TESTS) || exit 1; done
+		GRADFUSE_PTX=0 GRADFUSE_ISA=$$isa $(PYTEST) -k "not reference" $(KERNEL_TESTS) || exit 1; done
 
 # Every test that takes a backend, on the emulated CUDA kernels; `make test` runs a part of each.
 pytest-ptx: build
@@ -76,7 +80,7 @@ sanitize: $(VENV)/.installed
 	GRADFUSE_CUDA=0 GRADFUSE_SANITIZE=1 $(PY) setup.py -q build_ext --build-lib $(SANITIZED)
 	cd $(SANITIZED) && env GRADFUSE_PTX=0 GRADFUSE_SANITIZE=1 PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-		$(PYTEST) -p no:cacheprovider -k "$(NATIVE)" \
+		$(PYTEST) -p no:cacheprovider -k "not reference" \
 		$(addprefix ../../,$(KERNEL_TESTS)) ../../tests/test_errors.py ../../tests/test_clipper.py \
 		../../tests/test_optim_state.py \
 		../../tests/test_batch_norm_errors.py
