@@ -345,8 +345,9 @@ def test_inference_tensors(device):
         torch.testing.assert_close(grad, torch.full_like(grad, 1.5))
 
 
-def test_thousands_of_tensors(device):
-    grads = [random(1 + i % 7, device=device, seed=i) for i in range(3000)]
+def test_thousands_of_tensors(backend, device):
+    number = 1100 if backend == "ptx" else 3000  # a launch takes 1024
+    grads = [random(1 + i % 7, device=device, seed=i) for i in range(number)]
     norm = true_norm(grads)
     truth = [truly_clipped(g, norm, 1.0) for g in grads]
     assert_norm(gradfuse.clip_grad_norm_(owners(grads), 1.0), norm, [torch.float32])
