@@ -74,20 +74,22 @@ void clamp_(py::handle tensors, bool of_grad, double clip_value) {
   clip_by_value(list, clip_value);
 }
 
-void adaptive_clip_(py::handle weights, py::handle grads, double clip_factor, double eps,
-                    double norm_type) {
-  const char* op = "adaptive_clip_grad_";
-  UnitList list = check_units(op, read_tensors(op, weights.ptr(), false),
-                              grads.is_none() ? read_tensors(op, weights.ptr(), true)
-                                              : read_tensors(op, grads.ptr(), false));
-  const py::gil_scoped_release release;
-  clip_adaptively(list, clip_factor, eps, norm_spec(norm_type));
-}
-
 MaybeTensor maybe_tensor(const char* op, const char* name, py::handle object) {
   if (object.is_none()) return std::nullopt;
   return tensor_of(op, name, object);
 }
+
+void adaptive_clip_(py::handle weights, py::handle grads, double clip_factor, double eps,
+                    double norm_type, py::handle scale) {
+  const char* op = "adaptive_clip_grad_";
+  const MaybeTensor value = maybe_tensor(op, "scale", scale);
+  UnitList list = check_units(op, read_tensors(op, weights.ptr(), false),
+                              grads.is_none() ? read_tensors(op, weights.ptr(), true)
+                                              : read_tensors(op, grads.ptr(), false));
+  const py::gil_scoped_release release;
+  clip_adaptively(list, clip_factor, eps, norm_spec(norm_type), value);
+}
+
 MaybeTensor maybe_tensor(const char* name, py::handle object) {
   return maybe_tensor("batch_norm_act", name, object);
 }
@@ -176,21 +178,47 @@ class PyStepper {
   std::vector<at::Tensor> parameters() const { return stepper_.parameters(); }
   ResultTuple measure(double max_norm, int nonfinite, py::handle scale,
                       py::handle found_inf) const {
-    const char* op = "step";
-    LossScaleTensors given = {maybe_tensor(op, "grad_scale", scale),
-                              maybe_tensor(op, "found_inf", found_inf)};
-    for (const MaybeTensor& t : {given.scale, given.found_inf})
-      if (t && t->numel() != 1)
-        fail<std::invalid_argument>("step: grad_scale and found_inf must be one number, got ",
-                                    t->sizes());
+    const LossScaleTensors given = scale_of(scale, found_inf);
     const NonFinite policy = policy_of(nonfinite);
     const py::gil_scoped_release release;
     return as_tuple(stepper_.measure(max_norm, policy, given));
   }
-  // Each group is (lr, maximize, then the numbers of its rule); lr a number or a tensor of one.
+  ResultTuple step(py::list groups, double max_norm, int nonfinite, py::handle scale,
+                   py::handle found_inf, bool update_clip, bool stochastic_rounding,
+                   bool materialize) {
+    const LossScaleTensors given = scale_of(scale, found_inf);
+    const NonFinite policy = policy_of(nonfinite);
+    const auto [options, lrs] = options_of(groups);
+    const py::gil_scoped_release release;
+    return as_tuple(stepper_.step(options, lrs, max_norm, policy, given,
+                                  {INFINITY, update_clip, stochastic_rounding, materialize}));
+  }
   void update(py::list groups, py::handle totals, py::handle coefficients, double bound,
               bool update_clip, bool stochastic_rounding, bool materialize) {
-    const char* op = "step";
+    const auto [options, lrs] = options_of(groups);
+    MaybeTensor plan;
+    if (!totals.is_none()) plan = checked_totals(kOp, totals);
+    const MaybeTensor each = checked_coefficients(kOp, coefficients, stepper_.size());
+    const py::gil_scoped_release release;
+    stepper_.update(options, lrs, plan, each,
+                    {bound, update_clip, stochastic_rounding, materialize});
+  }
+
+ private:
+  static constexpr const char* kOp = "step";
+
+  static LossScaleTensors scale_of(py::handle scale, py::handle found_inf) {
+    const LossScaleTensors given = {maybe_tensor(kOp, "grad_scale", scale),
+                                    maybe_tensor(kOp, "found_inf", found_inf)};
+    for (const MaybeTensor& t : {given.scale, given.found_inf})
+      if (t && t->numel() != 1)
+        fail<std::invalid_argument>("step: grad_scale and found_inf must be one number, got ",
+                                    t->sizes());
+    return given;
+  }
+  // Each group is (lr, maximize, then the numbers of its rule); lr a number or a tensor of one.
+  std::pair<std::vector<GroupOptions>, std::vector<MaybeTensor>> options_of(
+      const py::list& groups) const {
     check_count(groups, groups_);
     std::vector<GroupOptions> options;
     std::vector<MaybeTensor> lrs;
@@ -199,7 +227,7 @@ class PyStepper {
       GroupOptions o = {};
       MaybeTensor lr;
       if (is_tensor(g[0].ptr()))
-        lr = tensor_of(op, "lr", g[0]).detach();
+        lr = tensor_of(kOp, "lr", g[0]).detach();
       else
         o.lr = g[0].cast<double>();
       o.maximize = g[1].cast<bool>();
@@ -211,15 +239,8 @@ class PyStepper {
       options.push_back(o);
       lrs.push_back(lr);
     }
-    MaybeTensor plan;
-    if (!totals.is_none()) plan = checked_totals(op, totals);
-    const MaybeTensor each = checked_coefficients(op, coefficients, stepper_.parameters().size());
-    const py::gil_scoped_release release;
-    stepper_.update(options, lrs, plan, each,
-                    {bound, update_clip, stochastic_rounding, materialize});
+    return {std::move(options), std::move(lrs)};
   }
-
- private:
   static void check_count(const py::list& groups, size_t expected) {
     if (groups.size() != expected)
       fail<std::invalid_argument>("Stepper: expected ", expected, " groups, got ", groups.size());
@@ -240,11 +261,11 @@ class ParameterList {
     return clip_tensors(gradients(), max_norm, norm_type, nonfinite);
   }
   // The norm, the totals and the table; nothing is clipped.
-  ResultTuple measure(double norm_type, int nonfinite) const {
+  ResultTuple measure(double max_norm, double norm_type, int nonfinite) const {
     const char* op = "GradClipper";
     const GradList list = check_gradients(op, gradients(), true);
     const py::gil_scoped_release release;
-    return as_tuple(plan_step(op, list, INFINITY, norm_spec(norm_type), policy_of(nonfinite), {}));
+    return as_tuple(plan_step(op, list, max_norm, norm_spec(norm_type), policy_of(nonfinite), {}));
   }
   // Does what the totals say, times a coefficient for each parameter if given.
   void apply_(py::handle totals, py::handle coefficients) const {
@@ -295,7 +316,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::arg("total_norm"));
   m.def("clamp_", &clamp_, py::arg("tensors"), py::arg("of_grad"), py::arg("clip_value"));
   m.def("adaptive_clip_", &adaptive_clip_, py::arg("weights"), py::arg("grads"),
-        py::arg("clip_factor"), py::arg("eps"), py::arg("norm_type"));
+        py::arg("clip_factor"), py::arg("eps"), py::arg("norm_type"),
+        py::arg("scale") = py::none());
   m.def("batch_norm_forward", &batch_norm_forward_, py::arg("input"), py::arg("residual"),
         py::arg("weight"), py::arg("bias"), py::arg("running_mean"), py::arg("running_var"),
         py::arg("training"), py::arg("momentum"), py::arg("eps"), py::arg("activation"),
@@ -310,7 +332,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("add", &ParameterList::add, py::arg("parameter"))
       .def("clip_", &ParameterList::clip_, py::arg("max_norm"), py::arg("norm_type"),
            py::arg("nonfinite"))
-      .def("measure", &ParameterList::measure, py::arg("norm_type"), py::arg("nonfinite"))
+      .def("measure", &ParameterList::measure, py::arg("max_norm"), py::arg("norm_type"),
+           py::arg("nonfinite"))
       .def("apply_", &ParameterList::apply_, py::arg("totals"), py::arg("coefficients"))
       .def("clamp_", &ParameterList::clamp_, py::arg("clip_value"));
   py::class_<PyStepper>(m, "Stepper")
@@ -320,6 +343,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       .def("parameters", &PyStepper::parameters)
       .def("measure", &PyStepper::measure, py::arg("max_norm"), py::arg("nonfinite"),
            py::arg("scale"), py::arg("found_inf"))
+      .def("step", &PyStepper::step, py::arg("groups"), py::arg("max_norm"), py::arg("nonfinite"),
+           py::arg("scale"), py::arg("found_inf"), py::arg("update_clip"),
+           py::arg("stochastic_rounding"), py::arg("materialize"))
       .def("update", &PyStepper::update, py::arg("groups"), py::arg("totals"),
            py::arg("coefficients"), py::arg("bound"), py::arg("update_clip"),
            py::arg("stochastic_rounding"), py::arg("materialize"));

@@ -58,13 +58,16 @@ at::Tensor device_bytes(int64_t bytes, at::Device device) {
   return empty_on_device({bytes}, at::TensorOptions().dtype(at::kByte).device(device));
 }
 
+// A float32 number where kernels read it.
+MaybeTensor number_on(at::Device device, const MaybeTensor& t) {
+  return t ? MaybeTensor(converted(t->to(device), at::kFloat)) : MaybeTensor();
+}
+
 // Stats of one CUDA group: totals for (max_norm, policy) and table rows, all on the device.
 void cuda_stats(const DeviceGroup& group, NormSpec spec, double max_norm, NonFinite policy,
                 const LossScaleTensors& scale, const ClipResult& out) {
-  const auto here = [&](const MaybeTensor& t) {
-    return t ? MaybeTensor(converted(t->to(group.device), at::kFloat)) : MaybeTensor();
-  };
-  const MaybeTensor value = here(scale.scale), found_inf = here(scale.found_inf);
+  const MaybeTensor value = number_on(group.device, scale.scale);
+  const MaybeTensor found_inf = number_on(group.device, scale.found_inf);
   on_device(group.device, [&](cudaStream_t stream) {
     const at::Tensor scratch = device_bytes(cuda::stats_scratch_bytes(group.refs), group.device);
     cuda::stats(group.refs, group.rows, out.table.size(0), spec, max_norm, policy,
@@ -255,16 +258,20 @@ void clip_by_value(GradList& grads, double clip_value) {
   }
 }
 
-void clip_adaptively(UnitList& params, double clip_factor, double eps, NormSpec spec) {
+void clip_adaptively(UnitList& params, double clip_factor, double eps, NormSpec spec,
+                     const MaybeTensor& scale) {
   params.grads.prepare_write();
   for (size_t i = 0; i < params.grads.groups.size(); ++i) {
     const std::vector<UnitRef> units = params.refs(i);
     if (is_host(params.grads.groups[i].device)) {
-      cpu::clip_units(units, clip_factor, eps, spec);
+      cpu::clip_units(units, clip_factor * scale_on_host({scale, {}}).value, eps, spec);
     } else {
 #if defined(GRADFUSE_CUDA)
-      on_device(params.grads.groups[i].device, [&](cudaStream_t stream) {
-        cuda::clip_units(units, clip_factor, eps, spec, stream);
+      const at::Device device = params.grads.groups[i].device;
+      const MaybeTensor here = number_on(device, scale);
+      on_device(device, [&](cudaStream_t stream) {
+        cuda::clip_units(units, clip_factor, eps, here ? here->const_data_ptr<float>() : nullptr,
+                         spec, stream);
       });
 #endif
     }

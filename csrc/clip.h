@@ -43,7 +43,8 @@ void scale_by_norm(GradList& grads, double max_norm, const at::Tensor& total_nor
 // Clamps to [-clip_value, clip_value].
 void clip_by_value(GradList& grads, double clip_value);
 
-// Adaptive clipping, unit by unit.
-void clip_adaptively(UnitList& params, double clip_factor, double eps, NormSpec spec);
+// Adaptive clipping, unit by unit, of gradients that carry a loss scale if one is given.
+void clip_adaptively(UnitList& params, double clip_factor, double eps, NormSpec spec,
+                     const MaybeTensor& scale);
 
 }  // namespace gradfuse

@@ -160,8 +160,9 @@ void apply(const std::vector<GradRef>& grads,
 // g = clamp(g, -bound, bound). Stores only the 16-byte words that change.
 void clamp(const std::vector<GradRef>& grads, double bound, cudaStream_t stream);
 // Clips each unit of each gradient against its weight. Stores the clipped units only.
-void clip_units(const std::vector<UnitRef>& units, double clip_factor, double eps, NormSpec spec,
-                cudaStream_t stream);
+void clip_units(const std::vector<UnitRef>& units, double clip_factor, double eps,
+                const float* scale,  // [] that the gradients carry, or null
+                NormSpec spec, cudaStream_t stream);
 // Bytes of scratch that either direction of batch normalisation needs.
 int64_t batch_norm_scratch_bytes(const BatchNormShape& shape);
 void batch_norm_forward(const BatchNormForward& call,

@@ -1,6 +1,6 @@
 """Gradient clipping and fused batch norm for PyTorch, right where gradients explode."""
 
-from gradfuse import nn, optim
+from gradfuse import nn, optim, policies
 from gradfuse.clipper import GradClipper
 from gradfuse.fuse import FuseReport, Site, fuse, unfuse
 from gradfuse.ops.batch_norm import batch_norm_act
@@ -30,5 +30,6 @@ __all__ = [
     "get_total_norm",
     "nn",
     "optim",
+    "policies",
     "unfuse",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +17,7 @@ from gradfuse.ops.clip import (
     check_norm_type,
     iterator_of,
 )
+from gradfuse.policies import Policy, plan_step
 from gradfuse.report import GradReport
 
 __all__ = ["GradClipper"]
@@ -31,8 +33,9 @@ class GradClipper:
     Args:
         parameters: iterable of Tensors, or of (name, Tensor) as from model.named_parameters(), or
             one Tensor. Unnamed ones are called "0", "1", ... One given twice is held once.
-        max_norm: upper bound of the norm, >= 0; inf only measures. May be changed between steps.
-        norm_type: p > 0, or inf.
+        max_norm: upper bound of the norm, >= 0; inf only measures. Or a gradfuse.policies.Policy.
+            May be changed between steps.
+        norm_type: p > 0, or inf; 2 with a policy.
         nonfinite: "propagate" | "error" | "zero", as in clip_grad_norm_.
 
     Raises:
@@ -46,12 +49,12 @@ class GradClipper:
     def __init__(
         self,
         parameters: Tensor | Iterable[Tensor] | Iterable[tuple[str, Tensor]],
-        max_norm: float,
+        max_norm: float | Policy,
         norm_type: float = 2.0,
         nonfinite: str = "propagate",
     ) -> None:
-        self.max_norm = max_norm
         self._norm_type = check_norm_type("GradClipper", norm_type)
+        self.max_norm = max_norm
         check_nonfinite("GradClipper", nonfinite)
         self._nonfinite = nonfinite
         self._names: list[str] = []
@@ -71,13 +74,19 @@ class GradClipper:
                 )
 
     @property
-    def max_norm(self) -> float:
-        """Upper bound of the norm."""
+    def max_norm(self) -> float | Policy:
+        """Upper bound of the norm, or the policy."""
         return self._max_norm
 
     @max_norm.setter
-    def max_norm(self, value: float) -> None:
-        self._max_norm = check_nonnegative("GradClipper", "max_norm", value)
+    def max_norm(self, value: float | Policy) -> None:
+        if not isinstance(value, Policy):
+            value = check_nonnegative("GradClipper", "max_norm", value)
+        elif self._norm_type != 2.0:
+            raise ValueError(
+                f"GradClipper: norm_type must be 2 with a policy, got {self._norm_type:g}"
+            )
+        self._max_norm = value
 
     @property
     def norm_type(self) -> float:
@@ -114,6 +123,9 @@ class GradClipper:
                 gradient is expanded, so that several elements share memory.
             TypeError: a gradient is sparse, of an integer dtype or on an unsupported device.
         """
+        if isinstance(self._max_norm, Policy):
+            report: GradReport = self._clip_by(self._max_norm)
+            return report
         policy = NONFINITE[self._nonfinite]
         names = self._names
         if torch.compiler.is_compiling():
@@ -129,6 +141,34 @@ class GradClipper:
             names, norm, totals, table, self._max_norm, self._norm_type, self._nonfinite
         )
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def _clip_by(self, policy: Policy) -> GradReport:
+        code = NONFINITE[self._nonfinite]
+        plan = plan_step(
+            policy,
+            lambda max_norm: self._list.measure(max_norm, self._norm_type, code),
+            lambda: self._parameters,
+            None,
+            skips=False,
+        )
+        self._list.apply_(plan.totals, plan.coefficients)
+        if policy.bound < math.inf:
+            self._list.clamp_(policy.bound)
+        return GradReport(
+            self._names, plan.norm, plan.reported, plan.table, policy.max_norm, 2.0,
+            self._nonfinite, repr(policy),
+        )  # fmt: skip
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the policy; empty without one."""
+        return self._max_norm.state_dict() if isinstance(self._max_norm, Policy) else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what state_dict returned."""
+        if isinstance(self._max_norm, Policy):
+            self._max_norm.load_state_dict(state_dict)
+
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         del state["_list"], state["_held"]
@@ -142,7 +182,9 @@ class GradClipper:
             self._list.add(p)
 
     def __repr__(self) -> str:
+        limit = self._max_norm
+        shown = repr(limit) if isinstance(limit, Policy) else f"{limit:g}"
         return (
-            f"GradClipper({len(self._names)} parameters, max_norm={self._max_norm:g}, "
+            f"GradClipper({len(self._names)} parameters, max_norm={shown}, "
             f"norm_type={self._norm_type:g}, nonfinite={self._nonfinite!r})"
         )

@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -272,31 +273,39 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     console = Console()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(arguments.threads)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     runs = []
-    try:
-        with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-            for clip in (STOCK, FUSED):
-                task = progress.add_task(clip, total=arguments.steps)
-                tick = partial(progress.advance, task)
-                runs.append(
-                    train(
-                        clip,
-                        arguments.optimizer,
-                        arguments.steps,
-                        arguments.seed,
-                        arguments.schedule,
-                        arguments.blocks,
-                        tick,
-                    )
+    with (
+        threads(arguments.threads),
+        Progress(*columns, TimeElapsedColumn(), console=console) as progress,
+    ):
+        for clip in (STOCK, FUSED):
+            task = progress.add_task(clip, total=arguments.steps)
+            tick = partial(progress.advance, task)
+            runs.append(
+                train(
+                    clip,
+                    arguments.optimizer,
+                    arguments.steps,
+                    arguments.seed,
+                    arguments.schedule,
+                    arguments.blocks,
+                    tick,
                 )
-    finally:
-        torch.set_num_threads(threads)
+            )
     optimizer = {"sgd": "SGD 0.1, momentum 0.9", "adamw": "AdamW 1e-3"}[arguments.optimizer]
     if arguments.schedule == "linear":
         optimizer += " falling to 0"
@@ -313,8 +322,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     digits = Digits.load(arguments.seed)
     batches = digits.batches(min(arguments.steps, FUSE_STEPS), arguments.seed)
     compare(batches, digits.accuracy, arguments.seed, arguments.out, console)
-    compare_policies(digits, arguments.steps, arguments.seed, arguments.out, console)
-    compare_bfloat16(digits, arguments.steps, arguments.seed, console)
+    with threads(arguments.threads):
+        compare_policies(digits, arguments.steps, arguments.seed, arguments.out, console)
+        compare_bfloat16(digits, arguments.steps, arguments.seed, console)
     return 0
 
 

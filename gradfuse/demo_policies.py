@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,9 +20,14 @@ from gradfuse import optim, policies
 __all__ = ["compare_bfloat16", "compare_policies"]
 
 SPIKE_EVERY, SPIKE = 50, 1e4  # a batch's loss times this
-CLIPS: dict[str, tuple[str, tuple[Any, ...]]] = {  # name, then policy and arguments
-    "Norm(1)": ("Norm", (1.0,)),
-    "Value(0.01)": ("Value", (0.01,)),
+CLIPS: dict[str, Callable[[], policies.Policy]] = {
+    "Norm(1)": lambda: policies.Norm(1.0),
+    "Value(0.01)": lambda: policies.Value(0.01),
+    "AGC(0.01)": lambda: policies.AGC(0.01),
+    "ZClip()": policies.ZClip,
+    "AutoClip(50)": lambda: policies.AutoClip(50.0),
+    "AdaGC()": policies.AdaGC,
+    "SpikeSkip(10)": lambda: policies.SpikeSkip(10.0),
 }
 WAYS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "float32": (torch.float32, {}),
@@ -43,7 +49,7 @@ class Run:
     losses: list[float] = field(default_factory=list)  # of each batch, before its spike
     accuracy: float = math.nan
     skipped: int = 0
-    clipped: int | None = 0  # None where elements are clamped, which is not counted
+    clipped: int = 0
 
 
 def small_net(seed: int) -> nn.Sequential:
@@ -68,8 +74,8 @@ def compare_policies(data: Data, steps: int, seed: int, out: Path, console: Cons
     """One net, one seed, SGD; a spike every 50 steps and one batch that is NaN."""
     runs = {"no clip": spiked(data, steps, seed, None, "propagate")}
     runs["no clip, NaN skipped"] = spiked(data, steps, seed, None, "skip")
-    for name, (policy, arguments) in CLIPS.items():
-        runs[name] = spiked(data, steps, seed, getattr(policies, policy)(*arguments), "skip")
+    for name, make in CLIPS.items():
+        runs[name] = spiked(data, steps, seed, make(), "skip")
     grid = Table(
         title=f"policies; {steps} steps, every {SPIKE_EVERY}th loss times {SPIKE:g}, one NaN batch",
         title_justify="left",
@@ -77,8 +83,8 @@ def compare_policies(data: Data, steps: int, seed: int, out: Path, console: Cons
     for column in ("clip", "held-out accuracy", "last loss", "skipped", "clipped"):
         grid.add_column(column, justify="left" if column == "clip" else "right")
     for name, run in runs.items():
-        counts = (str(run.skipped), "-" if run.clipped is None else str(run.clipped))
-        grid.add_row(name, f"{run.accuracy:.1%}", f"{run.losses[-1]:.3g}", *counts)
+        loss, counts = f"{run.losses[-1]:.3g}", (str(run.skipped), str(run.clipped))
+        grid.add_row(name, f"{run.accuracy:.1%}", loss, *counts)
     console.print(grid)
     plot(runs, out / "demo_policies.png")
     console.print(f"written: {out / 'demo_policies.png'}", highlight=False, soft_wrap=True)
@@ -88,7 +94,6 @@ def spiked(data: Data, steps: int, seed: int, clip: policies.Policy | None, nonf
     net = small_net(seed)
     optimizer = optim.SGD(net.parameters(), 0.05, momentum=0.9, clip=clip, nonfinite=nonfinite)
     run = Run()
-    clipped = 0
     for step, (x, y) in enumerate(data.batches(steps, seed), 1):
         loss = F.cross_entropy(net(x), y)
         run.losses.append(loss.item())
@@ -96,9 +101,8 @@ def spiked(data: Data, steps: int, seed: int, clip: policies.Policy | None, nonf
         factor = math.nan if step == steps // 3 else SPIKE if step % SPIKE_EVERY == 0 else 1.0
         (loss * factor).backward()
         optimizer.step()
-        clipped += optimizer.report is not None and optimizer.report.clipped
+        run.clipped += optimizer.report is not None and optimizer.report.clipped
     run.accuracy, run.skipped = data.accuracy(net), optimizer.skipped_steps
-    run.clipped = clipped if clip is None or math.isinf(clip.bound) else None
     return run
 
 

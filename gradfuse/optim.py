@@ -19,7 +19,7 @@ from torch.optim.optimizer import ParamsT
 from gradfuse._native import backend
 from gradfuse.clip_in_step import clip_in_step
 from gradfuse.ops.clip import check_nonnegative, clip_grad_value_
-from gradfuse.policies import Policy
+from gradfuse.policies import Policy, plan_step
 from gradfuse.report import GradReport
 
 __all__ = ["SGD", "AdamW", "clip_in_step"]
@@ -124,21 +124,22 @@ class _ClippedOptimizer(torch.optim.Optimizer):
         self._refresh()
         scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        policy = self._clip if isinstance(self._clip, Policy) else None
         code = _NONFINITE[self._nonfinite]
-        max_norm = self._clip if isinstance(self._clip, float) else math.inf
-        totals = coefficients = None
-        bound = math.inf
-        if policy is not None:
-            policy.rewrite(self._held.parameters(), scale)
-        if self._clip is not None or code or scale is not None or found_inf is not None:
-            norm, totals, table = self._held.measure(max_norm, code, scale, found_inf)
-            if policy is not None:
-                totals, coefficients = policy.plan(totals, table, skips=True)
-                bound = policy.bound
-            self._report = GradReport(
-                self._parameter_names, norm, totals, table, max_norm, 2.0, self._nonfinite
+        clip, totals, coefficients, bound = self._clip, None, None, math.inf
+        if isinstance(clip, Policy):
+            plan = plan_step(
+                clip,
+                lambda max_norm: self._held.measure(max_norm, code, scale, found_inf),
+                self._held.parameters,
+                scale,
+                skips=True,
             )
+            totals, coefficients, bound = plan.totals, plan.coefficients, clip.bound
+            self._reported(plan.norm, plan.reported, plan.table, clip.max_norm, repr(clip))
+        elif clip is not None or code or scale is not None or found_inf is not None:
+            max_norm = math.inf if clip is None else clip
+            norm, totals, table = self._held.measure(max_norm, code, scale, found_inf)
+            self._reported(norm, totals, table, max_norm, None)
         groups = [self._options(group) for group in self.param_groups]
         self._held.update(
             groups, totals, coefficients, bound, self._update_clip, self._stochastic,
@@ -148,6 +149,13 @@ class _ClippedOptimizer(torch.optim.Optimizer):
             clip_grad_value_(self._held.parameters(), bound)
         if totals is not None:
             self._count(totals)
+
+    def _reported(
+        self, norm: Tensor, totals: Tensor, table: Tensor, max_norm: float, policy: str | None
+    ) -> None:
+        self._report = GradReport(
+            self._parameter_names, norm, totals, table, max_norm, 2.0, self._nonfinite, policy
+        )
 
     def _count(self, totals: Tensor) -> None:
         if self._skipped_on is not None:

@@ -1,32 +1,53 @@
-"""Policies: what a step multiplies its gradients by, decided from their norms.
+"""Policies: what a step does to its gradients, decided from their norms.
 
-For gradfuse.optim's optimizers (`clip=`) and gradfuse.GradClipper (`max_norm=`). A policy of your
-own says in `decide` what to do with the norms of this step:
+For gradfuse.optim's optimizers (`clip=`) and gradfuse.GradClipper (`max_norm=`). One policy serves
+one of them. A policy of your own says in `decide` what to do with the norms of this step, and in
+`begin` what it knows before the first:
 
-    class Halve(Policy):
+    class Follow(Policy):
+        def begin(self, norms):
+            return {"level": norms.new_tensor(math.inf)}
+
         def decide(self, norm, norms, state):
-            level = state.get("level", norm)
-            coefficient = (level / norm).clamp(max=1.0)
-            return Decision(coefficient, state={"level": 0.9 * level + 0.1 * norm})
+            level = state["level"]
+            new = torch.where(level.isinf(), norm, 0.9 * level + 0.1 * norm)
+            return Decision(to_at_most(level, norm), state={"level": new})
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gradfuse._native import backend
 from gradfuse.ops.clip import check_nonnegative
 from gradfuse.report import GradReport
 
-__all__ = ["Decision", "Norm", "Policy", "Value"]
+__all__ = [
+    "AGC",
+    "AdaGC",
+    "AutoClip",
+    "Decision",
+    "Norm",
+    "Policy",
+    "SpikeSkip",
+    "Value",
+    "ZClip",
+    "to_at_most",
+]
 
 _KEEP, _SCALE, _ZERO = 0.0, 1.0, 2.0
 _TINY = torch.finfo(torch.float64).tiny
+
+
+def to_at_most(limit: Tensor | float, norm: Tensor) -> Tensor:
+    """The coefficient that brings a norm to at most limit: 1, or limit / (norm + 1e-6)."""
+    return torch.where(norm <= limit, torch.ones_like(norm), limit / (norm + 1e-6))
 
 
 @dataclass(frozen=True)
@@ -35,8 +56,10 @@ class Decision:
 
     Attributes:
         coefficient: [] or [n] float64 Tensor: the factor of all gradients, or of each.
-        skip: [] bool Tensor: leave the step out; None for never.
-        state: Tensors to be found in `state` at the next step.
+        skip: [] bool Tensor: leave the step out; None for never. GradClipper, which has no step to
+            leave out, sets the gradients to 0.
+        state: Tensors to be found in `state` at the next step, under the names and in the shapes
+            that `begin` gave them.
     """
 
     coefficient: Tensor
@@ -48,15 +71,26 @@ class Policy:
     """Base of all policies. State lies on the gradients' device, and nothing waits for it.
 
     Attributes:
+        max_norm: upper bound of the global norm where `decide` is not overridden.
         bound: largest magnitude of an element, after the coefficient; inf for none.
-        state: Tensors kept between steps. A step whose norm is not finite (in float64), or that is
-            skipped for a non-finite gradient, leaves them as they are.
+        state: Tensors kept between steps. A step whose norm is NaN, inf or beyond float64, or for
+            which a loss scaler found inf, leaves them as they are.
     """
 
+    max_norm: float = math.inf
     bound: float = math.inf
 
     def __init__(self) -> None:
         self.state: dict[str, Tensor] = {}
+
+    def begin(self, norms: Tensor) -> dict[str, Tensor]:
+        """The state before the first step.
+
+        Args:
+            norms: [n] float64, for its length and device. Where parameters are added later, what is
+                [n] grows at its end, by what this gives there.
+        """
+        return {}
 
     def decide(self, norm: Tensor, norms: Tensor, state: dict[str, Tensor]) -> Decision:
         """What to do with a step.
@@ -64,12 +98,12 @@ class Policy:
         Args:
             norm: [] float64, L2 norm of all gradients as one vector.
             norms: [n] float64, L2 norm of each parameter's gradient, 0 where there is none.
-            state: what the last decision kept; empty at first.
+            state: what the last decision kept, or begin.
         """
         return Decision(torch.ones_like(norm))
 
     def rewrite(self, parameters: Sequence[Tensor], scale: Tensor | None) -> None:
-        """Changes gradients in place before they are measured; most policies do not.
+        """Changes gradients in place after they were measured; most policies do not.
 
         Args:
             parameters: whose gradients they are.
@@ -80,42 +114,59 @@ class Policy:
         """The totals of a step after the decision, and a coefficient for each parameter or None.
 
         Args:
-            totals: [8] float64 of a plan without a bound.
+            totals: [8] float64 of a plan that leaves finite gradients alone.
             table: [n, 5] float64, a row for each parameter.
             skips: whether a step can be left out; else its gradients become 0.
         """
+        left_out = GradReport.SKIP if skips else _ZERO
         norm = totals[0]
         # A plan for a non-finite norm, or for found_inf, stands: nonfinite decides then.
         decided = norm.isfinite() & (totals[3] <= _SCALE)
-        state = {name: t.to(norm.device) for name, t in self.state.items()}
-        decision = self.decide(norm, table[:, 0], dict(state))
-        for name, new in decision.state.items():
-            old = state.get(name)
-            if old is not None and old.shape == new.shape:
-                old.copy_(torch.where(decided, new, old))
-            elif bool(decided):  # waits, where a state begins
-                state[name] = new.clone()
-        self.state = state
-        coefficient = decision.coefficient
+        decision = self._decision(norm, table[:, 0], decided)
+        coefficient = decision.coefficient.to(totals)
+        if coefficient.shape not in ((), table.shape[:1]):
+            raise ValueError(
+                f"{type(self).__name__}.decide: expected a coefficient of shape () or "
+                f"{tuple(table.shape[:1])}, got {tuple(coefficient.shape)}"
+            )
+        out, each = totals.clone(), None
         if coefficient.ndim:
             clipped = (table[:, 0] * coefficient).norm()
-            per_parameter = torch.where(decided, coefficient, torch.ones_like(coefficient))
             mean = clipped / norm.clamp(min=_TINY)
-            factor = totals[6]
-            untouched = (coefficient == 1.0).all()
+            each = coefficient
         else:
-            clipped, per_parameter, mean = norm * coefficient, None, coefficient
-            factor = torch.where(decided, totals[6] * coefficient, totals[6])
-            untouched = coefficient == 1.0
-        action = torch.where(untouched, _KEEP, _SCALE).to(totals)
+            clipped, mean = norm * coefficient, coefficient
+            out[6] = torch.where(decided, totals[6] * coefficient, totals[6])
+        action = torch.where((coefficient == 1.0).all(), _KEEP, _SCALE).to(totals)
         if decision.skip is not None:
-            out = GradReport.SKIP if skips else _ZERO
-            action = torch.where(decision.skip, out, action)
+            action = torch.where(decision.skip, left_out, action)
         planned = torch.stack([norm, mean, clipped, action])
-        out_totals = totals.clone()
-        out_totals[:4] = torch.where(decided, planned, totals[:4])
-        out_totals[6] = factor
-        return out_totals, per_parameter
+        out[:4] = torch.where(decided, planned, totals[:4])
+        # Finite gradients of a norm beyond float64 are beyond any threshold.
+        out[3] = torch.where(norm.isinf() & (totals[3] == _KEEP), left_out, out[3])
+        return out, each
+
+    def _decision(self, norm: Tensor, norms: Tensor, decided: Tensor) -> Decision:
+        state = {}
+        for name, fresh in self.begin(norms).items():
+            old = self.state.get(name)
+            state[name] = fresh if old is None else _fitted(old.to(norm.device), fresh)
+        decision = self.decide(norm, norms, dict(state))
+        for name, old in state.items():
+            new = decision.state.get(name, old)
+            if new.shape != old.shape:
+                raise ValueError(
+                    f"{type(self).__name__}.decide: expected state {name!r} of the shape that "
+                    f"begin gave it, {tuple(old.shape)}, got {tuple(new.shape)}"
+                )
+            old.copy_(torch.where(decided, new, old))  # in place, as CUDA graphs want it
+        if unknown := decision.state.keys() - state.keys():
+            raise ValueError(
+                f"{type(self).__name__}.decide: expected state that begin names, got "
+                f"{min(unknown)!r}"
+            )
+        self.state = state
+        return decision
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of the state's tensors."""
@@ -125,9 +176,103 @@ class Policy:
         """Loads what state_dict returned."""
         self.state = {name: t.clone() for name, t in state_dict.items()}
 
+    def __repr__(self) -> str:
+        given = (f"{k}={v!r}" for k, v in vars(self).items() if k not in ("state", "bound"))
+        return f"{type(self).__name__}({', '.join(given)})"
+
+
+class Plan(NamedTuple):
+    """What a step with a policy does."""
+
+    norm: Tensor  # as clip_grad_norm_ returns it
+    totals: Tensor  # for the kernels
+    coefficients: Tensor | None  # [n]
+    reported: Tensor  # the totals for a GradReport
+    table: Tensor
+
+
+def plan_step(
+    policy: Policy,
+    measure: Callable[[float], tuple[Tensor, Tensor, Tensor]],
+    parameters: Callable[[], Sequence[Tensor]],
+    scale: Tensor | None,
+    skips: bool,
+) -> Plan:
+    """Measures, decides, and rewrites gradients if the policy does.
+
+    Args:
+        measure: norm, totals and table of a plan with this max_norm.
+        parameters: those that were measured.
+        scale: the loss scale that the gradients carry, or None.
+        skips: whether a step can be left out.
+    """
+    decides = type(policy).decide is not Policy.decide
+    norm, totals, table = measure(math.inf if decides else policy.max_norm)
+    coefficients = None
+    if decides:
+        totals, coefficients = policy.plan(totals, table, skips)
+    reported = totals
+    if policy.bound < math.inf:
+        # What the clamped norm is, nobody took.
+        beyond = (table[:, 1] > policy.bound).any() & (totals[3] <= _SCALE)
+        reported = totals.clone()
+        reported[2] = torch.where(beyond, math.nan, totals[2])
+        reported[3] = torch.where(beyond, _SCALE, totals[3])
+    if type(policy).rewrite is not Policy.rewrite:
+        policy.rewrite(parameters(), scale)
+        after = measure(math.inf)[1][0]
+        changed = (after != totals[0]) & (totals[3] <= _SCALE)
+        reported = reported.clone()
+        reported[2] = after * totals[1]
+        reported[3] = torch.where(changed, _SCALE, reported[3])
+    return Plan(norm, totals, coefficients, reported, table)
+
+
+def _fitted(old: Tensor, fresh: Tensor) -> Tensor:
+    """old in the length of fresh: cut at its end, or grown by fresh's."""
+    if old.shape == fresh.shape:
+        return old
+    if old.ndim == fresh.ndim == 1:
+        kept = min(len(old), len(fresh))
+        fresh = fresh.clone()
+        fresh[:kept] = old[:kept]
+    return fresh
+
+
+def _recorded(history: Tensor, norm: Tensor) -> Tensor:
+    """Norms, the newest first, after one more; room not yet used is inf."""
+    return torch.cat([norm.reshape(1), history[:-1]])
+
+
+def _percentile(history: Tensor, percent: float) -> Tensor:
+    """As numpy.percentile of those that are there; NaN if none is."""
+    ordered = history.sort().values
+    last = history.isfinite().sum().to(history) - 1.0
+    place = last * (percent / 100.0)
+    low = place.floor().long().clamp(min=0)
+    high = place.ceil().long().clamp(min=0)
+    a, b = ordered[low.reshape(1)].squeeze(0), ordered[high.reshape(1)].squeeze(0)
+    value = torch.where(low == high, a, a + (b - a) * (place - low))
+    return torch.where(last < 0, math.nan, value)
+
+
+def _check_count(op: str, name: str, value: int, least: int) -> int:
+    if int(value) != value or value < least:
+        raise ValueError(f"{op}: {name} must be a whole number >= {least}, got {value}")
+    return int(value)
+
+
+def _check_within(op: str, name: str, value: float, low: float, high: float) -> float:
+    if not low <= value <= high:
+        raise ValueError(f"{op}: {name} must be in [{low:g}, {high:g}], got {value}")
+    return float(value)
+
 
 class Norm(Policy):
     """Global norm clipping, as a number given for `clip` does.
+
+    Args:
+        max_norm: upper bound of the global norm, >= 0.
 
     Source: Pascanu, Mikolov, Bengio 2013, "On the difficulty of training recurrent neural
     networks", Algorithm 1.
@@ -137,14 +282,212 @@ class Norm(Policy):
         super().__init__()
         self.max_norm = check_nonnegative("Norm", "max_norm", max_norm)
 
-    def decide(self, norm: Tensor, norms: Tensor, state: dict[str, Tensor]) -> Decision:
-        scaled = self.max_norm / (norm + 1e-6)
-        return Decision(torch.where(norm <= self.max_norm, torch.ones_like(norm), scaled))
-
 
 class Value(Policy):
-    """Clamps each element to [-clip_value, clip_value], as torch.nn.utils.clip_grad_value_."""
+    """Clamps each element, as torch.nn.utils.clip_grad_value_. The report's clipped_norm is NaN
+    for a step that clamped.
+
+    Args:
+        clip_value: largest magnitude of an element, >= 0.
+    """
 
     def __init__(self, clip_value: float) -> None:
         super().__init__()
-        self.bound = check_nonnegative("Value", "clip_value", clip_value)
+        self.clip_value = check_nonnegative("Value", "clip_value", clip_value)
+        self.bound = self.clip_value
+
+
+class AGC(Policy):
+    """Bounds each unit's gradient by its weights, as gradfuse.adaptive_clip_grad_.
+
+    The gradients of clipped units are written, by the optimizers too. Reads weights and gradients
+    once and the gradients once more, for the report.
+
+    Args:
+        clip_factor: largest ratio of gradient norm to weight norm, >= 0.
+        eps: least weight norm, >= 0.
+
+    Source: Brock, De, Smith, Simonyan 2021, "High-Performance Large-Scale Image Recognition
+    Without Normalization", equation 3.
+    """
+
+    def __init__(self, clip_factor: float = 0.01, eps: float = 1e-3) -> None:
+        super().__init__()
+        self.clip_factor = check_nonnegative("AGC", "clip_factor", clip_factor)
+        self.eps = check_nonnegative("AGC", "eps", eps)
+
+    def rewrite(self, parameters: Sequence[Tensor], scale: Tensor | None) -> None:
+        backend.adaptive_clip_(parameters, None, self.clip_factor, self.eps, 2.0, scale)
+
+
+class ZClip(Policy):
+    """Clips norms that are many standard deviations above their moving average.
+
+    Mean and variance are those of the first norms, then exponential averages of the norms after
+    clipping. A norm of score s > z is clipped to mean + z^2 / s * deviation.
+
+    Args:
+        alpha: weight of the past in the averages, in [0, 1].
+        z: score from which a norm is clipped, >= 0.
+        warmup: steps that only collect norms, >= 1.
+        max_norm: bound of the norm that holds always, >= 0.
+
+    Source: Kumar, Owen, Chowdhury, Guera 2025, "ZClip: Adaptive Spike Mitigation for LLM
+    Pre-Training", Algorithm 1, with the authors' constants.
+    """
+
+    EPS = 1e-6
+
+    def __init__(
+        self, alpha: float = 0.97, z: float = 2.5, warmup: int = 25, max_norm: float = math.inf
+    ) -> None:
+        super().__init__()
+        self.alpha = _check_within("ZClip", "alpha", alpha, 0.0, 1.0)
+        self.z = check_nonnegative("ZClip", "z", z)
+        self.warmup = _check_count("ZClip", "warmup", warmup, 1)
+        self.max_norm = check_nonnegative("ZClip", "max_norm", max_norm)
+
+    def begin(self, norms: Tensor) -> dict[str, Tensor]:
+        return {name: norms.new_zeros(()) for name in ("steps", "mean", "var")}
+
+    def decide(self, norm: Tensor, norms: Tensor, state: dict[str, Tensor]) -> Decision:
+        steps, mean, var = state["steps"], state["mean"], state["var"]
+        warm = steps >= self.warmup
+        deviation = var.sqrt()
+        score = (norm - mean) / (deviation + self.EPS)
+        is_spike = warm & (score > self.z)
+        # Where there is no spike the score may be 0, and the limit is of no use.
+        limit = torch.where(is_spike, mean + self.z * deviation * (self.z / score), norm)
+        ahead = limit - mean
+        first = mean + ahead / (steps + 1.0)  # Welford's mean and variance
+        first_var = var + (ahead * (limit - first) - var) / (steps + 1.0)
+        moved = mean + (1.0 - self.alpha) * ahead
+        moved_var = self.alpha * var + (1.0 - self.alpha) * (limit - moved) ** 2
+        return Decision(
+            to_at_most(limit.clamp(max=self.max_norm), norm),
+            state={
+                "steps": steps + 1.0,
+                "mean": torch.where(warm, moved, first),
+                "var": torch.where(warm, moved_var, first_var),
+            },
+        )
+
+
+class AutoClip(Policy):
+    """Clips to a percentile of the norms so far, this step's included.
+
+    Args:
+        percentile: in [0, 100].
+        history: norms that are remembered, >= 1. The paper remembers all.
+
+    Source: Seetharaman, Wichern, Pardo, Le Roux 2020, "AutoClip: Adaptive Gradient Clipping for
+    Source Separation Networks", Algorithm 1.
+    """
+
+    def __init__(self, percentile: float = 10.0, history: int = 1000) -> None:
+        super().__init__()
+        self.percentile = _check_within("AutoClip", "percentile", percentile, 0.0, 100.0)
+        self.history = _check_count("AutoClip", "history", history, 1)
+
+    def begin(self, norms: Tensor) -> dict[str, Tensor]:
+        return {"norms": norms.new_full((self.history,), math.inf)}
+
+    def decide(self, norm: Tensor, norms: Tensor, state: dict[str, Tensor]) -> Decision:
+        recent = _recorded(state["norms"], norm)
+        limit = _percentile(recent, self.percentile)
+        return Decision(to_at_most(limit, norm), state={"norms": recent})
+
+
+class AdaGC(Policy):
+    """Clips each gradient to a little above the moving average of its own clipped norms.
+
+    At first the global norm is clipped, while each average becomes the least norm seen. A gradient
+    of zeros, or none, leaves its average alone: the published rule would clip all that follow to 0.
+
+    Args:
+        relative: a norm may be this much of its average, > 0; the paper's lambda_rel.
+        beta: weight of the past in the averages, in [0, 1].
+        max_norm: bound of the global norm at first, >= 0; the paper's lambda_abs.
+        warmup: steps at first, >= 0. With none, each average begins with the first norm.
+
+    Source: Wang et al. 2025, "AdaGC: Enhancing LLM Pretraining Stability via Adaptive Gradient
+    Clipping", Algorithm 1.
+    """
+
+    def __init__(
+        self, relative: float = 1.05, beta: float = 0.98, max_norm: float = 1.0, warmup: int = 100
+    ) -> None:
+        super().__init__()
+        if not relative > 0.0:
+            raise ValueError(f"AdaGC: relative must be > 0, got {relative}")
+        self.relative = float(relative)
+        self.beta = _check_within("AdaGC", "beta", beta, 0.0, 1.0)
+        self.max_norm = check_nonnegative("AdaGC", "max_norm", max_norm)
+        self.warmup = _check_count("AdaGC", "warmup", warmup, 0)
+
+    def begin(self, norms: Tensor) -> dict[str, Tensor]:
+        return {"steps": norms.new_zeros(()), "averages": torch.full_like(norms, math.inf)}
+
+    def decide(self, norm: Tensor, norms: Tensor, state: dict[str, Tensor]) -> Decision:
+        steps, averages = state["steps"], state["averages"]
+        warm = steps >= self.warmup
+        local = (self.relative * averages / norms.clamp(min=_TINY)).clamp(max=1.0)
+        together = (self.max_norm / norm.clamp(min=_TINY)).clamp(max=1.0)
+        coefficient = torch.where(warm, local, together)
+        clipped = coefficient * norms
+        known = torch.where(averages.isinf(), clipped, averages)
+        moved = self.beta * known + (1.0 - self.beta) * clipped
+        new = torch.where(warm, moved, averages.minimum(clipped))
+        return Decision(
+            coefficient,
+            state={
+                "steps": steps + 1.0,
+                "averages": torch.where(clipped > 0.0, new, averages),
+            },
+        )
+
+
+class SpikeSkip(Policy):
+    """Leaves a step out whose norm is far above the recent ones.
+
+    Norms of steps left out are not remembered. After `patience` of them in a row the step is taken
+    and the memory begins with it: the norms have moved for good.
+
+    Args:
+        factor: a norm may be this much of the recent ones' median, >= 1.
+        history: norms that are remembered, >= 1.
+        warmup: norms from which on steps are left out, in [1, history].
+        patience: steps in a row that may be left out, >= 1.
+    """
+
+    def __init__(
+        self, factor: float = 10.0, history: int = 100, warmup: int = 10, patience: int = 10
+    ) -> None:
+        super().__init__()
+        self.factor = _check_within("SpikeSkip", "factor", factor, 1.0, math.inf)
+        self.history = _check_count("SpikeSkip", "history", history, 1)
+        self.warmup = _check_count("SpikeSkip", "warmup", warmup, 1)
+        if self.warmup > self.history:
+            raise ValueError(f"SpikeSkip: warmup must be <= history, {history}, got {warmup}")
+        self.patience = _check_count("SpikeSkip", "patience", patience, 1)
+
+    def begin(self, norms: Tensor) -> dict[str, Tensor]:
+        return {
+            "norms": norms.new_full((self.history,), math.inf),
+            "left_out": norms.new_zeros(()),
+        }
+
+    def decide(self, norm: Tensor, norms: Tensor, state: dict[str, Tensor]) -> Decision:
+        recent, left_out = state["norms"], state["left_out"]
+        warm = recent[self.warmup - 1].isfinite()
+        is_spike = warm & (norm > self.factor * _percentile(recent, 50.0))
+        skip = is_spike & (left_out < self.patience)
+        forgotten = torch.where(is_spike, math.inf, recent)
+        return Decision(
+            torch.ones_like(norm),
+            skip,
+            {
+                "norms": torch.where(skip, recent, _recorded(forgotten, norm)),
+                "left_out": torch.where(skip, left_out + 1.0, 0.0),
+            },
+        )

@@ -28,6 +28,7 @@ class GradReport:
 
     Attributes:
         max_norm, norm_type, nonfinite: the settings of the step.
+        policy: repr of the gradfuse.policies.Policy that decided, or None.
     """
 
     SKIP = 4.0  # the totals' action of a step that is to change nothing
@@ -41,6 +42,7 @@ class GradReport:
         max_norm: float,
         norm_type: float,
         nonfinite: str,
+        policy: str | None = None,
     ) -> None:
         self._names = names
         self._norm = norm
@@ -49,6 +51,7 @@ class GradReport:
         self.max_norm = max_norm
         self.norm_type = norm_type
         self.nonfinite = nonfinite
+        self.policy = policy
         self._values: list[float] | None = None
         self._rows: list[ParameterGrad] | None = None
 
@@ -69,17 +72,18 @@ class GradReport:
 
     @property
     def coefficient(self) -> float:
-        """What the gradients were multiplied by; 1.0 if they were left alone."""
+        """What the gradients were multiplied by; 1.0 if they were left alone. Where each had its
+        own factor, the ratio of the norms; 1.0 where elements or units were clipped."""
         return self._total(1)
 
     @property
     def clipped_norm(self) -> float:
-        """Norm of all gradients after clipping."""
+        """Norm of all gradients after clipping; NaN where elements were clamped."""
         return self._total(2)
 
     @property
     def clipped(self) -> bool:
-        """Whether the gradients were written."""
+        """Whether the gradients were changed, or read as if they were."""
         return self._total(3) in (1.0, 2.0)
 
     @property
@@ -125,6 +129,7 @@ class GradReport:
             "max_norm": self.max_norm,
             "norm_type": self.norm_type,
             "nonfinite": self.nonfinite,
+            "policy": self.policy,
             "parameters": [p._asdict() for p in self.parameters],
         }
 
@@ -135,13 +140,17 @@ class GradReport:
             return "step skipped"
         if not self.clipped:
             return "left alone"
-        return f"scaled by {self.coefficient:.3g} to {self.clipped_norm:.4g}"
+        if self.coefficient != 1.0:
+            return f"scaled by {self.coefficient:.3g} to {self.clipped_norm:.4g}"
+        if math.isnan(self.clipped_norm):
+            return "elements clamped"
+        return f"clipped to {self.clipped_norm:.4g}"
 
     def __str__(self) -> str:
         order = "inf" if math.isinf(self.norm_type) else f"{self.norm_type:g}"
         lines = [
-            f"gradient norm (L{order}) {self.total_norm:.6g}, max_norm {self.max_norm:g}: "
-            + self._verdict()
+            f"gradient norm (L{order}) {self.total_norm:.6g}, "
+            f"{self.policy or f'max_norm {self.max_norm:g}'}: " + self._verdict()
         ]
         worst = self.worst(10)
         if worst:

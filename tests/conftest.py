@@ -33,7 +33,7 @@ NATIVE_OFF = _native.reason == "GRADFUSE_NATIVE=0"
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 # The same tests for all: the CPU kernels, the pure-torch reference, the CUDA kernels on the
 # emulator of tests/ptx, and, where there is one, on a GPU.
-BACKEND_USERS = ["ops.clip", "ops.batch_norm", "clipper", "optim", "clip_in_step"]
+BACKEND_USERS = ["ops.clip", "ops.batch_norm", "clipper", "optim", "policies", "clip_in_step"]
 BACKENDS = ["reference"] if NATIVE_OFF else ["cpu", "reference", "ptx", *DEVICES[1:]]
 
 # GRADFUSE_PTX: auto (emulate if nvcc is there), 0 (never), 1 (it must be there, and be used),

@@ -320,8 +320,10 @@ def adaptive_clip_(
     clip_factor: float,
     eps: float,
     norm_type: float,
+    scale: Tensor | None = None,
 ) -> None:
     op = "adaptive_clip_grad_"
+    clip_factor *= 1.0 if scale is None else float(scale)
     listed_weights = read_tensors(op, weights, False)
     listed = read_tensors(op, listed_weights if grads is None else grads, grads is None)  # type: ignore[arg-type]
     if len(listed) != len(listed_weights):
@@ -358,10 +360,10 @@ class ParameterList:
         return clip_(self._parameters, True, max_norm, norm_type, nonfinite)
 
     @torch.no_grad()
-    def measure(self, norm_type: float, nonfinite: int) -> Result:
+    def measure(self, max_norm: float, norm_type: float, nonfinite: int) -> Result:
         listed = [p.grad for p in self._parameters]
         grads = check_gradients("GradClipper", listed, writes=True)
-        return measure("GradClipper", listed, grads, math.inf, norm_type, nonfinite)
+        return measure("GradClipper", listed, grads, max_norm, norm_type, nonfinite)
 
     @torch.no_grad()
     def apply_(self, totals: Tensor, coefficients: Tensor | None) -> None:

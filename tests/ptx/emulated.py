@@ -192,7 +192,9 @@ class _ParameterList:
     def __init__(self, emulated: Emulated, inner: type) -> None:
         self._inner = inner()
         self._parameters: list[Tensor] = []
-        self.clip_ = emulated.watched(self._inner.clip_, lambda: self._parameters)
+        for name in ("clip_", "measure", "apply_", "clamp_"):
+            call = getattr(self._inner, name)
+            setattr(self, name, emulated.watched(call, lambda: self._parameters))
 
     def add(self, parameter: Tensor) -> None:
         self._inner.add(parameter)
