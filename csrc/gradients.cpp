@@ -85,27 +85,39 @@ GradRef make_ref(const char* op, const at::Tensor& t, size_t index) {
           t.is_complex(), nullptr};
 }
 
-// Asks for the memory that check() of a later tensor will wait for: thousands of small tensors are
-// thousands of cache misses. Threads do not help, for the misses then are on each other's lines.
-void prefetch_metadata(const std::vector<at::Tensor>& tensors, size_t i) {
-  constexpr size_t kFar = 12, kNear = 6;
-  if (i + kFar < tensors.size()) {
-    const char* impl = reinterpret_cast<const char*>(tensors[i + kFar].unsafeGetTensorImpl());
-    for (size_t line = 0; line < sizeof(at::TensorImpl); line += 64)
-      __builtin_prefetch(impl + line);
-  }
-  if (i + kNear < tensors.size() && tensors[i + kNear].has_storage())
-    __builtin_prefetch(
-        tensors[i + kNear].unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl());
-}
-
-DeviceGroup& group_of(std::vector<DeviceGroup>& groups, at::Device device, size_t capacity) {
-  for (DeviceGroup& g : groups)
-    if (g.device == device) return g;
+size_t group_of(std::vector<DeviceGroup>& groups, at::Device device, size_t capacity) {
+  for (size_t i = 0; i < groups.size(); ++i)
+    if (groups[i].device == device) return i;
   groups.push_back({device, {}, {}});
   groups.back().refs.reserve(capacity);
   groups.back().rows.reserve(capacity);
-  return groups.back();
+  return groups.size() - 1;
+}
+
+// A checked gradient with its layout.
+GradRef ref_of(const char* op, GradList& list, size_t index) {
+  const at::Tensor& t = list.tensors[index];
+  GradRef ref = make_ref(op, t, index);
+  if (!t.is_non_overlapping_and_dense() && ref.numel) {
+    list.layouts.push_back(coalesced_layout(t));
+    ref.layout = &list.layouts.back();
+  }
+  return ref;
+}
+
+size_t append(GradList& list, const GradRef& ref, size_t index) {
+  const size_t number = group_of(list.groups, list.tensors[index].device(), list.tensors.size());
+  list.groups[number].refs.push_back(ref);
+  list.groups[number].rows.push_back(static_cast<int64_t>(index));
+  list.any_double |= ref.dtype == DType::Double;
+  return number;
+}
+
+// Threads do not help, for the misses then are on each other's lines.
+void prefetch_ahead(const std::vector<at::Tensor>& tensors, size_t i) {
+  constexpr size_t kFar = 12, kNear = 6;
+  if (i + kFar < tensors.size()) prefetch_fields(tensors[i + kFar]);
+  if (i + kNear < tensors.size()) prefetch_storage(tensors[i + kNear]);
 }
 
 }  // namespace
@@ -178,36 +190,55 @@ void check_same_run(const char* op, const GradList& list, const GradRef& ref, si
 
 }  // namespace
 
+void prefetch_fields(const at::Tensor& t) {
+  const char* impl = reinterpret_cast<const char*>(t.unsafeGetTensorImpl());
+  for (size_t line = 0; line < sizeof(at::TensorImpl); line += 64) __builtin_prefetch(impl + line);
+  __builtin_prefetch(impl + sizeof(at::TensorImpl) - 1);
+}
+
+void prefetch_storage(const at::Tensor& t) {
+  if (!t.has_storage()) return;
+  const char* storage = reinterpret_cast<const char*>(
+      t.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl());
+  __builtin_prefetch(storage);
+  __builtin_prefetch(storage + 64);
+}
+
+size_t add_gradient(const char* op, GradList& list, size_t index) {
+  return append(list, ref_of(op, list, index), index);
+}
+
+size_t add_plain_gradient(GradList& list, size_t index) {
+  const at::Tensor& t = list.tensors[index];
+  return append(list,
+                {const_cast<void*>(t.const_data_ptr()), t.numel(), *dtype_of(t.scalar_type()),
+                 t.is_complex(), nullptr},
+                index);
+}
+
 GradList check_gradients(const char* op, std::vector<at::Tensor> tensors, bool writes) {
   GradList list;
-  AddressSet seen(writes ? tensors.size() : 0);
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    prefetch_metadata(tensors, i);
-    at::Tensor& t = tensors[i];
+  list.tensors = std::move(tensors);
+  const size_t n = list.tensors.size();
+  AddressSet seen(writes ? n : 0);
+  for (size_t i = 0; i < n; ++i) {
+    prefetch_ahead(list.tensors, i);
+    at::Tensor& t = list.tensors[i];
     if (!t.defined()) continue;
-    GradRef ref = make_ref(op, t, i);
-    if (!t.is_non_overlapping_and_dense()) {
-      if (writes && at::has_internal_overlap(t) == at::MemOverlap::Yes)
-        fail<std::runtime_error>(op,
-                                 ": expected gradients with an element per memory location, got an "
-                                 "expanded one for tensor ",
-                                 i, "; .clone() it first");
-      if (ref.numel) {
-        list.layouts.push_back(coalesced_layout(t));
-        ref.layout = &list.layouts.back();
-      }
-    }
+    const GradRef ref = ref_of(op, list, i);
+    if (writes && !t.is_non_overlapping_and_dense() &&
+        at::has_internal_overlap(t) == at::MemOverlap::Yes)
+      fail<std::runtime_error>(op,
+                               ": expected gradients with an element per memory location, got an "
+                               "expanded one for tensor ",
+                               i, "; .clone() it first");
     if (writes && ref.numel && !seen.insert(ref.data)) {
       check_same_run(op, list, ref, i);
       t.reset();
       continue;
     }
-    DeviceGroup& group = group_of(list.groups, t.device(), tensors.size());
-    group.refs.push_back(ref);
-    group.rows.push_back(static_cast<int64_t>(i));
-    list.any_double |= ref.dtype == DType::Double;
+    append(list, ref, i);
   }
-  list.tensors = std::move(tensors);
   return list;
 }
 

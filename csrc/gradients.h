@@ -42,6 +42,17 @@ std::vector<at::Tensor> read_tensors(const char* op, PyObject* iterable, bool of
 // Checks every tensor before anything is written. `writes` says that the caller may write.
 GradList check_gradients(const char* op, std::vector<at::Tensor> tensors, bool writes);
 
+// Checks list.tensors[index], which is there, and appends it to the group of its device, for
+// callers that only read and go through the list themselves. Returns the group's number.
+size_t add_gradient(const char* op, GradList& list, size_t index);
+// The same for one that the caller found to be a dense run of memory of a supported type.
+size_t add_plain_gradient(GradList& list, size_t index);
+
+// Asks for the cache lines of a tensor's fields, and when they are there of its storage's:
+// thousands of small tensors are thousands of cache misses.
+void prefetch_fields(const at::Tensor& t);
+void prefetch_storage(const at::Tensor& t);
+
 // Parameters and their gradients, cut into the units of adaptive clipping: the rows along the first
 // dimension, or the whole of a vector or scalar. Both lists have the same groups and rows.
 struct UnitList {

@@ -10,12 +10,14 @@ namespace gradfuse {
 using MaybeTensor = std::optional<at::Tensor>;
 
 // A tensor of a subclass or a transform: what holds its values is another tensor.
+constexpr c10::DispatchKeySet kWrappers({c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
+                                         c10::DispatchKey::FuncTorchBatched,
+                                         c10::DispatchKey::FuncTorchGradWrapper,
+                                         c10::DispatchKey::NestedTensor,
+                                         c10::DispatchKey::ZeroTensor});
 inline bool is_wrapper(const at::Tensor& t) {
-  using K = c10::DispatchKey;
-  constexpr c10::DispatchKeySet wrappers({K::Python, K::Functionalize, K::FuncTorchBatched,
-                                          K::FuncTorchGradWrapper, K::NestedTensor, K::ZeroTensor});
   const at::TensorImpl* impl = t.unsafeGetTensorImpl();
-  return impl->key_set().has_any(wrappers) || !impl->has_storage();
+  return impl->key_set().has_any(kWrappers) || !impl->has_storage();
 }
 
 struct StorageBytes {
@@ -35,6 +37,14 @@ inline std::optional<StorageBytes> missing_storage(const at::Tensor& t) {
   const uint64_t needed = static_cast<uint64_t>(elements) * t.element_size();
   if (storage->nbytes() >= needed && storage->data()) return std::nullopt;
   return StorageBytes{needed, storage->nbytes()};
+}
+
+// Whether elements of the same indices are as far apart in both.
+inline bool same_strides(const at::Tensor& a, const at::Tensor& b) {
+  if (!a.sizes().equals(b.sizes())) return false;
+  for (int64_t d = 0; d < a.dim(); ++d)
+    if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
+  return true;
 }
 
 }  // namespace gradfuse

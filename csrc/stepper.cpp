@@ -1,16 +1,14 @@
+// What a Stepper holds, and whether it is still what Python has. stepper_update.cpp has the step.
 #include "stepper.h"
 
 #include <Python.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
-#include <ATen/MemoryOverlap.h>
-
+#include <algorithm>
 #include <unordered_set>
 
 #include "checks.h"
-#include "device.h"
-#include "dispatch.h"
 
 namespace gradfuse {
 namespace {
@@ -42,25 +40,46 @@ bool for_each_parameter(PyObject* groups, F f) {
   return true;
 }
 
-bool same_strides(const at::Tensor& a, const at::Tensor& b) {
-  if (!a.sizes().equals(b.sizes())) return false;
-  for (int64_t d = 0; d < a.dim(); ++d)
-    if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
+// Asks for a dict's header and when it is there for its table.
+void prefetch_dict(PyObject* dict) { __builtin_prefetch(dict); }
+void prefetch_table(PyObject* dict) {
+  const char* table = reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(dict)->ma_keys);
+  for (size_t line = 0; line < 192; line += 64) __builtin_prefetch(table + line);
+}
+
+// Whether a dict's items are these, one by one.
+bool has_items(PyObject* dict, const std::pair<PyObject*, PyObject*>* items, Py_ssize_t n) {
+  if (PyDict_GET_SIZE(dict) != n) return false;
+  Py_ssize_t at = 0;
+  PyObject *key, *value;
+  for (Py_ssize_t i = 0; i < n; ++i)
+    if (!PyDict_Next(dict, &at, &key, &value) || key != items[i].first || value != items[i].second)
+      return false;
   return true;
 }
 
-// The totals of gradients that were multiplied already.
-at::Tensor without_factor(const at::Tensor& totals) {
-  const at::Tensor out = dense_copy(totals, totals.strides());
-  out.select(0, 6).fill_(1.0);
-  out.select(0, 7).zero_();
-  return out;
-}
-
-// Announces a write to a tensor and returns its memory.
-void* written(const at::Tensor& t) {
-  if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
-  return t.numel() ? t.mutable_data_ptr() : nullptr;
+// Appends a dict's items and returns their number. Their keys are kept alive, each once: few, for
+// they are the names of the state. Where they are many, nothing is appended and -1 returned.
+int copy_items(PyObject* dict, std::vector<THPObjectPtr>& keys,
+               std::vector<std::pair<PyObject*, PyObject*>>& items) {
+  constexpr size_t kMost = 32;
+  const size_t before = items.size();
+  Py_ssize_t at = 0;
+  PyObject *key, *value;
+  while (PyDict_Next(dict, &at, &key, &value)) {
+    const bool known = std::any_of(keys.begin(), keys.end(),
+                                   [&](const THPObjectPtr& k) { return k.get() == key; });
+    if (!known && keys.size() == kMost) {
+      items.resize(before);
+      return -1;
+    }
+    if (!known) {
+      Py_INCREF(key);
+      keys.emplace_back(key);
+    }
+    items.emplace_back(key, value);
+  }
+  return static_cast<int>(items.size() - before);
 }
 
 }  // namespace
@@ -72,34 +91,36 @@ const char* Stepper::name_of(Rule rule, int slot) {
   return kNames[static_cast<int>(rule)][slot];
 }
 
-bool Stepper::holds(PyObject* groups, PyObject* state, const std::vector<int>& needs) const {
-  if (needs != needs_ || !PyDict_Check(state) ||
-      PyDict_GET_SIZE(state) != static_cast<Py_ssize_t>(entries_.size()))
-    return false;
-  Py_ssize_t at = 0;
-  PyObject *key, *value;
-  for (const auto& [held_key, held_value] : entries_)
-    if (!PyDict_Next(state, &at, &key, &value) || key != held_key || value != held_value)
+bool Stepper::holds_state(const Held& h, const std::array<THPObjectPtr, kSlots>& names,
+                          const std::pair<PyObject*, PyObject*>* items) const {
+  PyObject* dict = raw(h.state);
+  if (h.items >= 0 && has_items(dict, items, h.items)) return true;
+  for (int slot = 0; slot < kSlots; ++slot)
+    if (names[slot] && PyDict_GetItemWithError(dict, raw(names[slot])) != h.in_state[slot])
       return false;
+  return true;
+}
+
+bool Stepper::holds(PyObject* groups, PyObject* state, const std::vector<int>& needs) const {
+  constexpr size_t kFar = 12, kNear = 6;
+  if (needs != needs_ || !PyDict_Check(state) ||
+      !has_items(state, entries_.data(), static_cast<Py_ssize_t>(entries_.size())))
+    return false;
   std::array<THPObjectPtr, kSlots> names;
   for (int slot = 0; slot < kSlots; ++slot)
     if (name_of(rule_, slot)) names[slot] = PyUnicode_InternFromString(name_of(rule_, slot));
-  size_t next = 0;
+  size_t next = 0, items = 0;
   const bool same = for_each_parameter(groups, [&](int group, PyObject* param) {
+    if (next + kFar < held_.size() && raw(held_[next + kFar].state))
+      prefetch_dict(raw(held_[next + kFar].state));
+    if (next + kNear < held_.size() && raw(held_[next + kNear].state))
+      prefetch_table(raw(held_[next + kNear].state));
     if (next == held_.size()) return false;
     const Held& h = held_[next++];
     if (raw(h.object) != param || h.group != group) return false;
-    if (raw(h.state)) {
-      for (int slot = 0; slot < kSlots; ++slot) {
-        if (!names[slot]) continue;
-        if (PyDict_GetItemWithError(raw(h.state), names[slot].get()) != h.in_state[slot])
-          return false;
-      }
-    }
-    if (h.repeated || !h.param.unsafeGetTensorImpl()->grad().defined()) return true;
-    for (int slot = 0; slot < kSlots; ++slot)
-      if (slot != kMaster && needs[group] >> slot & 1 && !h.tensors[slot].defined()) return false;
-    return true;
+    if (raw(h.state) && !holds_state(h, names, items_.data() + items)) return false;
+    items += std::max(h.items, 0);
+    return h.repeated || h.complete || !h.param.unsafeGetTensorImpl()->grad().defined();
   });
   return same && next == held_.size();
 }
@@ -107,7 +128,8 @@ bool Stepper::holds(PyObject* groups, PyObject* state, const std::vector<int>& n
 void Stepper::hold(PyObject* groups, PyObject* state, const std::vector<int>& needs) {
   std::vector<Held> held;
   std::unordered_set<PyObject*> seen;
-  std::vector<std::pair<PyObject*, PyObject*>> entries;
+  std::vector<THPObjectPtr> keys;
+  Items items, entries;
   if (!PyDict_Check(state)) fail<TypeError>(op(), ": expected a dict as state");
   Py_ssize_t at = 0;
   PyObject *key, *value;
@@ -120,7 +142,10 @@ void Stepper::hold(PyObject* groups, PyObject* state, const std::vector<int>& ne
     Py_INCREF(param);
     h.object = param;
     h.param = THPVariable_Unpack(param);
+    h.autograd = h.param.unsafeGetTensorImpl()->autograd_meta();
     h.group = group;
+    h.items = -1;
+    h.complete = true;
     h.repeated = !seen.insert(param).second;
     PyObject* dict = PyDict_GetItemWithError(state, param);
     if (!dict && PyErr_Occurred()) throw python_error();
@@ -134,13 +159,18 @@ void Stepper::hold(PyObject* groups, PyObject* state, const std::vector<int>& ne
         if (tensor && is_tensor(tensor) && needs[group] >> slot & 1)
           h.tensors[slot] = THPVariable_Unpack(tensor);
       }
+      h.items = copy_items(dict, keys, items);
     }
+    for (int slot = 0; slot < kSlots; ++slot)
+      if (slot != kMaster && needs[group] >> slot & 1) h.complete &= h.tensors[slot].defined();
     held.push_back(std::move(h));
     return true;
   });
   if (!valid) fail<TypeError>(op(), ": expected param_groups as a list of dicts with lists");
   needs_ = needs;
   held_ = std::move(held);
+  keys_ = std::move(keys);
+  items_ = std::move(items);
   entries_ = std::move(entries);
 }
 
@@ -157,150 +187,6 @@ std::vector<at::Tensor> Stepper::gradients() const {
   for (const Held& h : held_)
     out.push_back(h.repeated ? at::Tensor() : h.param.unsafeGetTensorImpl()->grad());
   return out;
-}
-
-ClipResult Stepper::measure(double max_norm, NonFinite policy,
-                            const LossScaleTensors& scale) const {
-  return plan_step(op(), check_gradients(op(), gradients(), false), max_norm, norm_spec(2.0),
-                   policy, scale);
-}
-
-const at::Tensor& Stepper::layout_of(const Held& h) const {
-  for (int slot = 0; slot < kStep; ++slot)
-    if (h.tensors[slot].defined()) return h.tensors[slot];
-  return h.param;
-}
-
-void Stepper::check_param(const Held& h, const at::Tensor& grad, size_t index) const {
-  const at::Tensor& p = h.param;
-  if (!grad.sizes().equals(p.sizes()) || grad.scalar_type() != p.scalar_type() ||
-      grad.device() != p.device())
-    fail<std::invalid_argument>(op(),
-                                ": expected a gradient of the parameter's shape, dtype and "
-                                "device, ",
-                                p.sizes(), " of ", p.scalar_type(), " on ", p.device(), ", got ",
-                                grad.sizes(), " of ", grad.scalar_type(), " on ", grad.device(),
-                                " for parameter ", index);
-  if (p.layout() != at::kStrided || is_wrapper(p) || missing_storage(p) || p.is_neg() ||
-      p.is_conj() || (p.numel() && at::has_internal_overlap(p) == at::MemOverlap::Yes))
-    fail<TypeError>(op(),
-                    ": expected plain dense parameters with an element per memory location, "
-                    "got another kind for parameter ",
-                    index);
-  for (int slot = 0; slot < kSlots; ++slot) {
-    const at::Tensor& t = h.tensors[slot];
-    if (!t.defined()) continue;
-    const bool is_step = slot == kStep;
-    const bool fits = t.layout() == at::kStrided && !is_wrapper(t) && !missing_storage(t) &&
-                      t.device() == p.device() &&
-                      (is_step ? t.dim() == 0 && t.scalar_type() == at::kFloat
-                               : same_strides(t, layout_of(h)) && t.sizes().equals(p.sizes()) &&
-                                     t.is_non_overlapping_and_dense());
-    if (!fits)
-      fail<std::invalid_argument>(op(), ": expected state ", name_of(rule_, slot), " of ",
-                                  is_step ? at::IntArrayRef{} : p.sizes(), " on ", p.device(),
-                                  ", got ", t.sizes(), " on ", t.device(), " for parameter ",
-                                  index);
-  }
-}
-
-ParamRef Stepper::ref_of(const Held& h, const at::Tensor& param, const at::Tensor& grad,
-                         size_t index) const {
-  ParamRef r = {};
-  r.param = written(param);
-  r.grad = grad.numel() ? grad.const_data_ptr() : nullptr;
-  const auto memory = [&](Slot slot) {
-    return h.tensors[slot].defined() ? written(h.tensors[slot]) : nullptr;
-  };
-  r.first = memory(kFirst);
-  r.second = memory(kSecond);
-  r.largest = memory(kLargest);
-  r.master = static_cast<float*>(memory(kMaster));
-  r.step = static_cast<float*>(memory(kStep));
-  r.numel = param.numel() * (param.is_complex() ? 2 : 1);
-  r.dtype = *dtype_of(param.scalar_type());
-  r.state_dtype =
-      h.tensors[kFirst].defined() ? *dtype_of(h.tensors[kFirst].scalar_type()) : r.dtype;
-  r.group = h.group;
-  r.row = static_cast<int32_t>(index);
-  return r;
-}
-
-void Stepper::update(const std::vector<GroupOptions>& groups,
-                     const std::vector<MaybeTensor>& lr_values, const MaybeTensor& totals,
-                     const MaybeTensor& coefficients, const StepOptions& options) {
-  // What is updated: the parameter, or a dense copy of one with gaps in memory.
-  struct Updated {
-    size_t index;
-    at::Tensor param, grad;
-  };
-  std::vector<std::pair<at::Device, std::vector<Updated>>> devices;
-  GradList grads = check_gradients(op(), gradients(), options.materialize);
-  const std::vector<at::Tensor> listed = gradients();
-  for (size_t i = 0; i < held_.size(); ++i) {
-    if (!listed[i].defined()) continue;
-    check_param(held_[i], listed[i], i);
-    const at::Device device = held_[i].param.device();
-    auto found = std::find_if(devices.begin(), devices.end(),
-                              [&](const auto& d) { return d.first == device; });
-    if (found == devices.end()) found = devices.insert(found, {device, {}});
-    found->second.push_back({i, held_[i].param, listed[i]});
-  }
-  MaybeTensor plan = totals, each = coefficients;
-  if (options.materialize && totals) {
-    apply_totals(grads, *totals, coefficients);
-    plan = without_factor(*totals);
-    each = std::nullopt;
-  }
-  for (auto& [device, list] : devices) {
-    OptimStep step = {rule_,
-                      {},
-                      groups,
-                      {nullptr, nullptr, options.bound},
-                      options.update_clip,
-                      options.stochastic_rounding};
-    const bool host = is_host(device);
-    const auto here = [&, device = device](const MaybeTensor& t) {
-      if (!t) return MaybeTensor();
-      return MaybeTensor(host ? on_host(*t) : t->to(device));
-    };
-    const MaybeTensor plan_here = here(plan), each_here = here(each);
-    if (plan_here) step.use.totals = plan_here->const_data_ptr<double>();
-    if (each_here) step.use.coefficients = each_here->const_data_ptr<double>();
-    std::vector<at::Tensor> lrs;
-    for (size_t g = 0; g < groups.size(); ++g) {
-      if (!lr_values[g]) continue;
-      lrs.push_back(converted(lr_values[g]->to(device), at::kFloat));
-      if (host)
-        step.groups[g].lr = *lrs.back().const_data_ptr<float>();
-      else
-        step.groups[g].lr_value = lrs.back().const_data_ptr<float>();
-    }
-    for (Updated& u : list) {
-      const at::Tensor& param = held_[u.index].param;
-      const at::Tensor& like = layout_of(held_[u.index]);
-      at::Tensor dense = like;
-      if (!like.is_non_overlapping_and_dense()) dense = at::empty(like.sizes(), like.options());
-      if (!same_strides(param, dense)) u.param = dense_copy(param, dense.strides());
-      if (!same_strides(u.grad, dense) || u.grad.is_neg() || u.grad.is_conj())
-        u.grad = dense_copy(u.grad.resolve_conj().resolve_neg(), dense.strides());
-      step.params.push_back(ref_of(held_[u.index], u.param, u.grad, u.index));
-    }
-    if (host) {
-      cpu::optim_step(step);
-    } else {
-#if defined(GRADFUSE_CUDA)
-      on_device(device, [&](cudaStream_t stream) {
-        const at::Tensor scratch = empty_on_device(
-            {cuda::optim_scratch_bytes(step)},
-            at::TensorOptions().dtype(at::kByte).device(list.front().param.device()));
-        cuda::optim_step(step, scratch.mutable_data_ptr(), stream);
-      });
-#endif
-    }
-    for (const Updated& u : list)
-      if (!u.param.is_same(held_[u.index].param)) held_[u.index].param.copy_(u.param);
-  }
 }
 
 }  // namespace gradfuse

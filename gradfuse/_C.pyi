@@ -90,6 +90,17 @@ class Stepper:
     def measure(
         self, max_norm: float, nonfinite: int, scale: Tensor | None, found_inf: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]: ...
+    def step(
+        self,
+        groups: list[tuple[Any, ...]],
+        max_norm: float,
+        nonfinite: int,
+        scale: Tensor | None,
+        found_inf: Tensor | None,
+        update_clip: bool,
+        stochastic_rounding: bool,
+        materialize: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
     def update(
         self,
         groups: list[tuple[Any, ...]],

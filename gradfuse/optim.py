@@ -18,11 +18,12 @@ from torch.optim.optimizer import ParamsT
 
 from gradfuse._native import backend
 from gradfuse.clip_in_step import clip_in_step
+from gradfuse.grad_scaler import GradScaler
 from gradfuse.ops.clip import check_nonnegative, clip_grad_value_
 from gradfuse.policies import Policy, plan_step
 from gradfuse.report import GradReport
 
-__all__ = ["SGD", "AdamW", "clip_in_step"]
+__all__ = ["SGD", "AdamW", "GradScaler", "clip_in_step"]
 
 Clip: TypeAlias = "float | Policy | None"
 
@@ -36,6 +37,7 @@ class _ClippedOptimizer(torch.optim.Optimizer):
     """What the optimizers share: a step that measures, decides and updates."""
 
     _step_supports_amp_scaling = True  # GradScaler hands its scale over instead of unscaling
+    _check_is_left = False  # by our GradScaler, during a step: what is not finite skips it
     _rule: ClassVar[int]
     _names: ClassVar[tuple[str, ...]]  # of the state's tensors, by the native slots
 
@@ -124,8 +126,12 @@ class _ClippedOptimizer(torch.optim.Optimizer):
         self._refresh()
         scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        code = _NONFINITE[self._nonfinite]
-        clip, totals, coefficients, bound = self._clip, None, None, math.inf
+        if not isinstance(found_inf, Tensor):  # torch's 0 where there are no gradients
+            found_inf = None
+        code = _NONFINITE["skip" if self._check_is_left else self._nonfinite]
+        clip, totals, bound = self._clip, None, math.inf
+        groups = [self._options(group) for group in self.param_groups]
+        options = self._update_clip, self._stochastic, self._materialize
         if isinstance(clip, Policy):
             plan = plan_step(
                 clip,
@@ -134,17 +140,17 @@ class _ClippedOptimizer(torch.optim.Optimizer):
                 scale,
                 skips=True,
             )
-            totals, coefficients, bound = plan.totals, plan.coefficients, clip.bound
+            totals, bound = plan.totals, clip.bound
             self._reported(plan.norm, plan.reported, plan.table, clip.max_norm, repr(clip))
+            self._held.update(groups, totals, plan.coefficients, bound, *options)
         elif clip is not None or code or scale is not None or found_inf is not None:
             max_norm = math.inf if clip is None else clip
-            norm, totals, table = self._held.measure(max_norm, code, scale, found_inf)
+            norm, totals, table = self._held.step(
+                groups, max_norm, code, scale, found_inf, *options
+            )
             self._reported(norm, totals, table, max_norm, None)
-        groups = [self._options(group) for group in self.param_groups]
-        self._held.update(
-            groups, totals, coefficients, bound, self._update_clip, self._stochastic,
-            self._materialize,
-        )  # fmt: skip
+        else:
+            self._held.update(groups, None, None, bound, *options)
         if self._materialize and bound < math.inf:
             clip_grad_value_(self._held.parameters(), bound)
         if totals is not None:

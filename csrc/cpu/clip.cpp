@@ -27,6 +27,13 @@ char* at(const GradRef& g, int64_t element) {
   return static_cast<char*>(g.data) + element * element_bytes(g.dtype) * (g.is_complex ? 2 : 1);
 }
 
+// Asks for the beginning of a chunk that comes soon.
+constexpr int64_t kAhead = 6;
+void prefetch_chunk(const std::vector<GradRef>& grads, const Chunk& c) {
+  const GradRef& g = grads[c.tensor];
+  if (!g.layout) prefetch_run(at(g, c.start), c.length * element_bytes(g.dtype));
+}
+
 // Stats of elements [start, start + n) of g. Strided and complex ones pass through a buffer.
 Stats run_stats(const GradRef& g, int64_t start, int64_t n, NormSpec spec) {
   const ClipKernels& kernels = clip_kernels();
@@ -119,6 +126,7 @@ Stats stats(const std::vector<GradRef>& grads, const std::vector<int64_t>& rows,
     for (int64_t k = first; k < end; ++k) {
       const Chunk& c = work.chunks[k];
       const GradRef& g = grads[c.tensor];
+      if (k + kAhead < chunks) prefetch_chunk(grads, work.chunks[k + kAhead]);
       const Stats s = run_stats(g, c.start, c.length, spec);
       sum = merge(sum, s, spec.p);
       if (c.length == g.numel)

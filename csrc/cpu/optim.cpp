@@ -6,20 +6,46 @@
 // was taken.
 
 #include <memory>
+#include <type_traits>
 
 #include "kernels.h"
+#include "strided.h"
 #include "work.h"
 
 namespace gradfuse::cpu {
 
 namespace {
 
-// What is the same for all elements of a parameter.
+constexpr int64_t kAhead = 5;  // chunks
+
+// What is the same for all elements of a parameter, and mostly for its neighbours.
 struct Prepared {
   AdamWFactors<double> adamw;
   SgdFactors<double> sgd;
   ElementFactor factor;
-  Rounding rounding;
+};
+
+// What a Prepared follows from.
+struct Source {
+  int32_t group;
+  DType dtype;
+  double taken;
+  ScaledNorm factor;
+
+  bool operator==(const Source& o) const {
+    return group == o.group && dtype == o.dtype && taken == o.taken &&
+           factor.value == o.factor.value && factor.exponent == o.factor.exponent;
+  }
+};
+
+// The Prepared of every parameter, and the steps it had taken.
+struct Preparations {
+  std::vector<Prepared> distinct;
+  std::vector<int32_t> of;  // [parameters], in distinct
+  std::vector<float> taken;  // [parameters]
+
+  Prepared& operator[](int64_t param) { return distinct[of[param]]; }
+  const Prepared& operator[](int64_t param) const { return distinct[of[param]]; }
 };
 
 ScaledNorm factor_for(const GradientUse& use, int32_t row) {
@@ -29,22 +55,57 @@ ScaledNorm factor_for(const GradientUse& use, int32_t row) {
   return factor;
 }
 
-Prepared prepare(const OptimStep& step, const ParamRef& p) {
-  const GroupOptions& group = step.groups[p.group];
-  const double taken = p.step ? *p.step : 0.0;
+Prepared prepare(const OptimStep& step, const Source& source) {
+  const GroupOptions& group = step.groups[source.group];
   Prepared out;
   if (step.rule == Rule::AdamW)
-    out.adamw = adamw_factors(group.adamw, group.lr, taken + 1.0);
+    out.adamw = adamw_factors(group.adamw, group.lr, source.taken + 1.0);
   else
-    out.sgd = sgd_factors(group.sgd, group.lr, taken == 0.0);
-  out.factor = element_factor(factor_for(step.use, p.row), p.dtype, step.use.bound, group.maximize);
-  out.rounding = rounding_of(step.stochastic_rounding, p.row, taken);
+    out.sgd = sgd_factors(group.sgd, group.lr, source.taken == 0.0);
+  out.factor = element_factor(source.factor, source.dtype, step.use.bound, group.maximize);
   return out;
+}
+
+Preparations prepare(const OptimStep& step) {
+  constexpr size_t kAhead = 16;
+  const size_t n = step.params.size();
+  Preparations out;
+  out.of.reserve(n);
+  out.taken.reserve(n);
+  Source last = {};
+  for (size_t i = 0; i < n; ++i) {
+    if (i + kAhead < n) __builtin_prefetch(step.params[i + kAhead].step, 1);
+    const ParamRef& p = step.params[i];
+    const float taken = p.step ? *p.step : 0.0f;
+    const Source source = {p.group, p.dtype, taken, factor_for(step.use, p.row)};
+    // Update clipping gives each its own step size. A NaN equals none.
+    if (out.distinct.empty() || step.update_clip || !(source == last))
+      out.distinct.push_back(prepare(step, source));
+    last = source;
+    out.of.push_back(static_cast<int32_t>(out.distinct.size() - 1));
+    out.taken.push_back(taken);
+  }
+  return out;
+}
+
+// Asks for the beginning of a chunk that comes soon.
+void prefetch_chunk(const ParamRef& p, const Chunk& c) {
+  const auto from = [&](const void* data, DType dtype, auto writes) {
+    const int64_t bytes = element_bytes(dtype);
+    if (data)
+      prefetch_run<writes>(static_cast<const char*>(data) + c.start * bytes, c.length * bytes);
+  };
+  from(p.param, p.dtype, std::true_type());
+  from(p.grad, p.dtype, std::false_type());
+  from(p.first, p.state_dtype, std::true_type());
+  from(p.second, p.state_dtype, std::true_type());
+  from(p.largest, p.state_dtype, std::true_type());
+  from(p.master, DType::Float, std::true_type());
 }
 
 // Divides the step sizes of parameters whose updates would be large. Reads gradient and second
 // moment once.
-void clip_updates(const OptimStep& step, const Work& work, std::vector<Prepared>& prepared) {
+void clip_updates(const OptimStep& step, const Work& work, Preparations& prepared) {
   const int64_t chunks = static_cast<int64_t>(work.chunks.size());
   const std::unique_ptr<double[]> sums(new double[chunks]);
   work.for_each(false, [&](int64_t, int64_t begin, int64_t end) {
@@ -63,7 +124,7 @@ void clip_updates(const OptimStep& step, const Work& work, std::vector<Prepared>
     const double slower = update_clip_factor(sum / static_cast<double>(p.numel));
     const GroupOptions& group = step.groups[p.group];
     const double lr = group.lr * slower;
-    prepared[tensor].adamw = adamw_factors(group.adamw, lr, *p.step + 1.0);
+    prepared[tensor].adamw = adamw_factors(group.adamw, lr, prepared.taken[tensor] + 1.0);
   }
 }
 
@@ -75,24 +136,28 @@ void optim_step(const OptimStep& step) {
     if (action == Action::Skip || action == Action::Refuse) return;
   }
   const OptimKernels& kernels = optim_kernels();
-  std::vector<Prepared> prepared;
-  prepared.reserve(step.params.size());
-  for (const ParamRef& p : step.params) prepared.push_back(prepare(step, p));
+  Preparations prepared = prepare(step);
   const Work work(step.params);
   if (step.update_clip) clip_updates(step, work, prepared);
   work.for_each(true, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t k = end - 1; k >= begin; --k) {
+      if (k >= kAhead) {
+        const Chunk& next = work.chunks[k - kAhead];
+        prefetch_chunk(step.params[next.tensor], next);
+      }
       const Chunk& c = work.chunks[k];
       const ParamRef& p = step.params[c.tensor];
       const Prepared& with = prepared[c.tensor];
+      const Rounding rounding =
+          rounding_of(step.stochastic_rounding, p.row, prepared.taken[c.tensor]);
       if (step.rule == Rule::AdamW)
-        kernels.adamw(p, c.start, c.length, with.adamw, with.factor, with.rounding);
+        kernels.adamw(p, c.start, c.length, with.adamw, with.factor, rounding);
       else
-        kernels.sgd(p, c.start, c.length, with.sgd, with.factor, with.rounding);
+        kernels.sgd(p, c.start, c.length, with.sgd, with.factor, rounding);
     }
   });
-  for (const ParamRef& p : step.params)
-    if (p.step) *p.step += 1.0f;
+  for (size_t i = 0; i < step.params.size(); ++i)
+    if (step.params[i].step) *step.params[i].step = prepared.taken[i] + 1.0f;
 }
 
 }  // namespace gradfuse::cpu

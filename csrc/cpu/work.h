@@ -11,6 +11,16 @@ namespace gradfuse::cpu {
 
 constexpr int64_t kItem = 16384;  // least elements of an item of work
 
+// Asks for the beginning of a run of memory that is to be read, or written. Short runs are as many
+// misses, for the hardware prefetches what it has seen a part of.
+template <bool kWrites = false>
+inline void prefetch_run(const void* data, int64_t bytes) {
+  constexpr int64_t kLine = 64, kMost = 512;
+  const char* line = static_cast<const char*>(data);
+  for (const char* end = line + std::min(bytes, kMost); line < end; line += kLine)
+    __builtin_prefetch(line, kWrites);
+}
+
 struct Chunk {
   int64_t tensor;
   int64_t start;

@@ -118,6 +118,23 @@ class Stepper:
             self._op, listed, grads, max_norm, 2.0, nonfinite, of_scale, found_inf=bad
         )
 
+    def step(
+        self,
+        groups: list[tuple[Any, ...]],
+        max_norm: float,
+        nonfinite: int,
+        scale: Tensor | None,
+        found_inf: Tensor | None,
+        update_clip: bool,
+        stochastic_rounding: bool,
+        materialize: bool,
+    ) -> clipping.Result:
+        result = self.measure(max_norm, nonfinite, scale, found_inf)
+        self.update(
+            groups, result[1], None, math.inf, update_clip, stochastic_rounding, materialize
+        )
+        return result
+
     @torch.no_grad()
     def update(
         self,

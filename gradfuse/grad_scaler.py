@@ -1,0 +1,119 @@
+"""torch.amp.GradScaler that leaves the check for NaN and inf to gradfuse's own optimizers.
+
+Before the step of an optimizer that divides by the scale itself, torch's scaler goes through all
+gradients to look for NaN and inf, and writes them. A step of gradfuse.optim sees as much when it
+takes their norm.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import optimizer as torch_optimizer
+
+from gradfuse.report import GradReport
+
+__all__ = ["GradScaler"]
+
+
+class GradScaler(torch.amp.GradScaler):
+    """torch.amp.GradScaler; gradients of gradfuse's optimizers are not read for it, nor written.
+
+    The same scale, the same steps skipped, and the same state_dict as torch's. Where a step cannot
+    stand in for the check (after unscale_, with a hook before the step, for other optimizers, or if
+    this torch's scaler turns out to work in another way) the check is torch's.
+
+    Args:
+        device, init_scale, growth_factor, backoff_factor, growth_interval, enabled: as in
+            torch.amp.GradScaler.
+    """
+
+    _stepping: Any = None  # the optimizer that is to check for itself, during its step
+    _left = False  # whether torch asked for that check
+
+    def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        """As torch.amp.GradScaler.step."""
+        if args or kwargs or not _checks_itself(optimizer) or not _torch_is_as_known():
+            return super().step(optimizer, *args, **kwargs)
+        return self._step_of(optimizer)
+
+    def _step_of(self, optimizer: Any) -> Any:
+        """A step that checks for itself, if torch lets it."""
+        before = optimizer.report
+        self._stepping = optimizer
+        try:
+            result = super().step(optimizer)
+        except BaseException:
+            if self._left:
+                super()._check_inf_per_device(optimizer)
+            raise
+        else:
+            if self._left:
+                self._record(optimizer, before)
+            return result
+        finally:
+            self._stepping, self._left, optimizer._check_is_left = None, False, False
+
+    def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[Any, Tensor]:
+        if self._stepping is not optimizer or not _has_gradients(optimizer):
+            checked: dict[Any, Tensor] = super()._check_inf_per_device(optimizer)
+            return checked
+        self._left = optimizer._check_is_left = True
+        scale = self._get_scale_async()
+        assert scale is not None
+        return self._put(optimizer, torch.zeros_like(scale))
+
+    def _record(self, optimizer: Any, before: GradReport | None) -> None:
+        """What the step saw, without waiting for it."""
+        report: GradReport | None = optimizer.report
+        if report is None or report is before:
+            super()._check_inf_per_device(optimizer)
+        else:
+            self._put(optimizer, report._table[:, 2].any().float())
+
+    def _put(self, optimizer: Any, found_inf: Tensor) -> dict[Any, Tensor]:
+        found = {found_inf.device: found_inf}
+        self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = found
+        return found
+
+
+def _checks_itself(optimizer: Any) -> bool:
+    """Whether the step is gradfuse's own and begins with the gradients that the scaler has."""
+    cls = type(optimizer)
+    if not hasattr(cls, "_check_is_left"):
+        return False
+    # Classes that are stepped have their step wrapped by torch, and put into themselves.
+    own = next(c for c in cls.__mro__ if "step" in vars(c)).__module__ == "gradfuse.optim"
+    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", True) or getattr(
+        torch_optimizer, "_global_optimizer_pre_hooks", True
+    )
+    return own and not hooks
+
+
+def _has_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+
+
+@functools.cache
+def _torch_is_as_known() -> bool:
+    """Tries out what torch does not promise: that its scaler's step takes the check from a method,
+    and that update() looks for the outcome where that method put it."""
+    from gradfuse.optim import SGD
+
+    p = torch.nn.Parameter(torch.ones(1, device="cpu"))
+    try:
+        optimizer = SGD([p], lr=1.0)
+        scaler = GradScaler("cpu", init_scale=4.0)
+        scaler.scale(torch.zeros((), device="cpu"))
+        outcomes = []
+        for gradient in (float("inf"), 1.0):
+            p.grad = torch.full_like(p, gradient)
+            scaler._step_of(optimizer)
+            scaler.update()
+            outcomes.append((p.item(), p.grad.item(), scaler.get_scale()))
+    except Exception:
+        return False
+    return outcomes == [(1.0, float("inf"), 2.0), (0.5, 1.0, 2.0)]
