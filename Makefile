@@ -51,9 +51,10 @@ pytest: build
 pytest-native: build
 	$(PYTEST) -k "not reference"
 
-# Without the compiled module, which the examples' child processes and the emulator need not know.
+# Without the compiled module, which the examples, the emulator and large models need not know.
 pytest-reference: build
-	GRADFUSE_NATIVE=0 GRADFUSE_PTX=0 $(PYTEST) --ignore tests/test_examples.py --ignore tests/ptx
+	GRADFUSE_NATIVE=0 GRADFUSE_PTX=0 $(PYTEST) -k "not models_of_torchvision" \
+		--ignore tests/test_examples.py --ignore tests/ptx
 
 # What differs between instruction sets is the kernels' arithmetic. Those tests run for each below
 # this machine's best one, which is that of `make pytest`.

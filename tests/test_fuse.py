@@ -88,6 +88,8 @@ def test_models_of_torchvision_and_timm(name):
     assert patterns(fused.report) == expected
     assert sum(not s.fused for s in fused.report) == left
     assert list(fused.state_dict()) == list(model.state_dict())
+    if "wide" in name:  # resnet50's graph, with three times the numbers
+        return
     size = 64 if "densenet" in name else 40  # whose pools would leave two values per channel
     x = random(2, 3, size, size, dtype=torch.float64)
     assert_same(model, fused, x)
