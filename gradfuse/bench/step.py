@@ -29,6 +29,7 @@ __all__ = ["main", "setup"]
 
 TORCH, FUSED, FLOOR = "torch clip + fused step", "gradfuse", "floor: the same streams"
 COMPILED = "torch.compile'd clip + step"
+FUSED_STOCK_SCALER = "gradfuse, torch's GradScaler"
 Maker = Callable[[list[Parameter]], Callable[[], object]]
 
 # The goals of the project, by workload.
@@ -78,16 +79,16 @@ def compiled_step(rule: str, parameters: list[Parameter]) -> Callable[[], object
 
 
 def scaled_steps(parameters: list[Parameter]) -> dict[str, Callable[[], object]]:
-    """A GradScaler's step of AdamW: unscaled and clipped by torch, or within the step."""
+    """A GradScaler's step of AdamW: unscaled and clipped by torch, or within the step, which
+    torch's scaler precedes by a check of its own."""
 
-    def scaler() -> torch.amp.GradScaler:
-        made = torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=1 << 30)
+    def scaler(cls: type[torch.amp.GradScaler]) -> torch.amp.GradScaler:
+        made = cls("cpu", init_scale=1.0, growth_interval=1 << 30)
         made.scale(torch.zeros(()))  # makes its tensors
         return made
 
     plain = torch.optim.AdamW(parameters, fused=True, **OPTIONS["AdamW"])
-    ours = optim.AdamW(parameters, clip=MAX_NORM, **OPTIONS["AdamW"])
-    of_plain, of_ours = scaler(), scaler()
+    of_plain = scaler(torch.amp.GradScaler)
 
     def stock() -> None:
         of_plain.unscale_(plain)
@@ -95,11 +96,21 @@ def scaled_steps(parameters: list[Parameter]) -> dict[str, Callable[[], object]]
         of_plain.step(plain)
         of_plain.update()
 
-    def fused() -> None:
-        of_ours.step(ours)
-        of_ours.update()
+    def fused(cls: type[torch.amp.GradScaler]) -> Callable[[], object]:
+        ours = optim.AdamW(parameters, clip=MAX_NORM, **OPTIONS["AdamW"])
+        of_ours = scaler(cls)
 
-    return {TORCH: stock, FUSED: fused}
+        def run() -> None:
+            of_ours.step(ours)
+            of_ours.update()
+
+        return run
+
+    return {
+        TORCH: stock,
+        FUSED: fused(optim.GradScaler),
+        FUSED_STOCK_SCALER: fused(torch.amp.GradScaler),
+    }
 
 
 def floor(numel: int, streams: tuple[int, int], norm: bool) -> Callable[[], None]:

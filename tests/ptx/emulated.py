@@ -210,6 +210,7 @@ class _Stepper:
         self.holds, self.parameters = self._inner.holds, self._inner.parameters
         self.measure = emulated.watched(self._inner.measure, self._inner.parameters)
         self.update = emulated.watched(self._inner.update, lambda: self._tensors)
+        self.step = emulated.watched(self._inner.step, lambda: self._tensors)
 
     def hold(self, groups: list[dict], state: dict, needs: list[int]) -> None:
         self._inner.hold(groups, state, needs)
