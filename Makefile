@@ -79,7 +79,7 @@ SANITIZED = build/sanitize
 sanitize: $(VENV)/.installed
 	mkdir -p $(SANITIZED)
 	cp -r gradfuse $(SANITIZED)/ && rm -f $(SANITIZED)/gradfuse/_C*.so
-	GRADFUSE_CUDA=0 GRADFUSE_SANITIZE=1 $(PY) setup.py -q build_ext --build-lib $(SANITIZED)
+	CXX="$(abspath tests/sanitize-c++)" GRADFUSE_CUDA=0 GRADFUSE_SANITIZE=1 $(PY) setup.py -q build_ext --build-lib $(SANITIZED)
 	cd $(SANITIZED) && env GRADFUSE_PTX=0 GRADFUSE_SANITIZE=1 PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 		$(PYTEST) -p no:cacheprovider -k "not reference" \
