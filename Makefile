@@ -51,9 +51,11 @@ pytest: build
 pytest-native: build
 	$(PYTEST) -k "not reference"
 
-# Without the compiled module, which the examples, the emulator and large models need not know.
+# Without the compiled module. What takes long and does not depend on that is left out: examples,
+# large models, and what `make pytest` runs on the pure-torch path.
 pytest-reference: build
-	GRADFUSE_NATIVE=0 GRADFUSE_PTX=0 $(PYTEST) -k "not models_of_torchvision" \
+	GRADFUSE_NATIVE=0 GRADFUSE_PTX=0 $(PYTEST) \
+		-k "not models_of_torchvision and not thousand_steps and not opcheck" \
 		--ignore tests/test_examples.py --ignore tests/ptx
 
 # What differs between instruction sets is the kernels' arithmetic. Those tests run for each below
