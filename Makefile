@@ -4,9 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch>=2.11
 PY = $(VENV)/bin/python
-# A process for each core, which takes some 2 GB. Threads that wait for work leave the cores to the
-# other processes.
-PYTEST = OMP_WAIT_POLICY=passive $(abspath $(PY)) -m pytest -q -n logical --maxprocesses 8 --dist loadgroup
+# A process for each core, which takes some 2 GB; the tests of a file share one, and what they leave
+# for each other. Threads that wait for work leave the cores to the other processes.
+PYTEST = OMP_WAIT_POLICY=passive $(abspath $(PY)) -m pytest -q -n logical --maxprocesses 8 --dist loadfile
 CPP = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 .PHONY: demo test build bench lint format pytest pytest-native pytest-reference \

@@ -62,11 +62,9 @@ def test_any_order_of_the_blocks_gives_the_same_bits(ptx, step):
         assert found["forward"] == found["backward"] == found["shuffled"]
 
 
-KERNELS_RUN: set[str] = set()
-together = pytest.mark.xdist_group("kernels run")  # in one process, for what they have in common
+KERNELS_RUN: set[str] = set()  # of this process, in which all tests of this file run
 
 
-@together
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("dtype", [*REAL, *COMPLEX], ids=short)
 def test_as_the_reference(ptx, monkeypatch, step, dtype):
@@ -85,7 +83,6 @@ def test_as_the_reference(ptx, monkeypatch, step, dtype):
             torch.testing.assert_close(p.grad, q.grad, rtol=max(ulp, 2e-6), atol=0.0)
 
 
-@together
 def test_every_kernel_was_run(ptx):
     """By the tests above; those of zero gradients and a lone norm here."""
     params = parameters(torch.float32)
