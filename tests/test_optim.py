@@ -680,6 +680,12 @@ def a_state_of_another_shape(optimizer, p):
     state[name] = torch.zeros(2, device=p.device)
 
 
+def a_state_of_another_type(optimizer, p):
+    state = optimizer.state[p]
+    moment = state[next(k for k in state if k != "step")]
+    moment.data = moment.data.half()  # the same tensor, of half the memory
+
+
 def a_learning_rate_of_two(optimizer, p):
     optimizer.param_groups[0]["lr"] = torch.ones(2)
 
@@ -698,6 +704,7 @@ BREAKS = {
     "a freed gradient": (a_freed_gradient, "expected storage of at least 4800 bytes, got 0"),
     "a sparse gradient": (a_sparse_gradient, "(?i)expected dense gradients, got layout .*sparse"),
     "a state's shape": (a_state_of_another_shape, "shape|size|expected state"),
+    "a state's type": (a_state_of_another_type, "(?i)expected state .* got .*half|float16"),
     "two learning rates": (a_learning_rate_of_two, "scalar|one element|one number"),
     "a NaN": (a_nan, "expected a finite total norm"),
 }

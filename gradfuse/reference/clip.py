@@ -323,7 +323,6 @@ def adaptive_clip_(
     scale: Tensor | None = None,
 ) -> None:
     op = "adaptive_clip_grad_"
-    clip_factor *= 1.0 if scale is None else float(scale)
     listed_weights = read_tensors(op, weights, False)
     listed = read_tensors(op, listed_weights if grads is None else grads, grads is None)  # type: ignore[arg-type]
     if len(listed) != len(listed_weights):
@@ -344,7 +343,8 @@ def adaptive_clip_(
     for i, g in pairs:
         w = listed_weights[i]
         assert w is not None
-        adaptive_clip_tensor_(w, g, clip_factor, eps, norm_type)
+        factor = clip_factor if scale is None else clip_factor * float(scale)
+        adaptive_clip_tensor_(w, g, factor, eps, norm_type)
 
 
 class ParameterList:

@@ -180,16 +180,32 @@ class Stepper:
                 f"{self._op}: expected plain dense parameters with an element per memory location, "
                 f"got another kind for parameter {i}"
             )
+        for name, t in zip(self._names, self._slots(i), strict=True):
+            if t is None:
+                continue
+            short = p.dtype in (torch.float16, torch.bfloat16)
+            types = {p.dtype, torch.float32} if short else {p.dtype}
+            if name in ("master_param", "step"):
+                types = {torch.float32}
+            shape = torch.Size() if name == "step" else p.shape
+            if t.dtype not in types or t.shape != shape:
+                raise ValueError(
+                    f"{self._op}: expected state {name} of {list(shape)} in the type of its "
+                    f"parameter or float32, got {list(t.shape)} of {t.dtype} for parameter {i}"
+                )
+
+    def _slots(self, i: int) -> list[Tensor | None]:
+        p, group = self._params[i]
+        held = self._state.get(p, {}) if p in self._state else {}
+        return [
+            held.get(name) if self._needs[group] >> slot & 1 else None
+            for slot, name in enumerate(self._names)
+        ]
 
     def _update(
         self, i: int, g: Tensor, options: tuple[Any, ...], update_clip: bool, stochastic: bool
     ) -> None:
-        p, group = self._params[i]
-        held = self._state.get(p, {}) if p in self._state else {}
-        slots: list[Tensor | None] = [
-            held.get(name) if self._needs[group] >> slot & 1 else None
-            for slot, name in enumerate(self._names)
-        ]
+        p, slots = self._params[i][0], self._slots(i)
         master, step = slots[_MASTER], slots[_STEP]
         taken = float(step) if step is not None else 0.0
         key = _key(i, taken) if stochastic else None

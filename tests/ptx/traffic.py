@@ -9,10 +9,12 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from gradfuse.optim import SGD, AdamW
 from ptx import emulated
 from ptx.counts import Launch, Traffic
 from ptx.toolchain import demangled, ptxas, resources, setup_script
@@ -57,6 +59,23 @@ def adaptive(scale: float) -> Callable:
     def call(ptx: emulated.Emulated, grads: list[Tensor]) -> None:
         weight = torch.ones(ROWS, COLUMNS, dtype=grads[0].dtype)
         ptx.adaptive_clip_([weight], [weight * scale], 0.01, 1e-3, 2.0)
+
+    return call
+
+
+def step(rule: type, nan: bool = False, **options: float) -> Callable:
+    """The second step of an optimizer that clips; or one that is skipped."""
+
+    def call(ptx: emulated.Emulated, grads: list[Tensor]) -> None:
+        params = [torch.nn.Parameter(torch.zeros_like(g)) for g in grads]
+        with mock.patch("gradfuse.optim.backend", ptx):
+            optimizer = rule(params, lr=0.1, clip=0.1, **options)
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        optimizer.step()
+        if nan:
+            grads[0][0] = float("nan")
+        optimizer.step()
 
     return call
 
@@ -109,6 +128,10 @@ CASES = [
     Case("clip by value, all changes", lambda ptx, g: ptx.clamp_(g, False, 1e-9), 2),
     Case("adaptive, quiet", adaptive(1e-6), 2, ROWS * COLUMNS),
     Case("adaptive, all rows clipped", adaptive(1.0), 4, ROWS * COLUMNS),
+    Case("clip and AdamW", step(AdamW), 8),
+    Case("clip and AdamW, amsgrad", step(AdamW, amsgrad=True), 10),
+    Case("clip and AdamW, skipped", step(AdamW, nan=True), 1),
+    Case("clip and SGD, momentum", step(SGD, momentum=0.9), 6),
     *batch_norm_cases(),
 ]
 
@@ -129,7 +152,7 @@ def data_by_width(traffic: Traffic, case: Case) -> Counter[int]:
         (traffic.stored, traffic.distinct_stored),
     ):
         for (name, width), n in moved.items():
-            if name.startswith("tensor") or (
+            if name.startswith(("tensor", "grad")) or (
                 case.mask_bits and distinct[name] >= case.elements // 8
             ):
                 found[width] += n
