@@ -155,6 +155,7 @@ class GradClipper:
         self._list.apply_(plan.totals, plan.coefficients)
         if policy.bound < math.inf:
             self._list.clamp_(policy.bound)
+        policy.keep(plan.state)
         return GradReport(
             self._names, plan.norm, plan.reported, plan.table, policy.max_norm, 2.0,
             self._nonfinite, repr(policy),

@@ -143,6 +143,7 @@ class _ClippedOptimizer(torch.optim.Optimizer):
             totals, bound = plan.totals, clip.bound
             self._reported(plan.norm, plan.reported, plan.table, clip.max_norm, repr(clip))
             self._held.update(groups, totals, plan.coefficients, bound, *options)
+            clip.keep(plan.state)
         elif clip is not None or code or scale is not None or found_inf is not None:
             max_norm = math.inf if clip is None else clip
             norm, totals, table = self._held.step(

@@ -110,8 +110,11 @@ class Policy:
             scale: the loss scale that the gradients carry, or None.
         """
 
-    def plan(self, totals: Tensor, table: Tensor, skips: bool) -> tuple[Tensor, Tensor | None]:
-        """The totals of a step after the decision, and a coefficient for each parameter or None.
+    def plan(
+        self, totals: Tensor, table: Tensor, skips: bool
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """The totals of a step after the decision, a coefficient for each parameter or None, and
+        the state to `keep` when the step is done.
 
         Args:
             totals: [8] float64 of a plan that leaves finite gradients alone.
@@ -122,13 +125,10 @@ class Policy:
         norm = totals[0]
         # A plan for a non-finite norm, or for found_inf, stands: nonfinite decides then.
         decided = norm.isfinite() & (totals[3] <= _SCALE)
-        decision = self._decision(norm, table[:, 0], decided)
+        state = self._state_of(table[:, 0])
+        decision = self.decide(norm, table[:, 0], dict(state))
+        self._check(decision, state, table.shape[0])
         coefficient = decision.coefficient.to(totals)
-        if coefficient.shape not in ((), table.shape[:1]):
-            raise ValueError(
-                f"{type(self).__name__}.decide: expected a coefficient of shape () or "
-                f"{tuple(table.shape[:1])}, got {tuple(coefficient.shape)}"
-            )
         out, each = totals.clone(), None
         if coefficient.ndim:
             clipped = (table[:, 0] * coefficient).norm()
@@ -144,29 +144,43 @@ class Policy:
         out[:4] = torch.where(decided, planned, totals[:4])
         # Finite gradients of a norm beyond float64 are beyond any threshold.
         out[3] = torch.where(norm.isinf() & (totals[3] == _KEEP), left_out, out[3])
-        return out, each
+        kept = {
+            name: torch.where(decided, decision.state.get(name, old).to(old), old)
+            for name, old in state.items()
+        }
+        return out, each, kept
 
-    def _decision(self, norm: Tensor, norms: Tensor, decided: Tensor) -> Decision:
-        state = {}
-        for name, fresh in self.begin(norms).items():
-            old = self.state.get(name)
-            state[name] = fresh if old is None else _fitted(old.to(norm.device), fresh)
-        decision = self.decide(norm, norms, dict(state))
-        for name, old in state.items():
-            new = decision.state.get(name, old)
-            if new.shape != old.shape:
-                raise ValueError(
-                    f"{type(self).__name__}.decide: expected state {name!r} of the shape that "
-                    f"begin gave it, {tuple(old.shape)}, got {tuple(new.shape)}"
-                )
-            old.copy_(torch.where(decided, new, old))  # in place, as CUDA graphs want it
-        if unknown := decision.state.keys() - state.keys():
+    def keep(self, state: dict[str, Tensor]) -> None:
+        """Makes the state that `plan` gave the policy's; in place, as CUDA graphs want it."""
+        held = self.state
+        self.state = {
+            name: held[name].copy_(new)
+            if name in held and (held[name].shape, held[name].device) == (new.shape, new.device)
+            else new
+            for name, new in state.items()
+        }
+
+    def _state_of(self, norms: Tensor) -> dict[str, Tensor]:
+        """The state on the norms' device and in their length."""
+        return {
+            name: _fitted(self.state[name].to(norms.device), fresh) if name in self.state else fresh
+            for name, fresh in self.begin(norms).items()
+        }
+
+    def _check(self, decision: Decision, state: dict[str, Tensor], parameters: int) -> None:
+        op, shape = f"{type(self).__name__}.decide", tuple(decision.coefficient.shape)
+        if shape not in ((), (parameters,)):
             raise ValueError(
-                f"{type(self).__name__}.decide: expected state that begin names, got "
-                f"{min(unknown)!r}"
+                f"{op}: expected a coefficient of shape () or ({parameters},), got {shape}"
             )
-        self.state = state
-        return decision
+        for name, new in decision.state.items():
+            if name not in state:
+                raise ValueError(f"{op}: expected state that begin names, got {name!r}")
+            if new.shape != state[name].shape:
+                raise ValueError(
+                    f"{op}: expected state {name!r} of the shape that begin gave it, "
+                    f"{tuple(state[name].shape)}, got {tuple(new.shape)}"
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of the state's tensors."""
@@ -189,6 +203,7 @@ class Plan(NamedTuple):
     coefficients: Tensor | None  # [n]
     reported: Tensor  # the totals for a GradReport
     table: Tensor
+    state: dict[str, Tensor]  # for Policy.keep, once the step is done: one that raises keeps none
 
 
 def plan_step(
@@ -205,12 +220,23 @@ def plan_step(
         parameters: those that were measured.
         scale: the loss scale that the gradients carry, or None.
         skips: whether a step can be left out.
+
+    Raises:
+        TypeError: the policy clamps elements and a gradient is complex.
+        ValueError: the policy decided what cannot be done.
     """
+    if policy.bound < math.inf:
+        for i, p in enumerate(parameters()):
+            if p.grad is not None and p.grad.is_complex():
+                raise TypeError(
+                    f"{type(policy).__name__}: expected real gradients, which have an order, got "
+                    f"{p.grad.dtype} for parameter {i}"
+                )
     decides = type(policy).decide is not Policy.decide
     norm, totals, table = measure(math.inf if decides else policy.max_norm)
-    coefficients = None
+    coefficients, state = None, policy.state
     if decides:
-        totals, coefficients = policy.plan(totals, table, skips)
+        totals, coefficients, state = policy.plan(totals, table, skips)
     reported = totals
     if policy.bound < math.inf:
         # What the clamped norm is, nobody took.
@@ -225,7 +251,7 @@ def plan_step(
         reported = reported.clone()
         reported[2] = after * totals[1]
         reported[3] = torch.where(changed, _SCALE, reported[3])
-    return Plan(norm, totals, coefficients, reported, table)
+    return Plan(norm, totals, coefficients, reported, table, state)
 
 
 def _fitted(old: Tensor, fresh: Tensor) -> Tensor:

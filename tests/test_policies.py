@@ -453,6 +453,7 @@ def test_no_decision_waits_for_the_device(make, skips):
     policy = make()
     for _ in range(3):
         plan = plan_step(policy, lambda max_norm: measured, lambda: [], measured[0], skips)
+        policy.keep(plan.state)
     assert plan.totals.is_meta
     assert plan.reported.is_meta
 
@@ -490,6 +491,32 @@ def test_a_wrong_decision_is_refused_before_anything_is_written(backend, make, m
         optimizer.step()
     assert p.detach().tolist() == [0.0, 0.0]
     assert p.grad.tolist() == [3.0, 4.0]
+
+
+@every_policy
+def test_a_step_that_raises_leaves_the_policy_alone(backend, make):
+    (p,) = parameters([3.0, 4.0])
+    optimizer = optim.SGD([p], lr=1.0, clip=make())
+    optimizer.step()
+    before = optimizer.clip.state_dict()
+    p.grad = torch.tensor([0.3, 0.4])
+    optimizer.param_groups[0]["lr"] = torch.ones(2)
+    with pytest.raises((ValueError, RuntimeError)):
+        optimizer.step()
+    after = optimizer.clip.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_value_refuses_complex_gradients(backend):
+    p = Parameter(torch.zeros(2, dtype=torch.complex64))
+    p.grad = torch.full((2,), 3 + 4j)
+    message = "Value: expected real gradients, which have an order, got torch.complex64"
+    with pytest.raises(TypeError, match=message):
+        optim.SGD([p], lr=1.0, clip=Value(0.5)).step()
+    with pytest.raises(TypeError, match=message):
+        gradfuse.GradClipper([p], Value(0.5)).clip_()
+    assert p.grad.tolist() == [3 + 4j] * 2
 
 
 def test_a_policy_takes_the_l2_norm_only():
