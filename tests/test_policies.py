@@ -496,12 +496,13 @@ def test_a_wrong_decision_is_refused_before_anything_is_written(backend, make, m
 @every_policy
 def test_a_step_that_raises_leaves_the_policy_alone(backend, make):
     (p,) = parameters([3.0, 4.0])
-    optimizer = optim.SGD([p], lr=1.0, clip=make())
+    optimizer = optim.SGD([p], lr=1.0, momentum=0.9, clip=make())
     optimizer.step()
     before = optimizer.clip.state_dict()
     p.grad = torch.tensor([0.3, 0.4])
-    optimizer.param_groups[0]["lr"] = torch.ones(2)
-    with pytest.raises((ValueError, RuntimeError)):
+    moment = optimizer.state[p]["momentum_buffer"]
+    moment.data = moment.data.double()  # seen by the update, after the decision
+    with pytest.raises(ValueError, match="expected state momentum_buffer"):
         optimizer.step()
     after = optimizer.clip.state_dict()
     assert before.keys() == after.keys()
