@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from gradfuse._native import backend
+from gradfuse import _native
 from gradfuse.ops.clip import check_nonnegative
 from gradfuse.report import GradReport
 
@@ -37,7 +37,7 @@ class ClipInStep:
         self._fresh: list[Tensor] = []  # parameters whose momentum begins with this step,
         self._state = optimizer.state  # in this state, which loading replaces
         self._empty: dict[Tensor, Any] = {}  # the state, which torch keeps
-        self._held = backend.Stepper(0)
+        self._held = _native.backend.Stepper(0)
         self._refresh()
         self._hooks = (
             optimizer.register_step_pre_hook(self._begin),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradfuse._native import backend
+from gradfuse import _native
 from gradfuse.ops.clip import (
     NONFINITE,
     check_nonfinite,
@@ -60,7 +60,7 @@ class GradClipper:
         self._names: list[str] = []
         self._parameters: list[Tensor] = []
         self._held: set[int] = set()
-        self._list = backend.ParameterList()
+        self._list = _native.backend.ParameterList()
         items: Iterable[Any] = [parameters] if isinstance(parameters, Tensor) else parameters
         for item in iterator_of("GradClipper", items):
             if isinstance(item, Tensor):
@@ -178,7 +178,7 @@ class GradClipper:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._held = {id(p) for p in self._parameters}
-        self._list = backend.ParameterList()
+        self._list = _native.backend.ParameterList()
         for p in self._parameters:
             self._list.add(p)
 

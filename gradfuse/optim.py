@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from gradfuse._native import backend
+from gradfuse import _native
 from gradfuse.clip_in_step import clip_in_step
 from gradfuse.grad_scaler import GradScaler
 from gradfuse.ops.clip import check_nonnegative, clip_grad_value_
@@ -68,7 +68,7 @@ class _ClippedOptimizer(torch.optim.Optimizer):
         self._skipped = 0  # steps skipped so far, but for those in _skipped_on
         self._skipped_on: Tensor | None = None  # counted on the device, without waiting for it
         self._parameter_names: list[str] = []
-        self._held = backend.Stepper(self._rule)
+        self._held = _native.backend.Stepper(self._rule)
 
     @property
     def clip(self) -> Clip:

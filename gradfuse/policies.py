@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradfuse._native import backend
+from gradfuse import _native
 from gradfuse.ops.clip import check_nonnegative
 from gradfuse.report import GradReport
 
@@ -343,7 +343,7 @@ class AGC(Policy):
         self.eps = check_nonnegative("AGC", "eps", eps)
 
     def rewrite(self, parameters: Sequence[Tensor], scale: Tensor | None) -> None:
-        backend.adaptive_clip_(parameters, None, self.clip_factor, self.eps, 2.0, scale)
+        _native.backend.adaptive_clip_(parameters, None, self.clip_factor, self.eps, 2.0, scale)
 
 
 class ZClip(Policy):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from gradfuse import reference
-from gradfuse._native import backend, define_op
+from gradfuse import _native, reference
+from gradfuse._native import define_op
 from gradfuse.reference import MASKED, OUTPUT_SAVED
 
 __all__ = ["ACTIVATIONS", "batch_norm_act", "check_activation", "recomputing"]
@@ -163,7 +163,7 @@ def batch_norm_act(
             code, negative_slope, masked,
         )  # fmt: skip
         return result
-    output: Tensor = backend.batch_norm_forward(
+    output: Tensor = _native.backend.batch_norm_forward(
         input, residual, weight, bias, running_mean, running_var, training, momentum, eps, code,
         negative_slope, False,
     )[0]  # fmt: skip
@@ -229,7 +229,7 @@ class _BatchNormAct(torch.autograd.Function):
         masked: bool,
     ) -> Tensor:
         output: Tensor
-        output, mask, stats = backend.batch_norm_forward(
+        output, mask, stats = _native.backend.batch_norm_forward(
             input, residual, weight, bias, running_mean, running_var, training, momentum, eps,
             code, negative_slope, masked,
         )  # fmt: skip
@@ -262,7 +262,7 @@ class _BatchNormAct(torch.autograd.Function):
             )
         else:
             wants_input, wants_residual, wants_weight, wants_bias = wanted
-            grads = backend.batch_norm_backward(
+            grads = _native.backend.batch_norm_backward(
                 grad_output, *saved, ctx.channels_last, *ctx.options, wants_input, wants_residual,
                 wants_weight, wants_bias,
             )  # fmt: skip
@@ -433,7 +433,7 @@ def _library_forward(
     negative_slope: float,
     masked: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    result: tuple[Tensor, Tensor, Tensor] = backend.batch_norm_forward(
+    result: tuple[Tensor, Tensor, Tensor] = _native.backend.batch_norm_forward(
         input, residual, weight, bias, running_mean, running_var, training, 0.0, eps, code,
         negative_slope, masked,
     )  # fmt: skip
@@ -442,7 +442,7 @@ def _library_forward(
 
 def _library_backward(*arguments: Any) -> tuple[Tensor, ...]:
     *inputs, wanted = arguments
-    grads = backend.batch_norm_backward(*inputs, *wanted)
+    grads = _native.backend.batch_norm_backward(*inputs, *wanted)
     grad_output = inputs[0]
     return tuple(grad_output.new_empty(0) if g is None else g for g in grads)
 

@@ -10,7 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from gradfuse._native import backend, define_op
+from gradfuse import _native
+from gradfuse._native import define_op
 
 __all__ = [
     "adaptive_clip_grad_",
@@ -109,7 +110,7 @@ def get_total_norm(
     if torch.compiler.is_compiling():
         norm: Tensor = torch.ops.gradfuse.grad_stats(list(tensors), norm_type, policy)[0]
         return norm
-    norm = backend.stats(tensors, False, norm_type, policy)[0]
+    norm = _native.backend.stats(tensors, False, norm_type, policy)[0]
     return norm
 
 
@@ -170,7 +171,7 @@ def clip_grad_norm_(
     if torch.compiler.is_compiling():
         norm = torch.ops.gradfuse.clip_grads_(_grads(parameters), max_norm, norm_type, policy)[0]
         return norm
-    norm = backend.clip_(parameters, True, max_norm, norm_type, policy)[0]
+    norm = _native.backend.clip_(parameters, True, max_norm, norm_type, policy)[0]
     return norm
 
 
@@ -203,7 +204,7 @@ def clip_grads_with_norm_(
     if torch.compiler.is_compiling():
         torch.ops.gradfuse.scale_grads_(_grads(parameters), max_norm, total_norm)
     else:
-        backend.scale_(parameters, True, max_norm, total_norm)
+        _native.backend.scale_(parameters, True, max_norm, total_norm)
 
 
 def clip_grad_value_(
@@ -230,7 +231,7 @@ def clip_grad_value_(
     if torch.compiler.is_compiling():
         torch.ops.gradfuse.clamp_grads_(_grads(parameters), clip_value)
     else:
-        backend.clamp_(parameters, True, clip_value)
+        _native.backend.clamp_(parameters, True, clip_value)
 
 
 def adaptive_clip_grad_(
@@ -269,7 +270,7 @@ def adaptive_clip_grad_(
             [p.detach() for p in owners], _grads(owners), clip_factor, eps, norm_type
         )
     else:
-        backend.adaptive_clip_(parameters, None, clip_factor, eps, norm_type)
+        _native.backend.adaptive_clip_(parameters, None, clip_factor, eps, norm_type)
 
 
 def _fake_result(grads: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -284,31 +285,31 @@ def _fake_result(grads: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
 
 define_op(
     "grad_stats(Tensor[] grads, float norm_type, int nonfinite) -> (Tensor, Tensor, Tensor)",
-    lambda grads, norm_type, nonfinite: backend.stats(grads, False, norm_type, nonfinite),
+    lambda grads, norm_type, nonfinite: _native.backend.stats(grads, False, norm_type, nonfinite),
     lambda grads, norm_type, nonfinite: _fake_result(grads),
 )
 define_op(
     "clip_grads_(Tensor(a!)[] grads, float max_norm, float norm_type, int nonfinite)"
     " -> (Tensor, Tensor, Tensor)",
-    lambda grads, max_norm, norm_type, nonfinite: backend.clip_(
+    lambda grads, max_norm, norm_type, nonfinite: _native.backend.clip_(
         grads, False, max_norm, norm_type, nonfinite
     ),
     lambda grads, max_norm, norm_type, nonfinite: _fake_result(grads),
 )
 define_op(
     "scale_grads_(Tensor(a!)[] grads, float max_norm, Tensor total_norm) -> ()",
-    lambda grads, max_norm, total_norm: backend.scale_(grads, False, max_norm, total_norm),
+    lambda grads, max_norm, total_norm: _native.backend.scale_(grads, False, max_norm, total_norm),
     lambda grads, max_norm, total_norm: None,
 )
 define_op(
     "clamp_grads_(Tensor(a!)[] grads, float clip_value) -> ()",
-    lambda grads, clip_value: backend.clamp_(grads, False, clip_value),
+    lambda grads, clip_value: _native.backend.clamp_(grads, False, clip_value),
     lambda grads, clip_value: None,
 )
 define_op(
     "adaptive_clip_grads_(Tensor[] weights, Tensor(a!)[] grads, float clip_factor, float eps,"
     " float norm_type) -> ()",
-    lambda weights, grads, clip_factor, eps, norm_type: backend.adaptive_clip_(
+    lambda weights, grads, clip_factor, eps, norm_type: _native.backend.adaptive_clip_(
         weights, grads, clip_factor, eps, norm_type
     ),
     lambda weights, grads, clip_factor, eps, norm_type: None,
