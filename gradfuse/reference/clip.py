@@ -12,23 +12,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from gradfuse.reference.gradients import check_gradients, magnitudes, read_tensors
+
 KEEP, SCALE, ZERO, REFUSE, SKIP = range(5)
 PROPAGATE, ERROR, ZERO_GRADIENTS, SKIP_STEP = range(4)
-_DTYPES = {
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-    torch.float64,
-    torch.complex64,
-    torch.complex128,
-}
 
 Result = tuple[Tensor, Tensor, Tensor]
-
-
-def magnitudes(x: Tensor) -> Tensor:
-    """|x| as float64, of the same shape."""
-    return x.to(torch.complex128 if x.is_complex() else torch.float64).abs()
 
 
 def scaled_norm(x: Tensor, p: float) -> tuple[float, float]:
@@ -90,112 +79,6 @@ def scale_tensor_(x: Tensor, steps: list[float]) -> None:
     for step in steps:
         scaled = scaled * step
     x.copy_(scaled)
-
-
-def unit_norms(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """(s, v) such that s * v are the norms of x's units, with s the largest magnitudes or 1.
-
-    A unit is a row along the first dimension, or the whole of a vector; Brock et al. 2021, 4.1.
-    """
-    a = magnitudes(x.reshape(1, -1) if x.ndim <= 1 else x.reshape(x.shape[0], -1))
-    s = a.amax(dim=1)
-    s = torch.where((s > 0) & s.isfinite(), s, torch.ones_like(s))
-    return s, torch.linalg.vector_norm(a / s[:, None], p, dim=1)
-
-
-def adaptive_clip_tensor_(
-    weight: Tensor, grad: Tensor, factor: float, eps: float, p: float
-) -> None:
-    """Scales each unit of grad to a norm of at most factor * max(weight norm, eps)."""
-    if grad.numel() == 0:
-        return
-    ws, wv = unit_norms(weight, p)
-    gs, gv = unit_norms(grad, p)
-    small = ws * wv < eps
-    ws, wv = ws.masked_fill(small, 1.0), wv.masked_fill(small, eps)
-    keep = gv * (gs / ws) <= factor * wv
-    tiny = gs * gv < 1e-6
-    gs, gv = gs.masked_fill(tiny, 1.0), gv.masked_fill(tiny, 1e-6)
-    shape = (-1, *[1] * (grad.ndim - 1)) if grad.ndim > 1 else (1,) * grad.ndim
-    scaled = grad.to(torch.complex128 if grad.is_complex() else torch.float64)
-    # In three steps: the whole coefficient may be too small for float64.
-    for step in (1.0 / gs, factor * wv / gv, ws):
-        scaled = scaled * step.reshape(shape)
-    grad.copy_(torch.where(keep.reshape(shape), grad, scaled.to(grad.dtype)))
-
-
-def read_tensors(op: str, tensors: Tensor | Iterable[Tensor], of_grad: bool) -> list[Tensor | None]:
-    """The tensors, or their gradients, None where there is none."""
-    items = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    for i, t in enumerate(items):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{op}: expected tensors, got {type(t).__name__} for tensor {i}")
-    return [t.grad if of_grad else t for t in items]
-
-
-def layout_of(x: Tensor) -> list[tuple[int, int]]:
-    """(stride, size) of the dimensions in order of stride, adjoining ones as one."""
-    dims: list[tuple[int, int]] = []
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size == 1:
-            continue
-        if dims and dims[-1][0] * dims[-1][1] == stride:
-            dims[-1] = (dims[-1][0], dims[-1][1] * size)
-        else:
-            dims.append((stride, size))
-    return dims
-
-
-def check_gradients(
-    op: str, tensors: list[Tensor | None], writes: bool
-) -> list[tuple[int, Tensor]]:
-    """(row, gradient) of every gradient, a repeated one once if it may be written."""
-    found: list[tuple[int, Tensor]] = []
-    seen: dict[int, object] = {}
-    for i, t in enumerate(tensors):
-        if t is None:
-            continue
-        if t.dtype not in _DTYPES:
-            raise TypeError(
-                f"{op}: expected float16, bfloat16, float32, float64, complex64 or complex128, "
-                f"got {t.dtype} for tensor {i}"
-            )
-        if t.is_nested or t.layout != torch.strided:
-            raise TypeError(
-                f"{op}: expected dense gradients, got layout {t.layout} for tensor {i}; "
-                "convert it with .to_dense() or clip it apart"
-            )
-        if t.device.type == "meta":
-            raise TypeError(f"{op}: expected gradients with memory, got meta for tensor {i}")
-        if t.numel() == 0:
-            found.append((i, t))
-            continue
-        if type(t) in (Tensor, torch.nn.Parameter):
-            last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-            needed = (t.storage_offset() + last + 1) * t.element_size()
-            if t.untyped_storage().nbytes() < needed:
-                raise RuntimeError(
-                    f"{op}: expected storage of at least {needed} bytes, got "
-                    f"{t.untyped_storage().nbytes()} for tensor {i}; was it resized or freed?"
-                )
-        if writes and any(n > 1 and s == 0 for n, s in zip(t.shape, t.stride(), strict=True)):
-            raise RuntimeError(
-                f"{op}: expected gradients with an element per memory location, got an expanded "
-                f"one for tensor {i}; .clone() it first"
-            )
-        if writes:
-            address = t.data_ptr() if type(t) in (Tensor, torch.nn.Parameter) else id(t)
-            extent = (t.dtype, t.numel(), layout_of(t))
-            if seen.get(address, extent) != extent:
-                raise RuntimeError(
-                    f"{op}: expected gradients that do not overlap in memory, got one that begins "
-                    f"where another does for tensor {i}; .clone() it first"
-                )
-            if address in seen:
-                continue
-            seen[address] = extent
-        found.append((i, t))
-    return found
 
 
 @torch.no_grad()
@@ -311,40 +194,6 @@ def clamp_(tensors: Iterable[Tensor], of_grad: bool, clip_value: float) -> None:
     for _, g in grads:
         bound = torch.tensor(clip_value, dtype=torch.float64).to(g)  # rounded; inf beyond the dtype
         g.clamp_(-bound, bound)
-
-
-@torch.no_grad()
-def adaptive_clip_(
-    weights: Iterable[Tensor],
-    grads: Iterable[Tensor] | None,
-    clip_factor: float,
-    eps: float,
-    norm_type: float,
-    scale: Tensor | None = None,
-) -> None:
-    op = "adaptive_clip_grad_"
-    listed_weights = read_tensors(op, weights, False)
-    listed = read_tensors(op, listed_weights if grads is None else grads, grads is None)  # type: ignore[arg-type]
-    if len(listed) != len(listed_weights):
-        raise ValueError(
-            f"{op}: expected a gradient for each parameter, got {len(listed)} for "
-            f"{len(listed_weights)}"
-        )
-    pairs = check_gradients(op, listed, writes=True)
-    for i, g in pairs:
-        w = listed_weights[i]
-        assert w is not None
-        if w.shape != g.shape or w.device != g.device:
-            raise ValueError(
-                f"{op}: expected a gradient of the parameter's shape and device, got "
-                f"{list(g.shape)} on {g.device} for {list(w.shape)} on {w.device}, parameter {i}"
-            )
-    check_gradients(op, [listed_weights[i] for i, _ in pairs], writes=False)
-    for i, g in pairs:
-        w = listed_weights[i]
-        assert w is not None
-        factor = clip_factor if scale is None else clip_factor * float(scale)
-        adaptive_clip_tensor_(w, g, factor, eps, norm_type)
 
 
 class ParameterList:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradfuse.reference import clip as clipping
+from gradfuse.reference.gradients import check_gradients
 
 SKIP_POLICY, SKIP = 3, 4
 _NAMES = (
@@ -111,7 +112,7 @@ class Stepper:
         self, max_norm: float, nonfinite: int, scale: Tensor | None, found_inf: Tensor | None
     ) -> clipping.Result:
         listed = self._gradients()
-        grads = clipping.check_gradients(self._op, listed, writes=False)
+        grads = check_gradients(self._op, listed, writes=False)
         of_scale = 1.0 if scale is None else float(scale)
         bad = found_inf is not None and bool(found_inf)
         return clipping.measure(
@@ -147,7 +148,7 @@ class Stepper:
         materialize: bool,
     ) -> None:
         listed = self._gradients()
-        grads = clipping.check_gradients(self._op, listed, writes=materialize)
+        grads = check_gradients(self._op, listed, writes=materialize)
         for i, g in grads:
             self._check(i, g)
         action = clipping.KEEP if totals is None else int(totals[3])

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from gradfuse import _native
-from gradfuse.ops.clip import (
+from gradfuse.clipping.policy import Policy, plan_with_policy
+from gradfuse.clipping.report import GradReport
+from gradfuse.ops.checks import (
     NONFINITE,
     check_nonfinite,
     check_nonnegative,
     check_norm_type,
     iterator_of,
 )
-from gradfuse.policies import Policy, plan_step
-from gradfuse.report import GradReport
 
 __all__ = ["GradClipper"]
 
@@ -145,7 +145,7 @@ class GradClipper:
     @torch.no_grad()
     def _clip_by(self, policy: Policy) -> GradReport:
         code = NONFINITE[self._nonfinite]
-        plan = plan_step(
+        plan = plan_with_policy(
             policy,
             lambda max_norm: self._list.measure(max_norm, self._norm_type, code),
             lambda: self._parameters,

@@ -14,9 +14,14 @@ import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
-from gradfuse.report import GradReport
+from gradfuse.clipping.report import GradReport
+from gradfuse.optim.adamw import AdamW
+from gradfuse.optim.base import ClippedOptimizer
+from gradfuse.optim.sgd import SGD
 
 __all__ = ["GradScaler"]
+
+_OWN = (ClippedOptimizer, AdamW, SGD)
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -86,7 +91,7 @@ def _checks_itself(optimizer: Any) -> bool:
     if not hasattr(cls, "_check_is_left"):
         return False
     # Classes that are stepped have their step wrapped by torch, and put into themselves.
-    own = next(c for c in cls.__mro__ if "step" in vars(c)).__module__ == "gradfuse.optim"
+    own = next(c for c in cls.__mro__ if "step" in vars(c)) in _OWN
     hooks = getattr(optimizer, "_optimizer_step_pre_hooks", True) or getattr(
         torch_optimizer, "_global_optimizer_pre_hooks", True
     )
@@ -101,8 +106,6 @@ def _has_gradients(optimizer: torch.optim.Optimizer) -> bool:
 def _torch_is_as_known() -> bool:
     """Tries out what torch does not promise: that its scaler's step takes the check from a method,
     and that update() looks for the outcome where that method put it."""
-    from gradfuse.optim import SGD
-
     p = torch.nn.Parameter(torch.ones(1, device="cpu"))
     try:
         optimizer = SGD([p], lr=1.0)

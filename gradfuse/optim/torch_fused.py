@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gradfuse import _native
-from gradfuse.ops.clip import check_nonnegative
-from gradfuse.report import GradReport
+from gradfuse.clipping.report import GradReport
+from gradfuse.ops.checks import check_nonnegative
 
 __all__ = ["ClipInStep", "clip_in_step"]
 

@@ -14,26 +14,23 @@ from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from gradfuse import _native
-from gradfuse.clip_in_step import clip_in_step
-from gradfuse.grad_scaler import GradScaler
-from gradfuse.ops.clip import check_nonnegative, clip_grad_value_
-from gradfuse.policies import Policy, plan_step
-from gradfuse.report import GradReport
+from gradfuse.clipping.policy import Policy, plan_with_policy
+from gradfuse.clipping.report import GradReport
+from gradfuse.ops.checks import check_nonnegative
+from gradfuse.ops.clip import clip_grad_value_
 
-__all__ = ["SGD", "AdamW", "GradScaler", "clip_in_step"]
+__all__ = ["Clip", "ClippedOptimizer", "as_number"]
 
 Clip: TypeAlias = "float | Policy | None"
 
 _NONFINITE = {"propagate": 0, "error": 1, "skip": 3}
-_ADAMW, _SGD = range(2)
 _OWN = "gradfuse"  # key of what torch's optimizers do not have in a state_dict
 _SETTINGS = ("_nonfinite", "_materialize", "_master", "_stochastic", "_update_clip", "_clip")
 
 
-class _ClippedOptimizer(torch.optim.Optimizer):
+class ClippedOptimizer(torch.optim.Optimizer):
     """What the optimizers share: a step that measures, decides and updates."""
 
     _step_supports_amp_scaling = True  # GradScaler hands its scale over instead of unscaling
@@ -130,10 +127,10 @@ class _ClippedOptimizer(torch.optim.Optimizer):
             found_inf = None
         code = _NONFINITE["skip" if self._check_is_left else self._nonfinite]
         clip, totals, bound = self._clip, None, math.inf
-        groups = [self._options(group) for group in self.param_groups]
+        groups = [self._options(group, as_number(group["lr"])) for group in self.param_groups]
         options = self._update_clip, self._stochastic, self._materialize
         if isinstance(clip, Policy):
-            plan = plan_step(
+            plan = plan_with_policy(
                 clip,
                 lambda max_norm: self._held.measure(max_norm, code, scale, found_inf),
                 self._held.parameters,
@@ -170,7 +167,7 @@ class _ClippedOptimizer(torch.optim.Optimizer):
         elif self._report is not None:
             self._skipped += self._report.skipped
 
-    def _options(self, group: dict[str, Any]) -> tuple[Any, ...]:
+    def _options(self, group: dict[str, Any], lr: float | Tensor) -> tuple[Any, ...]:
         """(lr, maximize, then the rule's numbers) as the native update takes them."""
         raise NotImplementedError
 
@@ -265,132 +262,8 @@ def _strides(like: Tensor) -> tuple[int, ...]:
     return torch.empty_like(like, device="meta", memory_format=torch.preserve_format).stride()
 
 
-def _number(value: float | Tensor) -> float | Tensor:
+def as_number(value: float | Tensor) -> float | Tensor:
     """A learning rate: a tensor on a device stays there, so that nothing waits for it."""
     if isinstance(value, Tensor) and value.device.type == "cpu":
         return float(value)
     return value
-
-
-class AdamW(_ClippedOptimizer, torch.optim.AdamW):
-    """torch.optim.AdamW with clipping, loss scale and the check for NaN and inf inside the step.
-
-    The same numbers as torch's clip_grad_norm_ followed by AdamW(fused=True), to rounding; the same
-    bits for any number of threads. Gradients are read, not written: after a step p.grad is what
-    backward left (scaled by a GradScaler, if one is used) unless materialize_clipped_grads is set.
-
-    Args:
-        params, lr, betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.AdamW; lr may be
-            a Tensor of one element, which on CUDA is not waited for.
-        clip: upper bound of the gradients' global norm, a gradfuse.policies.Policy, or None.
-        nonfinite: what a NaN or inf gradient does. "skip": no parameter and no state changes, the
-            step is counted in skipped_steps. "error": RuntimeError, nothing is written.
-            "propagate": what torch does. With clip=None and "propagate" the norm is not taken.
-        materialize_clipped_grads: write the clipped gradients to p.grad, for those who log them.
-        master_weights: keep a float32 copy of float16 and bfloat16 parameters, and their moments in
-            float32, in the state; parameters are the rounded copy.
-        stochastic_rounding: round bfloat16 parameters and moments at random, right on average.
-        update_clip: divide the learning rate of a parameter by the root mean square of
-            g / sqrt(second moment), where that is above 1 (StableAdamW).
-
-    Raises:
-        ValueError: an argument is out of range.
-        TypeError: params holds no tensors.
-
-    Source: Loshchilov, Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2; Wortsman
-    et al. 2023, "Stable and low-precision training for large-scale vision-language models",
-    algorithm 2 (update_clip).
-    """
-
-    _rule = _ADAMW
-    _names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_param", "step")
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        amsgrad: bool = False,
-        *,
-        maximize: bool = False,
-        clip: Clip = None,
-        nonfinite: str = "skip",
-        materialize_clipped_grads: bool = False,
-        master_weights: bool = False,
-        stochastic_rounding: bool = False,
-        update_clip: bool = False,
-    ) -> None:
-        self._configure(
-            clip, nonfinite, materialize_clipped_grads, master_weights, stochastic_rounding
-        )
-        self._update_clip = update_clip
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize)
-
-    def _options(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        beta1, beta2 = group["betas"]
-        return (
-            _number(group["lr"]), group["maximize"], float(beta1), float(beta2), group["eps"],
-            group["weight_decay"],
-        )  # fmt: skip
-
-    def _needed(self, group: dict[str, Any]) -> int:
-        return 0b11011 | bool(group["amsgrad"]) << 2
-
-
-class SGD(_ClippedOptimizer, torch.optim.SGD):
-    """torch.optim.SGD with clipping, loss scale and the check for NaN and inf inside the step.
-
-    The same numbers as torch's clip_grad_norm_ followed by SGD(fused=True), to rounding. All else
-    as in gradfuse.optim.AdamW.
-
-    Args:
-        params, lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
-        clip, nonfinite, materialize_clipped_grads, master_weights, stochastic_rounding: as in
-            gradfuse.optim.AdamW.
-
-    Raises:
-        ValueError: an argument is out of range.
-        TypeError: params holds no tensors.
-
-    Source: Sutskever, Martens, Dahl, Hinton 2013, "On the importance of initialization and momentum
-    in deep learning".
-    """
-
-    _rule = _SGD
-    _names = ("momentum_buffer", "", "", "master_param", "step")
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        momentum: float = 0,
-        dampening: float = 0,
-        weight_decay: float = 0,
-        nesterov: bool = False,
-        *,
-        maximize: bool = False,
-        clip: Clip = None,
-        nonfinite: str = "skip",
-        materialize_clipped_grads: bool = False,
-        master_weights: bool = False,
-        stochastic_rounding: bool = False,
-    ) -> None:
-        self._configure(
-            clip, nonfinite, materialize_clipped_grads, master_weights, stochastic_rounding
-        )
-        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
-
-    def _options(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        return (
-            _number(group["lr"]), group["maximize"], group["momentum"], group["dampening"],
-            float(group["weight_decay"]), group["nesterov"],
-        )  # fmt: skip
-
-    def _needed(self, group: dict[str, Any]) -> int:
-        if self._master:
-            return 0b11001 if group["momentum"] else 0b11000
-        if group["momentum"]:
-            return 0b10001
-        return 0b10000 if self._stochastic else 0  # the counter is what the random bits come from
