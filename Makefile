@@ -60,7 +60,7 @@ pytest-reference: build
 
 # What differs between instruction sets is the kernels' arithmetic. Those tests run for each below
 # this machine's best one, which is that of `make pytest`.
-KERNEL_TESTS = tests/test_clip.py tests/test_range.py tests/test_value.py tests/test_adaptive.py \
+KERNEL_TESTS = tests/test_clip.py tests/test_range.py tests/test_value.py tests/test_adaptive_clip.py \
 	tests/test_nonfinite.py tests/test_quiet.py tests/test_hypothesis.py tests/test_batch_norm.py \
 	tests/test_batch_norm_hypothesis.py tests/test_optim.py
 ISAS = $(shell grep -q avx512vl /proc/cpuinfo && echo avx2) $(shell grep -q avx2 /proc/cpuinfo && echo baseline)
@@ -95,7 +95,7 @@ gpu-check:
 		GRADFUSE_CUDA=1 timeout 180 $(PYTHON) setup.py -q build_ext --inplace
 	PYTHONPATH=. timeout 150 $(PYTHON) -m pytest -q -k cuda
 	PYTHONPATH=. timeout 90 compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest -q -x \
-		tests/test_cuda.py tests/test_adaptive.py -k cuda
+		tests/test_cuda.py tests/test_adaptive_clip.py -k cuda
 	PYTHONPATH=. timeout 110 $(PYTHON) -m gradfuse bench --device cuda --quick
 
 clean:

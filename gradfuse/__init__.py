@@ -1,17 +1,16 @@
 """Gradient clipping and fused batch norm for PyTorch, right where gradients explode."""
 
 from gradfuse import nn, optim, policies
-from gradfuse.clipper import GradClipper
+from gradfuse.clipping import GradClipper, GradReport, ParameterGrad
 from gradfuse.fuse import FuseReport, Site, fuse, unfuse
+from gradfuse.ops.adaptive_clip import adaptive_clip_grad_
 from gradfuse.ops.batch_norm import batch_norm_act
 from gradfuse.ops.clip import (
-    adaptive_clip_grad_,
     clip_grad_norm_,
     clip_grad_value_,
     clip_grads_with_norm_,
     get_total_norm,
 )
-from gradfuse.report import GradReport, ParameterGrad
 
 __version__ = "0.1.0"
 

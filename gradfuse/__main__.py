@@ -53,10 +53,10 @@ def run(command: str, rest: Sequence[str]) -> int:
 
             return bench_batch_norm(rest)
         if command == "bench-step":
-            from gradfuse.bench.step import main as bench_step
+            from gradfuse.bench.optim import main as bench_step
 
             return bench_step(rest)
-        from gradfuse.demo import main as demo
+        from gradfuse.demo.command import main as demo
 
         return demo(rest)
     except ModuleNotFoundError as error:

@@ -31,7 +31,7 @@ from torch.fx.node import map_arg
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from gradfuse.nn import _BatchNormAct
+from gradfuse.nn.batch_norm import _BatchNormAct
 
 __all__ = ["Match", "activation_of", "clone", "copied", "match", "refusal", "trace", "with_graph"]
 

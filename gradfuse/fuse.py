@@ -11,7 +11,7 @@ from torch.fx import Graph, GraphModule
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradfuse import _graphs
-from gradfuse.nn import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, _BatchNormAct
+from gradfuse.nn.batch_norm import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d, _BatchNormAct
 
 __all__ = ["FuseReport", "Site", "fuse", "unfuse"]
 

@@ -17,16 +17,14 @@ one of them. A policy of your own says in `decide` what to do with the norms of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from gradfuse._native import backend
-from gradfuse.ops.clip import check_nonnegative
-from gradfuse.report import GradReport
+from gradfuse import _native
+from gradfuse.clipping.policy import Decision, Policy, to_at_most
+from gradfuse.ops.checks import check_nonnegative
 
 __all__ = [
     "AGC",
@@ -41,228 +39,7 @@ __all__ = [
     "to_at_most",
 ]
 
-_KEEP, _SCALE, _ZERO = 0.0, 1.0, 2.0
 _TINY = torch.finfo(torch.float64).tiny
-
-
-def to_at_most(limit: Tensor | float, norm: Tensor) -> Tensor:
-    """The coefficient that brings a norm to at most limit: 1, or limit / (norm + 1e-6)."""
-    return torch.where(norm <= limit, torch.ones_like(norm), limit / (norm + 1e-6))
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What a policy wants of one step.
-
-    Attributes:
-        coefficient: [] or [n] float64 Tensor: the factor of all gradients, or of each.
-        skip: [] bool Tensor: leave the step out; None for never. GradClipper, which has no step to
-            leave out, sets the gradients to 0.
-        state: Tensors to be found in `state` at the next step, under the names and in the shapes
-            that `begin` gave them.
-    """
-
-    coefficient: Tensor
-    skip: Tensor | None = None
-    state: dict[str, Tensor] = field(default_factory=dict)
-
-
-class Policy:
-    """Base of all policies. State lies on the gradients' device, and nothing waits for it.
-
-    Attributes:
-        max_norm: upper bound of the global norm where `decide` is not overridden.
-        bound: largest magnitude of an element, after the coefficient; inf for none.
-        state: Tensors kept between steps. A step whose norm is NaN, inf or beyond float64, or for
-            which a loss scaler found inf, leaves them as they are.
-    """
-
-    max_norm: float = math.inf
-    bound: float = math.inf
-
-    def __init__(self) -> None:
-        self.state: dict[str, Tensor] = {}
-
-    def begin(self, norms: Tensor) -> dict[str, Tensor]:
-        """The state before the first step.
-
-        Args:
-            norms: [n] float64, for its length and device. Where parameters are added later, what is
-                [n] grows at its end, by what this gives there.
-        """
-        return {}
-
-    def decide(self, norm: Tensor, norms: Tensor, state: dict[str, Tensor]) -> Decision:
-        """What to do with a step.
-
-        Args:
-            norm: [] float64, L2 norm of all gradients as one vector.
-            norms: [n] float64, L2 norm of each parameter's gradient, 0 where there is none.
-            state: what the last decision kept, or begin.
-        """
-        return Decision(torch.ones_like(norm))
-
-    def rewrite(self, parameters: Sequence[Tensor], scale: Tensor | None) -> None:
-        """Changes gradients in place after they were measured; most policies do not.
-
-        Args:
-            parameters: whose gradients they are.
-            scale: the loss scale that the gradients carry, or None.
-        """
-
-    def plan(
-        self, totals: Tensor, table: Tensor, skips: bool
-    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """The totals of a step after the decision, a coefficient for each parameter or None, and
-        the state to `keep` when the step is done.
-
-        Args:
-            totals: [8] float64 of a plan that leaves finite gradients alone.
-            table: [n, 5] float64, a row for each parameter.
-            skips: whether a step can be left out; else its gradients become 0.
-        """
-        left_out = GradReport.SKIP if skips else _ZERO
-        norm = totals[0]
-        # A plan for a non-finite norm, or for found_inf, stands: nonfinite decides then.
-        decided = norm.isfinite() & (totals[3] <= _SCALE)
-        state = self._state_of(table[:, 0])
-        decision = self.decide(norm, table[:, 0], dict(state))
-        self._check(decision, state, table.shape[0])
-        coefficient = decision.coefficient.to(totals)
-        out, each = totals.clone(), None
-        if coefficient.ndim:
-            clipped = (table[:, 0] * coefficient).norm()
-            mean = clipped / norm.clamp(min=_TINY)
-            each = coefficient
-        else:
-            clipped, mean = norm * coefficient, coefficient
-            out[6] = torch.where(decided, totals[6] * coefficient, totals[6])
-        action = torch.where((coefficient == 1.0).all(), _KEEP, _SCALE).to(totals)
-        if decision.skip is not None:
-            action = torch.where(decision.skip, left_out, action)
-        planned = torch.stack([norm, mean, clipped, action])
-        out[:4] = torch.where(decided, planned, totals[:4])
-        # Finite gradients of a norm beyond float64 are beyond any threshold.
-        out[3] = torch.where(norm.isinf() & (totals[3] == _KEEP), left_out, out[3])
-        kept = {
-            name: torch.where(decided, decision.state.get(name, old).to(old), old)
-            for name, old in state.items()
-        }
-        return out, each, kept
-
-    def keep(self, state: dict[str, Tensor]) -> None:
-        """Makes the state that `plan` gave the policy's; in place, as CUDA graphs want it."""
-        held = self.state
-        self.state = {
-            name: held[name].copy_(new)
-            if name in held and (held[name].shape, held[name].device) == (new.shape, new.device)
-            else new
-            for name, new in state.items()
-        }
-
-    def _state_of(self, norms: Tensor) -> dict[str, Tensor]:
-        """The state on the norms' device and in their length."""
-        return {
-            name: _fitted(self.state[name].to(norms.device), fresh) if name in self.state else fresh
-            for name, fresh in self.begin(norms).items()
-        }
-
-    def _check(self, decision: Decision, state: dict[str, Tensor], parameters: int) -> None:
-        op, shape = f"{type(self).__name__}.decide", tuple(decision.coefficient.shape)
-        if shape not in ((), (parameters,)):
-            raise ValueError(
-                f"{op}: expected a coefficient of shape () or ({parameters},), got {shape}"
-            )
-        for name, new in decision.state.items():
-            if name not in state:
-                raise ValueError(f"{op}: expected state that begin names, got {name!r}")
-            if new.shape != state[name].shape:
-                raise ValueError(
-                    f"{op}: expected state {name!r} of the shape that begin gave it, "
-                    f"{tuple(state[name].shape)}, got {tuple(new.shape)}"
-                )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Copies of the state's tensors."""
-        return {name: t.clone() for name, t in self.state.items()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what state_dict returned."""
-        self.state = {name: t.clone() for name, t in state_dict.items()}
-
-    def __repr__(self) -> str:
-        given = (f"{k}={v!r}" for k, v in vars(self).items() if k not in ("state", "bound"))
-        return f"{type(self).__name__}({', '.join(given)})"
-
-
-class Plan(NamedTuple):
-    """What a step with a policy does."""
-
-    norm: Tensor  # as clip_grad_norm_ returns it
-    totals: Tensor  # for the kernels
-    coefficients: Tensor | None  # [n]
-    reported: Tensor  # the totals for a GradReport
-    table: Tensor
-    state: dict[str, Tensor]  # for Policy.keep, once the step is done: one that raises keeps none
-
-
-def plan_step(
-    policy: Policy,
-    measure: Callable[[float], tuple[Tensor, Tensor, Tensor]],
-    parameters: Callable[[], Sequence[Tensor]],
-    scale: Tensor | None,
-    skips: bool,
-) -> Plan:
-    """Measures, decides, and rewrites gradients if the policy does.
-
-    Args:
-        measure: norm, totals and table of a plan with this max_norm.
-        parameters: those that were measured.
-        scale: the loss scale that the gradients carry, or None.
-        skips: whether a step can be left out.
-
-    Raises:
-        TypeError: the policy clamps elements and a gradient is complex.
-        ValueError: the policy decided what cannot be done.
-    """
-    if policy.bound < math.inf:
-        for i, p in enumerate(parameters()):
-            if p.grad is not None and p.grad.is_complex():
-                raise TypeError(
-                    f"{type(policy).__name__}: expected real gradients, which have an order, got "
-                    f"{p.grad.dtype} for parameter {i}"
-                )
-    decides = type(policy).decide is not Policy.decide
-    norm, totals, table = measure(math.inf if decides else policy.max_norm)
-    coefficients, state = None, policy.state
-    if decides:
-        totals, coefficients, state = policy.plan(totals, table, skips)
-    reported = totals
-    if policy.bound < math.inf:
-        # What the clamped norm is, nobody took.
-        beyond = (table[:, 1] > policy.bound).any() & (totals[3] <= _SCALE)
-        reported = totals.clone()
-        reported[2] = torch.where(beyond, math.nan, totals[2])
-        reported[3] = torch.where(beyond, _SCALE, totals[3])
-    if type(policy).rewrite is not Policy.rewrite:
-        policy.rewrite(parameters(), scale)
-        after = measure(math.inf)[1][0]
-        changed = (after != totals[0]) & (totals[3] <= _SCALE)
-        reported = reported.clone()
-        reported[2] = after * totals[1]
-        reported[3] = torch.where(changed, _SCALE, reported[3])
-    return Plan(norm, totals, coefficients, reported, table, state)
-
-
-def _fitted(old: Tensor, fresh: Tensor) -> Tensor:
-    """old in the length of fresh: cut at its end, or grown by fresh's."""
-    if old.shape == fresh.shape:
-        return old
-    if old.ndim == fresh.ndim == 1:
-        kept = min(len(old), len(fresh))
-        fresh = fresh.clone()
-        fresh[:kept] = old[:kept]
-    return fresh
 
 
 def _recorded(history: Tensor, norm: Tensor) -> Tensor:
@@ -343,7 +120,7 @@ class AGC(Policy):
         self.eps = check_nonnegative("AGC", "eps", eps)
 
     def rewrite(self, parameters: Sequence[Tensor], scale: Tensor | None) -> None:
-        backend.adaptive_clip_(parameters, None, self.clip_factor, self.eps, 2.0, scale)
+        _native.backend.adaptive_clip_(parameters, None, self.clip_factor, self.eps, 2.0, scale)
 
 
 class ZClip(Policy):

@@ -33,7 +33,6 @@ NATIVE_OFF = _native.reason == "GRADFUSE_NATIVE=0"
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 # The same tests for all: the CPU kernels, the pure-torch reference, the CUDA kernels on the
 # emulator of tests/ptx, and, where there is one, on a GPU.
-BACKEND_USERS = ["ops.clip", "ops.batch_norm", "clipper", "optim", "policies", "clip_in_step"]
 BACKENDS = ["reference"] if NATIVE_OFF else ["cpu", "reference", "ptx", *DEVICES[1:]]
 
 # GRADFUSE_PTX: auto (emulate if nvcc is there), 0 (never), 1 (it must be there, and be used),
@@ -149,8 +148,7 @@ def ptx(nvcc, monkeypatch):
 
     found = emulated.backend()
     found.reset()
-    for module in BACKEND_USERS:
-        monkeypatch.setattr(f"gradfuse.{module}.backend", found)
+    monkeypatch.setattr(_native, "backend", found)
     return found
 
 
@@ -158,8 +156,7 @@ def ptx(nvcc, monkeypatch):
 def backend(request, monkeypatch):
     """Which implementation gradfuse's public functions use."""
     if request.param == "reference":
-        for module in BACKEND_USERS:
-            monkeypatch.setattr(f"gradfuse.{module}.backend", reference)
+        monkeypatch.setattr(_native, "backend", reference)
     elif request.param == "ptx":
         request.getfixturevalue("ptx")
     else:

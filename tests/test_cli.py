@@ -126,7 +126,7 @@ def test_missing_extra_is_one_sentence(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "rich", None)
-    for name in ("demo", "bench.clip", "bench.batch_norm", "bench.output"):
+    for name in ("demo.command", "demo.clip", "bench.clip", "bench.batch_norm", "bench.output"):
         monkeypatch.delitem(sys.modules, f"gradfuse.{name}", raising=False)
     pytest.importorskip("matplotlib")
     assert main([command]) == 1

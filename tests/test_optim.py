@@ -574,7 +574,7 @@ def with_the_reference(step):
     """What step() returns here, and with the reference, the random bits of which are the same."""
     here = step()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gradfuse.optim.backend", gradfuse.reference)
+        patch.setattr("gradfuse._native.backend", gradfuse.reference)
         return here, step()
 
 

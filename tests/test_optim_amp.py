@@ -10,7 +10,8 @@ from helpers import HOST_BACKENDS, bits
 from test_optim import BOTH, TORCHS, contents, fill, fresh, made
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from gradfuse import grad_scaler, optim
+from gradfuse import optim
+from gradfuse.optim import grad_scaler
 from gradfuse.policies import Decision, Norm, Policy, Value
 
 pytestmark = HOST_BACKENDS

@@ -12,6 +12,7 @@ from torch.nn import Parameter
 
 import gradfuse
 from gradfuse import optim
+from gradfuse.clipping.policy import plan_with_policy
 from gradfuse.policies import (
     AGC,
     AdaGC,
@@ -22,7 +23,6 @@ from gradfuse.policies import (
     SpikeSkip,
     Value,
     ZClip,
-    plan_step,
     to_at_most,
 )
 
@@ -452,10 +452,10 @@ def test_no_decision_waits_for_the_device(make, skips):
     ]
     policy = make()
     for _ in range(3):
-        plan = plan_step(policy, lambda max_norm: measured, lambda: [], measured[0], skips)
-        policy.keep(plan.state)
-    assert plan.totals.is_meta
-    assert plan.reported.is_meta
+        step = plan_with_policy(policy, lambda max_norm: measured, lambda: [], measured[0], skips)
+        policy.keep(step.state)
+    assert step.plan.is_meta
+    assert step.reported.plan.is_meta
 
 
 class Misshapen(Policy):

@@ -4,72 +4,25 @@ from __future__ import annotations
 
 import types
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from gradfuse._native import backend, define_op
+from gradfuse import _native
+from gradfuse._codes import NonFinite
+from gradfuse._native import define_op
+from gradfuse._records import ClipPlan, ClipResult, TensorStats
+from gradfuse.ops.checks import (
+    CLIP_NONFINITE,
+    as_sequence,
+    check_nonfinite,
+    check_nonnegative,
+    check_norm_type,
+    grads_of,
+)
 
-__all__ = [
-    "adaptive_clip_grad_",
-    "clip_grad_norm_",
-    "clip_grad_value_",
-    "clip_grads_with_norm_",
-    "get_total_norm",
-]
-
-T = TypeVar("T")
-
-NONFINITE = {"propagate": 0, "error": 1, "zero": 2}
-
-
-def check_nonnegative(op: str, name: str, value: float) -> float:
-    """value as a float; ValueError if it is negative or NaN."""
-    value = float(value)
-    if not value >= 0.0:
-        raise ValueError(f"{op}: {name} must be >= 0, got {value}")
-    return value
-
-
-def check_norm_type(op: str, norm_type: float) -> float:
-    """norm_type as a float; ValueError unless it is positive or inf."""
-    norm_type = float(norm_type)
-    if not norm_type > 0.0:
-        raise ValueError(f"{op}: norm_type must be > 0 or inf, got {norm_type}")
-    return norm_type
-
-
-def check_nonfinite(op: str, nonfinite: str) -> int:
-    """The policy's code; ValueError if there is no such policy."""
-    if nonfinite not in NONFINITE:
-        raise ValueError(
-            f"{op}: nonfinite must be 'propagate', 'error' or 'zero', got {nonfinite!r}"
-        )
-    return NONFINITE[nonfinite]
-
-
-def iterator_of(op: str, items: Iterable[T]) -> Iterator[T]:
-    """iter(items); TypeError if there is none. What the iterator raises itself goes through."""
-    try:
-        return iter(items)
-    except TypeError:
-        got = type(items).__name__
-        raise TypeError(f"{op}: expected a tensor or an iterable of tensors, got {got}") from None
-
-
-def _as_sequence(op: str, parameters: Tensor | Iterable[Tensor]) -> Sequence[Tensor]:
-    """The parameters as what can be walked twice."""
-    if isinstance(parameters, Tensor):
-        return [parameters]
-    if isinstance(parameters, (list, tuple)):
-        return parameters
-    return list(iterator_of(op, parameters))
-
-
-def _grads(parameters: Sequence[Tensor]) -> list[Tensor]:
-    return [p.grad for p in parameters if p.grad is not None]
+__all__ = ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"]
 
 
 def get_total_norm(
@@ -104,13 +57,12 @@ def get_total_norm(
     vector".
     """
     norm_type = check_norm_type("get_total_norm", norm_type)
-    policy = NONFINITE["error" if error_if_nonfinite else "propagate"]
-    tensors = _as_sequence("get_total_norm", tensors)
+    code = NonFinite.ERROR if error_if_nonfinite else NonFinite.PROPAGATE
+    tensors = as_sequence("get_total_norm", tensors)
     if torch.compiler.is_compiling():
-        norm: Tensor = torch.ops.gradfuse.grad_stats(list(tensors), norm_type, policy)[0]
+        norm: Tensor = torch.ops.gradfuse.grad_stats(list(tensors), norm_type, code)[0]
         return norm
-    norm = backend.stats(tensors, False, norm_type, policy)[0]
-    return norm
+    return _native.backend.stats(tensors, False, norm_type, code)[0]
 
 
 def clip_grad_norm_(
@@ -153,25 +105,24 @@ def clip_grad_norm_(
     op = "clip_grad_norm_"
     max_norm = check_nonnegative(op, "max_norm", max_norm)
     norm_type = check_norm_type(op, norm_type)
-    policy = check_nonfinite(op, nonfinite)
+    code = check_nonfinite(op, nonfinite, CLIP_NONFINITE)
     if error_if_nonfinite:
         if nonfinite == "zero":
             raise ValueError(
                 f"{op}: error_if_nonfinite contradicts nonfinite='zero'; pass only one"
             )
-        policy = NONFINITE["error"]
+        code = NonFinite.ERROR
     is_generator = isinstance(parameters, types.GeneratorType)
-    parameters = _as_sequence(op, parameters)
+    parameters = as_sequence(op, parameters)
     if is_generator and not parameters:
         warnings.warn(
             "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2
         )
-    norm: Tensor
     if torch.compiler.is_compiling():
-        norm = torch.ops.gradfuse.clip_grads_(_grads(parameters), max_norm, norm_type, policy)[0]
+        grads = grads_of(parameters)
+        norm: Tensor = torch.ops.gradfuse.clip_grads_(grads, max_norm, norm_type, code)[0]
         return norm
-    norm = backend.clip_(parameters, True, max_norm, norm_type, policy)[0]
-    return norm
+    return _native.backend.clip_(parameters, True, max_norm, norm_type, code)[0]
 
 
 def clip_grads_with_norm_(
@@ -199,11 +150,11 @@ def clip_grads_with_norm_(
     """
     max_norm = check_nonnegative("clip_grads_with_norm_", "max_norm", max_norm)
     total_norm = torch.as_tensor(total_norm)
-    parameters = _as_sequence("clip_grads_with_norm_", parameters)
+    parameters = as_sequence("clip_grads_with_norm_", parameters)
     if torch.compiler.is_compiling():
-        torch.ops.gradfuse.scale_grads_(_grads(parameters), max_norm, total_norm)
+        torch.ops.gradfuse.scale_grads_(grads_of(parameters), max_norm, total_norm)
     else:
-        backend.scale_(parameters, True, max_norm, total_norm)
+        _native.backend.scale_(parameters, True, max_norm, total_norm)
 
 
 def clip_grad_value_(
@@ -226,90 +177,43 @@ def clip_grad_value_(
     Source: torch.nn.utils.clip_grad_value_.
     """
     clip_value = check_nonnegative("clip_grad_value_", "clip_value", clip_value)
-    parameters = _as_sequence("clip_grad_value_", parameters)
+    parameters = as_sequence("clip_grad_value_", parameters)
     if torch.compiler.is_compiling():
-        torch.ops.gradfuse.clamp_grads_(_grads(parameters), clip_value)
+        torch.ops.gradfuse.clamp_grads_(grads_of(parameters), clip_value)
     else:
-        backend.clamp_(parameters, True, clip_value)
+        _native.backend.clamp_(parameters, True, clip_value)
 
 
-def adaptive_clip_grad_(
-    parameters: Tensor | Iterable[Tensor],
-    clip_factor: float = 0.01,
-    eps: float = 1e-3,
-    norm_type: float = 2.0,
-) -> None:
-    """Adaptive gradient clipping: bounds each unit's gradient by its weight.
-
-    A unit is a row along the first dimension, or the whole of a vector or scalar, as in timm's agc.
-    Its gradient is scaled to a norm of at most clip_factor * max(norm of the weights, eps). Weights
-    and gradients are read once; only the units that are clipped are read again and written.
-
-    Args:
-        parameters: iterable of Tensors or one; those without gradient are skipped.
-        clip_factor: largest ratio of gradient norm to weight norm, >= 0.
-        eps: least weight norm, >= 0, so that zero weights can learn.
-        norm_type: p > 0, or inf.
-
-    Raises:
-        ValueError: an argument is out of range, or a gradient has another shape than its parameter.
-        TypeError, RuntimeError: as clip_grad_norm_.
-
-    Source: Brock, De, Smith, Simonyan 2021, "High-Performance Large-Scale Image Recognition
-    Without Normalization", equation 3.
-    """
-    op = "adaptive_clip_grad_"
-    clip_factor = check_nonnegative(op, "clip_factor", clip_factor)
-    eps = check_nonnegative(op, "eps", eps)
-    norm_type = check_norm_type(op, norm_type)
-    parameters = _as_sequence(op, parameters)
-    if torch.compiler.is_compiling():
-        owners = [p for p in parameters if p.grad is not None]
-        torch.ops.gradfuse.adaptive_clip_grads_(
-            [p.detach() for p in owners], _grads(owners), clip_factor, eps, norm_type
-        )
-    else:
-        backend.adaptive_clip_(parameters, None, clip_factor, eps, norm_type)
-
-
-def _fake_result(grads: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_result(grads: list[Tensor]) -> ClipResult:
     device = grads[0].device if grads else torch.device("cpu")
     wide = any(g.dtype in (torch.float64, torch.complex128) for g in grads)
-    return (
+    return ClipResult(
         torch.empty((), dtype=torch.float64 if wide else torch.float32, device=device),
-        torch.empty(8, dtype=torch.float64, device=device),
-        torch.empty(len(grads), 5, dtype=torch.float64, device=device),
+        torch.empty(len(ClipPlan._fields), dtype=torch.float64, device=device),
+        torch.empty(len(grads), len(TensorStats._fields), dtype=torch.float64, device=device),
     )
 
 
 define_op(
     "grad_stats(Tensor[] grads, float norm_type, int nonfinite) -> (Tensor, Tensor, Tensor)",
-    lambda grads, norm_type, nonfinite: backend.stats(grads, False, norm_type, nonfinite),
+    lambda grads, norm_type, nonfinite: _native.backend.stats(grads, False, norm_type, nonfinite),
     lambda grads, norm_type, nonfinite: _fake_result(grads),
 )
 define_op(
     "clip_grads_(Tensor(a!)[] grads, float max_norm, float norm_type, int nonfinite)"
     " -> (Tensor, Tensor, Tensor)",
-    lambda grads, max_norm, norm_type, nonfinite: backend.clip_(
+    lambda grads, max_norm, norm_type, nonfinite: _native.backend.clip_(
         grads, False, max_norm, norm_type, nonfinite
     ),
     lambda grads, max_norm, norm_type, nonfinite: _fake_result(grads),
 )
 define_op(
     "scale_grads_(Tensor(a!)[] grads, float max_norm, Tensor total_norm) -> ()",
-    lambda grads, max_norm, total_norm: backend.scale_(grads, False, max_norm, total_norm),
+    lambda grads, max_norm, total_norm: _native.backend.scale_(grads, False, max_norm, total_norm),
     lambda grads, max_norm, total_norm: None,
 )
 define_op(
     "clamp_grads_(Tensor(a!)[] grads, float clip_value) -> ()",
-    lambda grads, clip_value: backend.clamp_(grads, False, clip_value),
+    lambda grads, clip_value: _native.backend.clamp_(grads, False, clip_value),
     lambda grads, clip_value: None,
-)
-define_op(
-    "adaptive_clip_grads_(Tensor[] weights, Tensor(a!)[] grads, float clip_factor, float eps,"
-    " float norm_type) -> ()",
-    lambda weights, grads, clip_factor, eps, norm_type: backend.adaptive_clip_(
-        weights, grads, clip_factor, eps, norm_type
-    ),
-    lambda weights, grads, clip_factor, eps, norm_type: None,
 )

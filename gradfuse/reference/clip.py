@@ -8,27 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-KEEP, SCALE, ZERO, REFUSE, SKIP = range(5)
-PROPAGATE, ERROR, ZERO_GRADIENTS, SKIP_STEP = range(4)
-_DTYPES = {
-    torch.float16,
-    torch.bfloat16,
-    torch.float32,
-    torch.float64,
-    torch.complex64,
-    torch.complex128,
-}
-
-Result = tuple[Tensor, Tensor, Tensor]
-
-
-def magnitudes(x: Tensor) -> Tensor:
-    """|x| as float64, of the same shape."""
-    return x.to(torch.complex128 if x.is_complex() else torch.float64).abs()
+from gradfuse._codes import Action, NonFinite
+from gradfuse._records import ClipPlan, ClipResult, TensorStats
+from gradfuse.reference.gradients import check_gradients, magnitudes, read_tensors
 
 
 def scaled_norm(x: Tensor, p: float) -> tuple[float, float]:
@@ -52,12 +39,17 @@ def combine_norms(norms: list[tuple[float, float]], p: float) -> tuple[float, fl
     return top, s * v
 
 
-def clip_plan(
-    norm: tuple[float, float], max_norm: float, policy: int
-) -> tuple[float, list[float], float, int]:
-    """(norm, steps, norm after clipping, action): min(1, max_norm / (norm + 1e-6)).
+class Scaling(NamedTuple):
+    """What a clip multiplies by, and what comes of it."""
 
-    The coefficient is the product of the steps.
+    norm: float
+    steps: list[float]  # the coefficient is their product, which may be too small for float64
+    clipped_norm: float
+    action: Action
+
+
+def scaling_of(norm: tuple[float, float], max_norm: float, nonfinite: int) -> Scaling:
+    """min(1, max_norm / (norm + 1e-6)), for a norm as scaled_norm gives it.
 
     A finite norm <= max_norm leaves the gradients alone.
     """
@@ -65,22 +57,23 @@ def clip_plan(
     wide = s * v
     if math.isfinite(v):
         if wide <= max_norm:
-            return wide, [1.0], wide, KEEP
+            return Scaling(wide, [1.0], wide, Action.KEEP)
         steps = [max_norm / (wide + 1e-6)]
         if not math.isfinite(wide):
             steps = [2.0**-600, max_norm / (s * 2.0**-600) / v]
-        elif steps[0] < 2.0**-1022:  # float64 has no room for it
+        elif steps[0] < 2.0**-1022:
             steps = [2.0**-600, max_norm / ((wide + 1e-6) * 2.0**-600)]
-        return wide, steps, s * steps[0] * (v * steps[-1] if steps[1:] else v), SCALE
-    if policy == ZERO_GRADIENTS:
-        return wide, [0.0], 0.0, ZERO
-    if policy == ERROR:
-        return wide, [1.0], wide, REFUSE
-    if policy == SKIP_STEP:
-        return wide, [1.0], wide, SKIP
+        clipped_norm = s * steps[0] * (v * steps[-1] if steps[1:] else v)
+        return Scaling(wide, steps, clipped_norm, Action.SCALE)
+    if nonfinite == NonFinite.ZERO:
+        return Scaling(wide, [0.0], 0.0, Action.ZERO)
+    if nonfinite == NonFinite.ERROR:
+        return Scaling(wide, [1.0], wide, Action.REFUSE)
+    if nonfinite == NonFinite.SKIP:
+        return Scaling(wide, [1.0], wide, Action.SKIP)
     ratio = max_norm / (wide + 1e-6)
     coefficient = 1.0 if ratio > 1.0 else ratio
-    return wide, [coefficient], wide * coefficient, SCALE
+    return Scaling(wide, [coefficient], wide * coefficient, Action.SCALE)
 
 
 def scale_tensor_(x: Tensor, steps: list[float]) -> None:
@@ -92,197 +85,91 @@ def scale_tensor_(x: Tensor, steps: list[float]) -> None:
     x.copy_(scaled)
 
 
-def unit_norms(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """(s, v) such that s * v are the norms of x's units, with s the largest magnitudes or 1.
-
-    A unit is a row along the first dimension, or the whole of a vector; Brock et al. 2021, 4.1.
-    """
-    a = magnitudes(x.reshape(1, -1) if x.ndim <= 1 else x.reshape(x.shape[0], -1))
-    s = a.amax(dim=1)
-    s = torch.where((s > 0) & s.isfinite(), s, torch.ones_like(s))
-    return s, torch.linalg.vector_norm(a / s[:, None], p, dim=1)
-
-
-def adaptive_clip_tensor_(
-    weight: Tensor, grad: Tensor, factor: float, eps: float, p: float
-) -> None:
-    """Scales each unit of grad to a norm of at most factor * max(weight norm, eps)."""
-    if grad.numel() == 0:
-        return
-    ws, wv = unit_norms(weight, p)
-    gs, gv = unit_norms(grad, p)
-    small = ws * wv < eps
-    ws, wv = ws.masked_fill(small, 1.0), wv.masked_fill(small, eps)
-    keep = gv * (gs / ws) <= factor * wv
-    tiny = gs * gv < 1e-6
-    gs, gv = gs.masked_fill(tiny, 1.0), gv.masked_fill(tiny, 1e-6)
-    shape = (-1, *[1] * (grad.ndim - 1)) if grad.ndim > 1 else (1,) * grad.ndim
-    scaled = grad.to(torch.complex128 if grad.is_complex() else torch.float64)
-    # In three steps: the whole coefficient may be too small for float64.
-    for step in (1.0 / gs, factor * wv / gv, ws):
-        scaled = scaled * step.reshape(shape)
-    grad.copy_(torch.where(keep.reshape(shape), grad, scaled.to(grad.dtype)))
+def _stats_of(grad: Tensor, scale: float) -> TensorStats[float]:
+    s, v = scaled_norm(grad, 2.0)
+    a = magnitudes(grad)
+    return TensorStats(
+        norm=s * v / scale,
+        largest=float(a.max()) / scale if a.numel() else 0.0,
+        nonfinite=float((~a.isfinite()).sum()),
+        zeros=float((a == 0).sum()),
+        numel=float(grad.numel()),
+    )
 
 
-def read_tensors(op: str, tensors: Tensor | Iterable[Tensor], of_grad: bool) -> list[Tensor | None]:
-    """The tensors, or their gradients, None where there is none."""
-    items = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    for i, t in enumerate(items):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{op}: expected tensors, got {type(t).__name__} for tensor {i}")
-    return [t.grad if of_grad else t for t in items]
-
-
-def layout_of(x: Tensor) -> list[tuple[int, int]]:
-    """(stride, size) of the dimensions in order of stride, adjoining ones as one."""
-    dims: list[tuple[int, int]] = []
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size == 1:
-            continue
-        if dims and dims[-1][0] * dims[-1][1] == stride:
-            dims[-1] = (dims[-1][0], dims[-1][1] * size)
-        else:
-            dims.append((stride, size))
-    return dims
-
-
-def check_gradients(
-    op: str, tensors: list[Tensor | None], writes: bool
-) -> list[tuple[int, Tensor]]:
-    """(row, gradient) of every gradient, a repeated one once if it may be written."""
-    found: list[tuple[int, Tensor]] = []
-    seen: dict[int, object] = {}
-    for i, t in enumerate(tensors):
-        if t is None:
-            continue
-        if t.dtype not in _DTYPES:
-            raise TypeError(
-                f"{op}: expected float16, bfloat16, float32, float64, complex64 or complex128, "
-                f"got {t.dtype} for tensor {i}"
-            )
-        if t.is_nested or t.layout != torch.strided:
-            raise TypeError(
-                f"{op}: expected dense gradients, got layout {t.layout} for tensor {i}; "
-                "convert it with .to_dense() or clip it apart"
-            )
-        if t.device.type == "meta":
-            raise TypeError(f"{op}: expected gradients with memory, got meta for tensor {i}")
-        if t.numel() == 0:
-            found.append((i, t))
-            continue
-        if type(t) in (Tensor, torch.nn.Parameter):
-            last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-            needed = (t.storage_offset() + last + 1) * t.element_size()
-            if t.untyped_storage().nbytes() < needed:
-                raise RuntimeError(
-                    f"{op}: expected storage of at least {needed} bytes, got "
-                    f"{t.untyped_storage().nbytes()} for tensor {i}; was it resized or freed?"
-                )
-        if writes and any(n > 1 and s == 0 for n, s in zip(t.shape, t.stride(), strict=True)):
-            raise RuntimeError(
-                f"{op}: expected gradients with an element per memory location, got an expanded "
-                f"one for tensor {i}; .clone() it first"
-            )
-        if writes:
-            address = t.data_ptr() if type(t) in (Tensor, torch.nn.Parameter) else id(t)
-            extent = (t.dtype, t.numel(), layout_of(t))
-            if seen.get(address, extent) != extent:
-                raise RuntimeError(
-                    f"{op}: expected gradients that do not overlap in memory, got one that begins "
-                    f"where another does for tensor {i}; .clone() it first"
-                )
-            if address in seen:
-                continue
-            seen[address] = extent
-        found.append((i, t))
-    return found
+_NO_GRADIENT = TensorStats(norm=0.0, largest=0.0, nonfinite=0.0, zeros=0.0, numel=-1.0)
 
 
 @torch.no_grad()
-def _result(
+def planned(
     op: str,
     tensors: list[Tensor | None],
     grads: list[tuple[int, Tensor]],
     max_norm: float,
     p: float,
-    policy: int,
+    nonfinite: int,
     scale: float = 1.0,
     found_inf: bool = False,
-) -> tuple[Result, list[float], int]:
-    """The result, the steps of the factor and the action.
+) -> tuple[ClipResult, Scaling]:
+    """Measures and plans a clip; nothing is written.
 
-    Norms are of the gradients without their loss scale, which the factor takes off.
+    Norms are of the gradients without their loss scale, which the plan's factor takes off.
     """
     device = grads[0][1].device if grads else torch.device("cpu")
     any_double = any(g.dtype in (torch.float64, torch.complex128) for _, g in grads)
-    table = [[0.0, 0.0, 0.0, 0.0, -1.0] for _ in tensors]
+    rows = [_NO_GRADIENT for _ in tensors]
     for row, g in grads:
-        s, v = scaled_norm(g, 2.0)
-        a = magnitudes(g)
-        table[row] = [
-            s * v / scale,
-            float(a.max()) / scale if a.numel() else 0.0,
-            float((~a.isfinite()).sum()),
-            float((a == 0).sum()),
-            float(g.numel()),
-        ]
+        rows[row] = _stats_of(g, scale)
     norm = combine_norms([scaled_norm(g, p) for _, g in grads], p)
     norm = (norm[0], norm[1] / scale)
-    wide, steps, clipped, action = clip_plan(norm, max_norm, policy)
-    action = SKIP if found_inf else action
-    if action == REFUSE:
+    scaling = scaling_of(norm, max_norm, nonfinite)
+    if found_inf:
+        scaling = scaling._replace(action=Action.SKIP)
+    if scaling.action == Action.REFUSE:
         raise RuntimeError(
-            f"{op}: expected a finite total norm of order {p:g}, got {wide}; nothing was "
+            f"{op}: expected a finite total norm of order {p:g}, got {scaling.norm}; nothing was "
             'written (nonfinite="propagate" or "zero" would go on; a GradReport names the layer)'
         )
-    totals = torch.tensor(
-        [wide, math.prod(steps), clipped, action, norm[1], 0.0, math.prod(steps) / scale, 0.0],
-        dtype=torch.float64,
-        device=device,
+    coefficient = math.prod(scaling.steps)
+    fields = ClipPlan(
+        norm=scaling.norm,
+        coefficient=coefficient,
+        clipped_norm=scaling.clipped_norm,
+        action=float(scaling.action),
+        sum=norm[1],
+        sum_exponent=0.0,
+        factor=coefficient / scale,
+        factor_exponent=0.0,
     )
-    total_norm = totals[0].clone().to(torch.float64 if any_double else torch.float32)
-    rows = torch.tensor(table, dtype=torch.float64, device=device).reshape(-1, 5)
-    return (total_norm, totals, rows), steps, action
+    plan = torch.tensor(fields, dtype=torch.float64, device=device)
+    total_norm = ClipPlan.of(plan).norm.clone().to(torch.float64 if any_double else torch.float32)
+    stats = torch.tensor(rows, dtype=torch.float64, device=device)
+    return ClipResult(total_norm, plan, stats.reshape(-1, len(TensorStats._fields))), scaling
 
 
-def measure(
-    op: str,
-    tensors: list[Tensor | None],
-    grads: list[tuple[int, Tensor]],
-    max_norm: float,
-    p: float,
-    policy: int,
-    scale: float = 1.0,
-    found_inf: bool = False,
-) -> Result:
-    """The norm, the totals of the plan, and the table; nothing is written."""
-    return _result(op, tensors, grads, max_norm, p, policy, scale, found_inf)[0]
-
-
-def _apply(grads: list[tuple[int, Tensor]], steps: list[float], action: int) -> None:
+def _apply(grads: list[tuple[int, Tensor]], scaling: Scaling) -> None:
     for _, g in grads:
-        if action == ZERO:
+        if scaling.action == Action.ZERO:
             g.zero_()
-        elif action == SCALE:
-            scale_tensor_(g, steps)
+        elif scaling.action == Action.SCALE:
+            scale_tensor_(g, scaling.steps)
 
 
-def stats(tensors: Iterable[Tensor], of_grad: bool, norm_type: float, nonfinite: int) -> Result:
+def stats(tensors: Iterable[Tensor], of_grad: bool, norm_type: float, nonfinite: int) -> ClipResult:
     listed = read_tensors("get_total_norm", tensors, of_grad)
     grads = check_gradients("get_total_norm", listed, writes=False)
-    return _result("get_total_norm", listed, grads, math.inf, norm_type, nonfinite)[0]
+    return planned("get_total_norm", listed, grads, math.inf, norm_type, nonfinite)[0]
 
 
 @torch.no_grad()
 def clip_(
     tensors: Iterable[Tensor], of_grad: bool, max_norm: float, norm_type: float, nonfinite: int
-) -> Result:
-    listed = read_tensors("clip_grad_norm_", tensors, of_grad)
-    grads = check_gradients("clip_grad_norm_", listed, writes=True)
-    result, steps, action = _result(
-        "clip_grad_norm_", listed, grads, max_norm, norm_type, nonfinite
-    )
-    _apply(grads, steps, action)
+) -> ClipResult:
+    op = "clip_grad_norm_"
+    listed = read_tensors(op, tensors, of_grad)
+    grads = check_gradients(op, listed, writes=True)
+    result, scaling = planned(op, listed, grads, max_norm, norm_type, nonfinite)
+    _apply(grads, scaling)
     return result
 
 
@@ -295,8 +182,7 @@ def scale_(tensors: Iterable[Tensor], of_grad: bool, max_norm: float, total_norm
             f"{op}: total_norm must be one real number, got {list(total_norm.shape)} of "
             f"{total_norm.dtype} on {total_norm.device}"
         )
-    plan = clip_plan((1.0, float(total_norm)), max_norm, PROPAGATE)
-    _apply(grads, plan[1], plan[3])
+    _apply(grads, scaling_of((1.0, float(total_norm)), max_norm, NonFinite.PROPAGATE))
 
 
 @torch.no_grad()
@@ -313,42 +199,8 @@ def clamp_(tensors: Iterable[Tensor], of_grad: bool, clip_value: float) -> None:
         g.clamp_(-bound, bound)
 
 
-@torch.no_grad()
-def adaptive_clip_(
-    weights: Iterable[Tensor],
-    grads: Iterable[Tensor] | None,
-    clip_factor: float,
-    eps: float,
-    norm_type: float,
-    scale: Tensor | None = None,
-) -> None:
-    op = "adaptive_clip_grad_"
-    listed_weights = read_tensors(op, weights, False)
-    listed = read_tensors(op, listed_weights if grads is None else grads, grads is None)  # type: ignore[arg-type]
-    if len(listed) != len(listed_weights):
-        raise ValueError(
-            f"{op}: expected a gradient for each parameter, got {len(listed)} for "
-            f"{len(listed_weights)}"
-        )
-    pairs = check_gradients(op, listed, writes=True)
-    for i, g in pairs:
-        w = listed_weights[i]
-        assert w is not None
-        if w.shape != g.shape or w.device != g.device:
-            raise ValueError(
-                f"{op}: expected a gradient of the parameter's shape and device, got "
-                f"{list(g.shape)} on {g.device} for {list(w.shape)} on {w.device}, parameter {i}"
-            )
-    check_gradients(op, [listed_weights[i] for i, _ in pairs], writes=False)
-    for i, g in pairs:
-        w = listed_weights[i]
-        assert w is not None
-        factor = clip_factor if scale is None else clip_factor * float(scale)
-        adaptive_clip_tensor_(w, g, factor, eps, norm_type)
-
-
 class ParameterList:
-    """Parameters held between calls."""
+    """Parameters kept between calls."""
 
     def __init__(self) -> None:
         self._parameters: list[Tensor] = []
@@ -356,24 +208,23 @@ class ParameterList:
     def add(self, parameter: Tensor) -> None:
         self._parameters.append(parameter)
 
-    def clip_(self, max_norm: float, norm_type: float, nonfinite: int) -> Result:
+    def clip_(self, max_norm: float, norm_type: float, nonfinite: int) -> ClipResult:
         return clip_(self._parameters, True, max_norm, norm_type, nonfinite)
 
-    @torch.no_grad()
-    def measure(self, max_norm: float, norm_type: float, nonfinite: int) -> Result:
-        listed = [p.grad for p in self._parameters]
-        grads = check_gradients("GradClipper", listed, writes=True)
-        return measure("GradClipper", listed, grads, max_norm, norm_type, nonfinite)
+    def measure(self, max_norm: float, norm_type: float, nonfinite: int) -> ClipResult:
+        op, listed = "GradClipper", [p.grad for p in self._parameters]
+        grads = check_gradients(op, listed, writes=True)
+        return planned(op, listed, grads, max_norm, norm_type, nonfinite)[0]
 
     @torch.no_grad()
-    def apply_(self, totals: Tensor, coefficients: Tensor | None) -> None:
+    def apply_(self, plan: Tensor, coefficients: Tensor | None) -> None:
         grads = check_gradients("GradClipper", [p.grad for p in self._parameters], writes=True)
-        action, factor = int(totals[3]), float(totals[6])
+        fields = ClipPlan.read(plan)
         for i, g in grads:
-            own = factor if coefficients is None else factor * float(coefficients[i])
-            if action == ZERO:
+            own = fields.factor if coefficients is None else fields.factor * float(coefficients[i])
+            if fields.action == Action.ZERO:
                 g.zero_()
-            elif action in (KEEP, SCALE) and own != 1.0:
+            elif fields.action in (Action.KEEP, Action.SCALE) and own != 1.0:
                 scale_tensor_(g, [own])
 
     def clamp_(self, clip_value: float) -> None:

@@ -131,7 +131,7 @@ def test_a_learning_rate_on_the_device_is_not_waited_for(ptx, rule, monkeypatch)
     """To the emulator every tensor is on the device, to torch none is."""
     outcomes = []
     for lr in (0.5, torch.tensor(0.5)):
-        monkeypatch.setattr("gradfuse.optim._number", lambda value: value)
+        monkeypatch.setattr("gradfuse.optim.base.as_number", lambda value: value)
         params = parameters(torch.float32)
         optimizer = rule(params, lr=lr, clip=0.1)
         optimizer.step()

@@ -68,7 +68,7 @@ def step(rule: type, nan: bool = False, **options: float) -> Callable:
 
     def call(ptx: emulated.Emulated, grads: list[Tensor]) -> None:
         params = [torch.nn.Parameter(torch.zeros_like(g)) for g in grads]
-        with mock.patch("gradfuse.optim.backend", ptx):
+        with mock.patch("gradfuse._native.backend", ptx):
             optimizer = rule(params, lr=0.1, clip=0.1, **options)
         for p, g in zip(params, grads, strict=True):
             p.grad = g

@@ -1,13 +1,10 @@
-"""The demo: a deep net whose gradients explode, trained with PyTorch's clip and with gradfuse's."""
+"""A deep net whose gradients explode, trained with PyTorch's clip and with gradfuse's."""
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,20 +15,15 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import gradfuse
-from gradfuse.demo_fuse import compare
-from gradfuse.demo_policies import compare_bfloat16, compare_policies
+from gradfuse.demo.digits import Digits
 
-__all__ = ["main", "train"]
+__all__ = ["compare_clips", "train"]
 
 MAX_NORM = 1.0
-BATCH = 64
 EVERY = 10  # steps between two looks at the held-out images
-FUSE_STEPS = 300  # of the ResNet-18, at most
-TRAINING = 1400  # images to train on; the other 397 are held out
 STOCK, FUSED = "torch clip_grad_norm_", "gradfuse.GradClipper"
 FLOAT32_SQUARES = math.sqrt(torch.finfo(torch.float32).max)  # a larger norm has an infinite square
 
@@ -57,41 +49,6 @@ class ResidualNet(nn.Module):
             h = h + torch.relu(block(h))
         logits: Tensor = self.head(h)
         return logits
-
-
-@dataclass
-class Digits:
-    """scikit-learn's 1,797 scanned digits, 8 x 8 grey levels as numbers from -0.5 to 0.5."""
-
-    x: Tensor
-    y: Tensor
-    held_out_x: Tensor
-    held_out_y: Tensor
-
-    @classmethod
-    def load(cls, seed: int) -> Digits:
-        digits = load_digits()
-        x = torch.tensor(digits.data, dtype=torch.float32) / 16 - 0.5
-        y = torch.tensor(digits.target)
-        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-        train, held_out = order[:TRAINING], order[TRAINING:]
-        return cls(x[train], y[train], x[held_out], y[held_out])
-
-    @torch.no_grad()
-    def accuracy(self, net: nn.Module) -> float:
-        """Share of the held-out digits that the net reads correctly."""
-        right: Tensor = net(self.held_out_x).argmax(dim=1) == self.held_out_y
-        return float(right.double().mean())
-
-    def batches(self, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Shuffled anew in every epoch; the incomplete batch at its end is left out."""
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.empty(0, dtype=torch.int64)
-        for _ in range(steps):
-            if len(order) < BATCH:
-                order = torch.randperm(len(self.y), generator=generator)
-            batch, order = order[:BATCH], order[BATCH:]
-            yield self.x[batch], self.y[batch]
 
 
 @dataclass
@@ -248,85 +205,31 @@ def mark_overflow(ax: Axes, run: Run, colour: str) -> None:
     )
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m gradfuse demo",
-        description="Trains a deep residual net on real digits with either clip.",
-    )
-    parser.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd")
-    parser.add_argument(
-        "--schedule",
-        choices=("constant", "linear"),
-        default="constant",
-        help="of the learning rate",
-    )
-    parser.add_argument("--blocks", type=int, default=80)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the plot")
-    parser.add_argument(
-        "--threads", type=int, default=1, help="default 1: 64 x 64 matrices are too small to share"
-    )
-    arguments = parser.parse_args(argv)
-    if arguments.steps < 1:
-        parser.error(f"--steps must be >= 1, got {arguments.steps}")
-    return arguments
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse(argv)
-    console = Console()
+def compare_clips(
+    optimizer: str,
+    schedule: str,
+    blocks: int,
+    steps: int,
+    seed: int,
+    out: Path,
+    console: Console,
+) -> None:
+    """One net, one seed, either clip; prints both runs side by side and plots them."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     runs = []
-    with (
-        threads(arguments.threads),
-        Progress(*columns, TimeElapsedColumn(), console=console) as progress,
-    ):
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         for clip in (STOCK, FUSED):
-            task = progress.add_task(clip, total=arguments.steps)
-            tick = partial(progress.advance, task)
-            runs.append(
-                train(
-                    clip,
-                    arguments.optimizer,
-                    arguments.steps,
-                    arguments.seed,
-                    arguments.schedule,
-                    arguments.blocks,
-                    tick,
-                )
-            )
-    optimizer = {"sgd": "SGD 0.1, momentum 0.9", "adamw": "AdamW 1e-3"}[arguments.optimizer]
-    if arguments.schedule == "linear":
-        optimizer += " falling to 0"
-    net = f"{arguments.blocks}-block residual net on scanned digits"
-    title = f"{net}; {optimizer}; gradients clipped to norm {MAX_NORM:g}"
+            tick = partial(progress.advance, progress.add_task(clip, total=steps))
+            runs.append(train(clip, optimizer, steps, seed, schedule, blocks, tick))
+    update = {"sgd": "SGD 0.1, momentum 0.9", "adamw": "AdamW 1e-3"}[optimizer]
+    if schedule == "linear":
+        update += " falling to 0"
+    net = f"{blocks}-block residual net on scanned digits"
+    title = f"{net}; {update}; gradients clipped to norm {MAX_NORM:g}"
     console.print(table(runs, title))
     report = runs[1].first_report
     assert report is not None
     console.print(worst_layers(report))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"demo_{arguments.optimizer}.png"
+    path = out / f"demo_{optimizer}.png"
     plot(runs, title, path)
     console.print(f"written: {path}", highlight=False, soft_wrap=True)
-    digits = Digits.load(arguments.seed)
-    batches = digits.batches(min(arguments.steps, FUSE_STEPS), arguments.seed)
-    compare(batches, digits.accuracy, arguments.seed, arguments.out, console)
-    with threads(arguments.threads):
-        compare_policies(digits, arguments.steps, arguments.seed, arguments.out, console)
-        compare_bfloat16(digits, arguments.steps, arguments.seed, console)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,7 +2,7 @@
 
 import sys
 
-from gradfuse.bench.step import main
+from gradfuse.bench.optim import main
 
 if __name__ == "__main__":
     sys.exit(main())

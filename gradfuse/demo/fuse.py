@@ -1,4 +1,4 @@
-"""The second half of the demo: a ResNet-18 on the digits, as it is and after `fuse`."""
+"""A ResNet-18 on the digits, as it is and after `fuse`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import gradfuse
 
-__all__ = ["ResNet18", "compare"]
+__all__ = ["ResNet18", "compare_fused"]
 
 STOCK, FUSED = "torch", "gradfuse.fuse"
 
@@ -68,7 +68,7 @@ class ResNet18(nn.Module):
         return logits
 
 
-def compare(
+def compare_fused(
     batches: Iterable[tuple[Tensor, Tensor]],
     accuracy: Callable[[nn.Module], float],
     seed: int,

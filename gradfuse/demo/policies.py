@@ -1,4 +1,4 @@
-"""The third part of the demo: clip policies on a run with spikes, and ways to train in bfloat16."""
+"""Clip policies on a run with spikes, and ways to train in bfloat16."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from gradfuse import optim, policies
+from gradfuse.demo.digits import Digits
 
 __all__ = ["compare_bfloat16", "compare_policies"]
 
@@ -35,13 +36,6 @@ WAYS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "bfloat16, stochastic_rounding": (torch.bfloat16, {"stochastic_rounding": True}),
     "bfloat16, master_weights": (torch.bfloat16, {"master_weights": True}),
 }
-
-
-class Data(Protocol):
-    """demo.Digits."""
-
-    def batches(self, steps: int, seed: int) -> Any: ...
-    def accuracy(self, net: nn.Module) -> float: ...
 
 
 @dataclass
@@ -70,7 +64,7 @@ class Cast(nn.Module):
         return out.float()
 
 
-def compare_policies(data: Data, steps: int, seed: int, out: Path, console: Console) -> None:
+def compare_policies(data: Digits, steps: int, seed: int, out: Path, console: Console) -> None:
     """One net, one seed, SGD; a spike every 50 steps and one batch that is NaN."""
     runs = {"no clip": spiked(data, steps, seed, None, "propagate")}
     runs["no clip, NaN skipped"] = spiked(data, steps, seed, None, "skip")
@@ -90,7 +84,9 @@ def compare_policies(data: Data, steps: int, seed: int, out: Path, console: Cons
     console.print(f"written: {out / 'demo_policies.png'}", highlight=False, soft_wrap=True)
 
 
-def spiked(data: Data, steps: int, seed: int, clip: policies.Policy | None, nonfinite: str) -> Run:
+def spiked(
+    data: Digits, steps: int, seed: int, clip: policies.Policy | None, nonfinite: str
+) -> Run:
     net = small_net(seed)
     optimizer = optim.SGD(net.parameters(), 0.05, momentum=0.9, clip=clip, nonfinite=nonfinite)
     run = Run()
@@ -106,7 +102,7 @@ def spiked(data: Data, steps: int, seed: int, clip: policies.Policy | None, nonf
     return run
 
 
-def compare_bfloat16(data: Data, steps: int, seed: int, console: Console) -> None:
+def compare_bfloat16(data: Digits, steps: int, seed: int, console: Console) -> None:
     """One net, one seed, AdamW; parameters in float32 and bfloat16."""
     grid = Table(title="parameters in bfloat16; AdamW 1e-3, clip=1", title_justify="left")
     for column in ("parameters", "loss, mean of last 50 steps", "held-out accuracy"):

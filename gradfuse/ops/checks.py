@@ -1,0 +1,81 @@
+"""Checks of arguments that the clips, the policies and the optimizers share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+from torch import Tensor
+
+from gradfuse._codes import NonFinite
+
+__all__ = [
+    "CLIP_NONFINITE",
+    "STEP_NONFINITE",
+    "as_sequence",
+    "check_nonfinite",
+    "check_nonnegative",
+    "check_norm_type",
+    "grads_of",
+    "iterator_of",
+]
+
+T = TypeVar("T")
+
+# What `nonfinite` may be, of a clip and of an optimizer's step.
+CLIP_NONFINITE = {
+    "propagate": NonFinite.PROPAGATE,
+    "error": NonFinite.ERROR,
+    "zero": NonFinite.ZERO,
+}
+STEP_NONFINITE = {
+    "skip": NonFinite.SKIP,
+    "error": NonFinite.ERROR,
+    "propagate": NonFinite.PROPAGATE,
+}
+
+
+def check_nonnegative(op: str, name: str, value: float) -> float:
+    """value as a float; ValueError if it is negative or NaN."""
+    value = float(value)
+    if not value >= 0.0:
+        raise ValueError(f"{op}: {name} must be >= 0, got {value}")
+    return value
+
+
+def check_norm_type(op: str, norm_type: float) -> float:
+    """norm_type as a float; ValueError unless it is positive or inf."""
+    norm_type = float(norm_type)
+    if not norm_type > 0.0:
+        raise ValueError(f"{op}: norm_type must be > 0 or inf, got {norm_type}")
+    return norm_type
+
+
+def check_nonfinite(op: str, nonfinite: str, known: Mapping[str, NonFinite]) -> NonFinite:
+    """known[nonfinite]; ValueError if it is not among them."""
+    if nonfinite not in known:
+        *names, last = map(repr, known)
+        raise ValueError(f"{op}: nonfinite must be {', '.join(names)} or {last}, got {nonfinite!r}")
+    return known[nonfinite]
+
+
+def iterator_of(op: str, items: Iterable[T]) -> Iterator[T]:
+    """iter(items); TypeError if there is none. What the iterator raises itself goes through."""
+    try:
+        return iter(items)
+    except TypeError:
+        got = type(items).__name__
+        raise TypeError(f"{op}: expected a tensor or an iterable of tensors, got {got}") from None
+
+
+def as_sequence(op: str, parameters: Tensor | Iterable[Tensor]) -> Sequence[Tensor]:
+    """The parameters as a sequence: an iterator could be walked only once."""
+    if isinstance(parameters, Tensor):
+        return [parameters]
+    if isinstance(parameters, (list, tuple)):
+        return parameters
+    return list(iterator_of(op, parameters))
+
+
+def grads_of(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]

@@ -1,0 +1,83 @@
+"""AdamW that unscales, clips, checks and updates in one pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from gradfuse._codes import Rule, Slot
+from gradfuse._records import AdamWGroup
+from gradfuse.optim.base import Clip, ClippedOptimizer
+
+__all__ = ["AdamW"]
+
+_STATE = Slot.EXP_AVG | Slot.EXP_AVG_SQ | Slot.MASTER_PARAM | Slot.STEP
+_AMSGRAD_STATE = _STATE | Slot.MAX_EXP_AVG_SQ
+
+
+class AdamW(ClippedOptimizer, torch.optim.AdamW):
+    """torch.optim.AdamW with clipping, loss scale and the check for NaN and inf inside the step.
+
+    The same numbers as torch's clip_grad_norm_ followed by AdamW(fused=True), to rounding; the same
+    bits for any number of threads. Gradients are read, not written: after a step p.grad is what
+    backward left (scaled by a GradScaler, if one is used) unless materialize_clipped_grads is set.
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.AdamW; lr may be
+            a Tensor of one element, which on CUDA is not waited for.
+        clip: upper bound of the gradients' global norm, a gradfuse.policies.Policy, or None.
+        nonfinite: what a NaN or inf gradient does. "skip": no parameter and no state changes, the
+            step is counted in skipped_steps. "error": RuntimeError, nothing is written.
+            "propagate": what torch does. With clip=None and "propagate" the norm is not taken.
+        materialize_clipped_grads: write the clipped gradients to p.grad, for those who log them.
+        master_weights: keep a float32 copy of float16 and bfloat16 parameters, and their moments in
+            float32, in the state; parameters are the rounded copy.
+        stochastic_rounding: round bfloat16 parameters and moments at random, right on average.
+        update_clip: divide the learning rate of a parameter by the root mean square of
+            g / sqrt(second moment), where that is above 1 (StableAdamW).
+
+    Raises:
+        ValueError: an argument is out of range.
+        TypeError: params holds no tensors.
+
+    Source: Loshchilov, Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2; Wortsman
+    et al. 2023, "Stable and low-precision training for large-scale vision-language models",
+    algorithm 2 (update_clip).
+    """
+
+    _rule = Rule.ADAMW
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        clip: Clip = None,
+        nonfinite: str = "skip",
+        materialize_clipped_grads: bool = False,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        update_clip: bool = False,
+    ) -> None:
+        self._configure(
+            clip, nonfinite, materialize_clipped_grads, master_weights, stochastic_rounding
+        )
+        self._update_clip = update_clip
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize)
+
+    def _group(self, group: dict[str, Any], lr: float | Tensor) -> AdamWGroup:
+        beta1, beta2 = group["betas"]
+        return AdamWGroup(
+            lr, group["maximize"], float(beta1), float(beta2), group["eps"], group["weight_decay"]
+        )
+
+    def _needed(self, group: dict[str, Any]) -> Slot:
+        return _AMSGRAD_STATE if group["amsgrad"] else _STATE
