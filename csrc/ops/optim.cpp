@@ -28,15 +28,14 @@ class Stepper {
     if (rule != 0 && rule != 1)
       fail<std::invalid_argument>("Stepper: rule must be 0 or 1, got ", rule);
   }
-  bool is_current(const py::list& groups, const py::dict& state,
-                  const std::vector<int>& needs) const {
-    check_count(groups, needs.size());
-    return held_.is_current(groups.ptr(), state.ptr(), needs);
+  bool is_current(ParamGroupsArg groups, StateArg state, const std::vector<int>& needs) const {
+    checked_groups(groups.object, needs.size());
+    return held_.is_current(groups.object.ptr(), state.object.ptr(), needs);
   }
-  void bind(const py::list& groups, const py::dict& state, const std::vector<int>& needs) {
-    check_count(groups, needs.size());
-    held_.bind(groups.ptr(), state.ptr(), needs);
-    groups_ = groups.size();
+  void bind(ParamGroupsArg groups, StateArg state, const std::vector<int>& needs) {
+    checked_groups(groups.object, needs.size());
+    held_.bind(groups.object.ptr(), state.object.ptr(), needs);
+    groups_ = needs.size();
   }
   std::vector<at::Tensor> parameters() const { return held_.parameters(); }
   ClipTuple measure(double max_norm, int nonfinite, OptionalTensorArg scale,
@@ -45,14 +44,14 @@ class Stepper {
     const py::gil_scoped_release release;
     return as_tuple(gradfuse::measure(held_, call));
   }
-  ClipTuple step(const py::list& groups, double max_norm, int nonfinite, OptionalTensorArg scale,
+  ClipTuple step(StepGroupsArg groups, double max_norm, int nonfinite, OptionalTensorArg scale,
                  OptionalTensorArg found_inf, StepOptionsArg options) {
     const MeasureCall measurement = read_measure(max_norm, nonfinite, scale, found_inf);
     const StepCall call = read_step(groups, options);
     const py::gil_scoped_release release;
     return as_tuple(gradfuse::step(held_, measurement, call));
   }
-  void update(const py::list& groups, OptionalTensorArg plan, OptionalTensorArg coefficients,
+  void update(StepGroupsArg groups, OptionalTensorArg plan, OptionalTensorArg coefficients,
               StepOptionsArg options) {
     const StepCall call = read_step(groups, options);
     const MaybeTensor given = maybe_vector(kOp, "plan", plan.object, kPlanFields);
@@ -85,20 +84,21 @@ class Stepper {
     call.groups.push_back(o);
     call.lr_values.push_back(lr_value);
   }
-  StepCall read_step(const py::list& groups, StepOptionsArg options) const {
-    check_count(groups, groups_);
+  StepCall read_step(StepGroupsArg groups, StepOptionsArg options) const {
     Fields fields("StepOptions", options.object, 4);
     StepCall call = {};
     call.bound = fields.next_as<double>();
     call.update_clip = fields.next_as<bool>();
     call.stochastic_rounding = fields.next_as<bool>();
     call.materialize = fields.next_as<bool>();
-    for (py::handle group : groups) read_group(group, call);
+    for (py::handle group : checked_groups(groups.object, groups_)) read_group(group, call);
     return call;
   }
-  static void check_count(const py::list& groups, size_t expected) {
-    if (groups.size() != expected)
-      fail<std::invalid_argument>("Stepper: expected ", expected, " groups, got ", groups.size());
+  static py::list checked_groups(py::handle groups, size_t expected) {
+    py::list list = list_of("Stepper", "groups", groups);
+    if (list.size() != expected)
+      fail<std::invalid_argument>("Stepper: expected ", expected, " groups, got ", list.size());
+    return list;
   }
 
   HeldParams held_;

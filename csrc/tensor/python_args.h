@@ -26,17 +26,23 @@ struct OptionalTensorArg : Argument {};
 struct TensorsArg : Argument {};  // one tensor, or an iterable of them
 struct OptionalTensorsArg : Argument {};
 struct NumberArg : Argument {};  // a float, or a tensor of one
+struct ParamGroupsArg : Argument {};  // an optimizer's param_groups
+struct StateArg : Argument {};  // and its state
 // NamedTuples of gradfuse/_records.py.
 struct BatchNormCallArg : Argument {};
 struct BatchNormSavedArg : Argument {};
 struct BatchNormOptionsArg : Argument {};
 struct StepOptionsArg : Argument {};
+struct StepGroupsArg : Argument {};  // a list of AdamWGroup or SGDGroup
 
 bool is_tensor(py::handle object);
 
 // Throw TypeError that names op and argument.
 at::Tensor tensor_of(const char* op, const char* name, py::handle object);
 MaybeTensor maybe_tensor(const char* op, const char* name, py::handle object);
+
+// A list as its Python object, or TypeError.
+py::list list_of(const char* op, const char* name, py::handle object);
 
 // The tensors of a Python iterable, or their .grad. None and missing gradients become undefined.
 std::vector<at::Tensor> read_tensors(const char* op, TensorsArg tensors, bool of_grad);
@@ -84,9 +90,14 @@ GRADFUSE_ARGUMENT(TensorsArg, "torch.Tensor | collections.abc.Iterable[torch.Ten
 GRADFUSE_ARGUMENT(OptionalTensorsArg,
                   "torch.Tensor | collections.abc.Iterable[torch.Tensor] | None");
 GRADFUSE_ARGUMENT(NumberArg, "float | torch.Tensor");
+GRADFUSE_ARGUMENT(ParamGroupsArg, "list[dict[str, typing.Any]]");
+GRADFUSE_ARGUMENT(StateArg, "dict[torch.Tensor, typing.Any]");
 GRADFUSE_ARGUMENT(BatchNormCallArg, "gradfuse._records.BatchNormCall");
 GRADFUSE_ARGUMENT(BatchNormSavedArg, "gradfuse._records.BatchNormSaved");
 GRADFUSE_ARGUMENT(BatchNormOptionsArg, "gradfuse._records.BatchNormOptions");
 GRADFUSE_ARGUMENT(StepOptionsArg, "gradfuse._records.StepOptions");
+GRADFUSE_ARGUMENT(
+    StepGroupsArg,
+    "collections.abc.Sequence[gradfuse._records.AdamWGroup | gradfuse._records.SGDGroup]");
 
 #undef GRADFUSE_ARGUMENT
