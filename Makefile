@@ -9,7 +9,7 @@ PY = $(VENV)/bin/python
 PYTEST = OMP_WAIT_POLICY=passive $(abspath $(PY)) -m pytest -q -n logical --maxprocesses 8 --dist loadfile
 CPP = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: demo test build bench lint format pytest pytest-native pytest-reference \
+.PHONY: demo test build bench stub lint format pytest pytest-native pytest-reference \
 	pytest-isa pytest-ptx traffic sanitize gpu-check clean
 
 demo: build
@@ -33,7 +33,22 @@ bench: build
 	$(PY) -m gradfuse bench-batch-norm
 	$(PY) -m gradfuse bench-step
 
-lint: build
+# The signatures of the compiled module, from its bindings. The values of its attributes differ
+# between machines, and the spelling of numbers between versions of pybind11.
+STUB = build/stubs/gradfuse/_C.pyi
+$(STUB): build
+	$(PY) -m pybind11_stubgen gradfuse._C -o build/stubs
+	sed -i -E 's/^(\w+: str) = .*/\1/; s/^codes: dict = .*/codes: dict[str, dict[str, int]]/; \
+		s/typing.SupportsFloat \| typing.SupportsIndex/float/g; \
+		s/typing.SupportsInt \| typing.SupportsIndex/int/g' $@
+	$(PY) -m ruff check -q --fix --select I,F,UP $@
+	$(PY) -m ruff format -q $@
+
+stub: $(STUB)
+	cp $(STUB) gradfuse/_C.pyi
+
+lint: build $(STUB)
+	diff -u gradfuse/_C.pyi $(STUB) # make stub brings it up to date
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)

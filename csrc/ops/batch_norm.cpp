@@ -422,8 +422,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_forward_(BatchNormCall
 
 // grad_input, grad_residual, grad_weight, grad_bias; None where not wanted.
 std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor> batch_norm_backward_(
-    TensorArg grad_output, BatchNormSavedArg saved, BatchNormOptionsArg options,
-    std::array<bool, 4> wanted) {
+    TensorArg grad_output, BatchNormSavedArg saved, BatchNormOptionsArg options, WantedArg wants) {
   Fields tensors("BatchNormSaved", saved.object, 7);
   BackwardCall call = {};
   call.grad_output = tensor_of(kOp, "grad_output", grad_output.object);
@@ -440,6 +439,7 @@ std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor> batch_norm_backwa
   call.eps = fields.next_as<double>();
   call.activation = static_cast<Activation>(fields.next_as<int>());
   call.negative_slope = fields.next_as<double>();
+  const auto wanted = wants.object.cast<std::array<bool, 4>>();
   const py::gil_scoped_release release;
   const OfEach<at::Tensor> grads = backward(call, {wanted[0], wanted[1], wanted[2], wanted[3]});
   const auto maybe = [](const at::Tensor& t) {

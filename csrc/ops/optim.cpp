@@ -28,14 +28,14 @@ class Stepper {
     if (rule != 0 && rule != 1)
       fail<std::invalid_argument>("Stepper: rule must be 0 or 1, got ", rule);
   }
-  bool is_current(ParamGroupsArg groups, StateArg state, const std::vector<int>& needs) const {
-    checked_groups(groups.object, needs.size());
-    return held_.is_current(groups.object.ptr(), state.object.ptr(), needs);
+  bool is_current(ParamGroupsArg groups, StateArg state, SlotsArg needs) const {
+    const auto slots = checked_slots(groups, needs);
+    return held_.is_current(groups.object.ptr(), state.object.ptr(), slots);
   }
-  void bind(ParamGroupsArg groups, StateArg state, const std::vector<int>& needs) {
-    checked_groups(groups.object, needs.size());
-    held_.bind(groups.object.ptr(), state.object.ptr(), needs);
-    groups_ = needs.size();
+  void bind(ParamGroupsArg groups, StateArg state, SlotsArg needs) {
+    const auto slots = checked_slots(groups, needs);
+    held_.bind(groups.object.ptr(), state.object.ptr(), slots);
+    groups_ = slots.size();
   }
   std::vector<at::Tensor> parameters() const { return held_.parameters(); }
   ClipTuple measure(double max_norm, int nonfinite, OptionalTensorArg scale,
@@ -91,14 +91,19 @@ class Stepper {
     call.update_clip = fields.next_as<bool>();
     call.stochastic_rounding = fields.next_as<bool>();
     call.materialize = fields.next_as<bool>();
-    for (py::handle group : checked_groups(groups.object, groups_)) read_group(group, call);
+    for (const auto& group : checked_groups(groups.object, groups_)) read_group(group, call);
     return call;
   }
-  static py::list checked_groups(py::handle groups, size_t expected) {
-    py::list list = list_of("Stepper", "groups", groups);
-    if (list.size() != expected)
-      fail<std::invalid_argument>("Stepper: expected ", expected, " groups, got ", list.size());
-    return list;
+  static std::vector<int> checked_slots(ParamGroupsArg groups, SlotsArg needs) {
+    std::vector<int> slots = needs.object.cast<std::vector<int>>();
+    checked_groups(groups.object, slots.size());
+    return slots;
+  }
+  static py::sequence checked_groups(py::handle groups, size_t expected) {
+    py::sequence found = sequence_of("Stepper", "groups", groups);
+    if (found.size() != expected)
+      fail<std::invalid_argument>("Stepper: expected ", expected, " groups, got ", found.size());
+    return found;
   }
 
   HeldParams held_;

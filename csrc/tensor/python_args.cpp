@@ -28,10 +28,10 @@ MaybeTensor maybe_tensor(const char* op, const char* name, py::handle object) {
   return tensor_of(op, name, object);
 }
 
-py::list list_of(const char* op, const char* name, py::handle object) {
-  if (!PyList_Check(object.ptr()))
-    fail<TypeError>(op, ": ", name, " must be a list, got ", type_name(object));
-  return py::reinterpret_borrow<py::list>(object);
+py::sequence sequence_of(const char* op, const char* name, py::handle object) {
+  if (!PySequence_Check(object.ptr()))
+    fail<TypeError>(op, ": ", name, " must be a sequence, got ", type_name(object));
+  return py::reinterpret_borrow<py::sequence>(object);
 }
 
 std::vector<at::Tensor> read_tensors(const char* op, TensorsArg tensors, bool of_grad) {

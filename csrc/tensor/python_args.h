@@ -28,6 +28,8 @@ struct OptionalTensorsArg : Argument {};
 struct NumberArg : Argument {};  // a float, or a tensor of one
 struct ParamGroupsArg : Argument {};  // an optimizer's param_groups
 struct StateArg : Argument {};  // and its state
+struct SlotsArg : Argument {};  // the slots that each group needs, as bits
+struct WantedArg : Argument {};  // whether each gradient is wanted
 // NamedTuples of gradfuse/_records.py.
 struct BatchNormCallArg : Argument {};
 struct BatchNormSavedArg : Argument {};
@@ -41,8 +43,8 @@ bool is_tensor(py::handle object);
 at::Tensor tensor_of(const char* op, const char* name, py::handle object);
 MaybeTensor maybe_tensor(const char* op, const char* name, py::handle object);
 
-// A list as its Python object, or TypeError.
-py::list list_of(const char* op, const char* name, py::handle object);
+// A sequence as its Python object, or TypeError.
+py::sequence sequence_of(const char* op, const char* name, py::handle object);
 
 // The tensors of a Python iterable, or their .grad. None and missing gradients become undefined.
 std::vector<at::Tensor> read_tensors(const char* op, TensorsArg tensors, bool of_grad);
@@ -92,6 +94,8 @@ GRADFUSE_ARGUMENT(OptionalTensorsArg,
 GRADFUSE_ARGUMENT(NumberArg, "float | torch.Tensor");
 GRADFUSE_ARGUMENT(ParamGroupsArg, "list[dict[str, typing.Any]]");
 GRADFUSE_ARGUMENT(StateArg, "dict[torch.Tensor, typing.Any]");
+GRADFUSE_ARGUMENT(SlotsArg, "collections.abc.Sequence[int]");
+GRADFUSE_ARGUMENT(WantedArg, "collections.abc.Sequence[bool]");
 GRADFUSE_ARGUMENT(BatchNormCallArg, "gradfuse._records.BatchNormCall");
 GRADFUSE_ARGUMENT(BatchNormSavedArg, "gradfuse._records.BatchNormSaved");
 GRADFUSE_ARGUMENT(BatchNormOptionsArg, "gradfuse._records.BatchNormOptions");
