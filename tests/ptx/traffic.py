@@ -5,9 +5,11 @@ Bytes, widths and launches are counted by the emulator; registers and spills are
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
@@ -227,7 +229,7 @@ def resource_rows(archs: Sequence[str]) -> list[list[object]]:
     return [[f"`{k}`", *(v.get(a, "-") for a in archs)] for k, v in sorted(by_kernel.items())]
 
 
-def main() -> int:
+def step_table() -> str:
     header = [
         *(
             "step",
@@ -238,9 +240,11 @@ def main() -> int:
         ),
         *("other bytes", "launches", "waits"),
     ]
-    rows = [row for dtype in (torch.float32, torch.bfloat16) for row in traffic_rows(dtype)]
-    print(markdown(header, rows), end="\n\n", flush=True)
+    dtypes = (torch.float32, torch.bfloat16)
+    return markdown(header, [row for dtype in dtypes for row in traffic_rows(dtype)])
 
+
+def launch_table() -> str:
     launches: list[Launch] = []
     for case in CASES:
         case.call(emulated.backend(), gradients(torch.float32))
@@ -253,10 +257,39 @@ def main() -> int:
         "instructions a thread",
         "barriers",
     ]
-    print(markdown(header, kernel_rows(launches)), end="\n\n", flush=True)
+    return markdown(header, kernel_rows(launches))
 
+
+def register_table() -> str:
     archs = architectures()
-    print(markdown(["registers", *archs], resource_rows(archs)))
+    return markdown(["registers", *archs], resource_rows(archs))
+
+
+TABLES = {"steps": step_table, "launches": launch_table, "registers": register_table}
+
+
+def with_table(page: str, name: str, table: str) -> str:
+    """The page with what stands between the table's two markers replaced."""
+    begin, end = f"<!-- {name}: written by make traffic -->", f"<!-- end of {name} -->"
+    before, found_begin, rest = page.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise ValueError(f"with_table: expected {begin!r} and then {end!r}, found not both")
+    return f"{before}{begin}\n\n{table}\n\n{end}{after}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ptx.traffic", description=__doc__)
+    parser.add_argument("--into", type=Path, help="page whose tables to replace; else print them")
+    into = parser.parse_args(argv).into
+    page = into.read_text() if into else ""
+    for name, table in TABLES.items():
+        if into:
+            page = with_table(page, name, table())
+        else:
+            print(table(), end="\n\n", flush=True)
+    if into:
+        into.write_text(page)  # once all are counted: an error leaves the page as it was
     return 0
 
 
