@@ -100,3 +100,23 @@ gpu-check:
 
 clean:
 	rm -rf build *.egg-info gradfuse/_C*.so
+
+.PHONY: docs wheel
+
+# The pages and the reference, into build/site; a warning is an error.
+docs: build
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build -q --strict
+
+# A wheel, and a fresh environment that has it and no compiler: torch and what torch needs come from
+# $(VENV) by a path, whose .pth files Python does not read, so that the checkout stays out of sight.
+# The build goes on from the objects of `build`, so that it only links. What an older layout left in
+# build/lib would be packed too.
+WHEEL_ENV = build/wheel-env
+wheel: build
+	rm -rf dist build/lib.* build/bdist.* $(WHEEL_ENV)
+	$(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .
+	$(PY) -m venv --without-pip $(WHEEL_ENV)
+	$(PY) -m pip --python $(WHEEL_ENV)/bin/python install -q --no-deps dist/*.whl
+	$(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$($(WHEEL_ENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/torch.pth
+	env -i PATH=$(abspath $(WHEEL_ENV))/bin $(WHEEL_ENV)/bin/python tests/smoke.py $(WHEEL_ENV)
