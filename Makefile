@@ -25,7 +25,7 @@ build: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q "$(TORCH)" numpy "setuptools>=77" wheel ninja pybind11
-	$(PY) -m pip install -q --no-build-isolation -e ".[demo,test,lint]"
+	$(PY) -m pip install -q --no-build-isolation -e ".[demo,test,lint,docs]"
 	touch $@
 
 bench: build
@@ -72,9 +72,9 @@ pytest-isa: build
 pytest-ptx: build
 	GRADFUSE_PTX=all $(PYTEST) -k ptx
 
-# What the CUDA kernels move and take, counted by the emulator and by ptxas: the README's tables.
+# What the CUDA kernels move and take, counted by the emulator and by ptxas, into the tables of a page.
 traffic: build
-	PYTHONPATH=tests:. $(PY) -m ptx.traffic
+	PYTHONPATH=tests:. $(PY) -m ptx.traffic --into docs/cuda.md
 
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own.
 SANITIZED = build/sanitize
