@@ -159,23 +159,29 @@ def test_tables_are_whole() -> None:
             assert re.fullmatch(r"\|( ?-+:? ?\|)+", table.splitlines()[1]), f"{path.name}: {table}"
 
 
-def documented() -> list[object]:
-    """What the reference pages show, found as mkdocstrings finds it: a module before a name."""
-    found = []
-    for page in (ROOT / "docs" / "reference").glob("*.md"):
-        for path in re.findall(r"^::: ([\w.]+)$", page.read_text(), re.MULTILINE):
-            parts = path.split(".")
-            for i in range(len(parts), 0, -1):
-                try:
-                    importlib.import_module(".".join(parts[:i]))
-                except ModuleNotFoundError:
-                    continue
-                found_here: object = sys.modules[".".join(parts[:i])]
-                for name in parts[i:]:
-                    found_here = getattr(found_here, name)
-                found.append(found_here)
-                break
-    return found
+def found_by_mkdocstrings(path: str) -> object:
+    """A module comes before a name, so that gradfuse.fuse is the module."""
+    for at in (m.start() for m in reversed(list(re.finditer(r"\.|$", path)))):
+        try:
+            importlib.import_module(path[:at])
+        except ModuleNotFoundError:
+            continue
+        found: object = sys.modules[path[:at]]
+        for name in path[at:].split(".")[1:]:
+            found = getattr(found, name)
+        return found
+    raise AssertionError(path)
+
+
+REFERENCE = [
+    (found_by_mkdocstrings(path), re.findall(r"\w+", members))
+    for page in sorted((ROOT / "docs" / "reference").glob("*.md"))
+    for path, members in re.findall(
+        r"^::: ([\w.]+)$(?:\n    options:\n(?:      (?!members).*\n)*      members: \[([^\]]*)\])?",
+        page.read_text(),
+        re.MULTILINE,
+    )
+]
 
 
 PUBLIC = {
@@ -187,13 +193,18 @@ PUBLIC = {
 
 @pytest.mark.parametrize(("name", "value"), PUBLIC.items(), ids=PUBLIC.keys())
 def test_public_name_has_a_reference_page(name: str, value: object) -> None:
-    assert any(value is shown for shown in documented()), f"add ::: {name} to docs/reference/"
+    assert any(value is shown for shown, _ in REFERENCE), f"add ::: {name} to docs/reference/"
     # A docstring in the source: mkdocstrings imports nothing, so it does not see one made at run
     # time, and shows the name without a word.
     source = inspect.getsource(value)  # type: ignore[arg-type]
     own = inspect.getdoc(value)
     assert own, name
     assert own.splitlines()[0] in source, name
+
+
+def test_members_of_the_reference_exist() -> None:
+    assert sum(len(members) for _, members in REFERENCE) > 20
+    assert [m for value, members in REFERENCE for m in members if not hasattr(value, m)] == []
 
 
 def test_readme_is_short() -> None:
