@@ -16,6 +16,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from gradfuse._codes import Activation, NonFinite
+from gradfuse._records import BatchNormCall, BatchNormOptions, BatchNormSaved
 from gradfuse.optim import SGD, AdamW
 from ptx import emulated
 from ptx.counts import Launch, Traffic
@@ -24,7 +26,6 @@ from ptx.toolchain import demangled, ptxas, resources, setup_script
 SIZES = (100_003, 4_097, 33)
 ROWS, COLUMNS = 40, 2_500
 MAPS, ROWS_OF_MAPS, SMALL_MAPS = (4, 8, 56, 56), (4, 128, 14, 14), (8, 24, 16, 16)
-RELU = 1
 
 
 class Case(NamedTuple):
@@ -46,13 +47,13 @@ def gradients(dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(n, generator=generator).to(dtype) for n in SIZES]
 
 
-def clip(max_norm: float, nonfinite: int = 0) -> Callable:
-    return lambda ptx, grads: ptx.clip_(grads, False, max_norm, 2.0, nonfinite)
+def clip(max_norm: float) -> Callable:
+    return lambda ptx, grads: ptx.clip_(grads, False, max_norm, 2.0, NonFinite.PROPAGATE)
 
 
 def zero(ptx: emulated.Emulated, grads: list[Tensor]) -> None:
     grads[0][0] = float("nan")
-    ptx.clip_(grads, False, 1.0, 2.0, 2)
+    ptx.clip_(grads, False, 1.0, 2.0, NonFinite.ZERO)
 
 
 def adaptive(scale: float) -> Callable:
@@ -93,11 +94,14 @@ def batch_norm(shape: tuple[int, ...], channels_last: bool, backward: bool) -> C
             .contiguous(memory_format=form)
             for i in range(3)
         )
-        forward = (x, r, None, None, None, None, True, 0.1, 1e-5, RELU, 0.0, True)
-        _, mask, stats = ptx.batch_norm_forward(*forward)
-        rest = (channels_last, True, 1e-5, RELU, 0.0, True, True, True, True)
+        nothing = (None, None, None, None)  # weight, bias, running statistics
+        relu = Activation.RELU
+        forward = BatchNormCall(x, r, *nothing, True, 0.1, 1e-5, relu, 0.0, wants_mask=True)
+        _, mask, stats = ptx.batch_norm_forward(forward)
         if backward:
-            ptx.batch_norm_backward(g, x, None, None, mask, None, None, stats, *rest)
+            saved = BatchNormSaved(x, None, None, mask, None, None, stats)
+            options = BatchNormOptions(channels_last, True, 1e-5, relu, 0.0)
+            ptx.batch_norm_backward(g, saved, options, (True, True, True, True))
 
     return call
 
