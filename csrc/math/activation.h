@@ -28,7 +28,7 @@ constexpr int kActivations = 10;
 #pragma nv_exec_check_disable
 #endif
 template <class F>
-GRADFUSE_HD void with_activation(Activation a, F f) {
+GRADFUSE_HD_FORCED void with_activation(Activation a, F f) {
   using A = Activation;
   switch (a) {
     case A::None: f(std::integral_constant<A, A::None>()); break;

@@ -5,8 +5,13 @@
 
 #ifdef __CUDACC__
 #define GRADFUSE_HD __host__ __device__ inline
+#define GRADFUSE_HD_FORCED __host__ __device__ __forceinline__
 #else
 #define GRADFUSE_HD inline
+// For functions that only call what they are given. A unit of one instruction set hands them
+// functions of that set, which the compiler inlines into its own but not into one of the baseline,
+// as these are.
+#define GRADFUSE_HD_FORCED inline __attribute__((always_inline))
 #endif
 
 // cudaStream_t, for declarations that CPU builds read too.
@@ -33,7 +38,7 @@ struct Type {
 #pragma nv_exec_check_disable
 #endif
 template <class Half, class BFloat16, class F>
-GRADFUSE_HD auto with_type(DType dtype, F f) {
+GRADFUSE_HD_FORCED auto with_type(DType dtype, F f) {
   switch (dtype) {
     case DType::Half: return f(Type<Half>());
     case DType::BFloat16: return f(Type<BFloat16>());

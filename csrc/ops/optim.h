@@ -64,12 +64,15 @@ struct GradientUse {
 #pragma nv_exec_check_disable
 #endif
 template <class Half, class BFloat16, class F>
-GRADFUSE_HD auto with_types(DType dtype, DType state_dtype, F f) {
-  return with_type<Half, BFloat16>(dtype, [&](auto type) {
-    if constexpr (sizeof(typename decltype(type)::type) == 2)
-      if (state_dtype == DType::Float) return f(type, Type<float>());
-    return f(type, type);
-  });
+GRADFUSE_HD_FORCED auto with_types(DType dtype, DType state_dtype, F f) {
+  const bool wide = state_dtype == DType::Float;
+  switch (dtype) {
+    case DType::Half: return wide ? f(Type<Half>(), Type<float>()) : f(Type<Half>(), Type<Half>());
+    case DType::BFloat16:
+      return wide ? f(Type<BFloat16>(), Type<float>()) : f(Type<BFloat16>(), Type<BFloat16>());
+    case DType::Float: return f(Type<float>(), Type<float>());
+    default: return f(Type<double>(), Type<double>());
+  }
 }
 
 // A step on the parameters of one device.
