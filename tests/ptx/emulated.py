@@ -1,8 +1,8 @@
 """gradfuse's compiled module with its CUDA kernels, launchers and all, run on the CPU's tensors.
 
-The sources of csrc/ that know of torch are built against tests/ptx/device.h, linked with the ordinary nvcc objects and
-fake_cudart.cpp. `backend()` has the functions of gradfuse._C; a call registers the memory of the
-tensors it is given, and raises what the emulator found.
+The sources of csrc/ that know of torch are built against tests/ptx/device.h and linked with the
+ordinary nvcc objects and fake_cudart.cpp. `backend()` has the functions of gradfuse._C; a call
+registers the memory of the tensors it is given, and raises what the emulator found.
 """
 
 from __future__ import annotations
