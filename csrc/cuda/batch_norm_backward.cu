@@ -1,16 +1,16 @@
 // The gradients of act((input - mean) * invstd * weight + bias + residual).
 //
-// With g = grad_output * act', from the mask's bits, the output, or z computed again: three
-// launches as in the forward, sums of g and g * h (read grad_output and input), each channel's
-// coefficients and parameter gradients, and the sweep (read both again, write grad_input and
-// grad_residual). A channel that one block can hold takes one launch. In eval mode grad_input needs
-// no sums.
+// g = grad_output * act', with act' from the mask, from the output, or from z computed again.
+// Launches: each channel's normalisation, the sums of g and g * h (read grad_output and input),
+// each channel's coefficients and parameter gradients, and the sweep (read both again, write
+// grad_input and grad_residual). A channel that fits one block takes a single launch. In eval mode
+// grad_input needs no sums.
 #include "batch_norm.cuh"
 
 namespace gradfuse::cuda {
 namespace {
 
-// How an element is normalised, and its gradient combined.
+// Coefficients of an element's normalisation and of its gradient.
 template <class W>
 struct ChannelGradient {
   Normalisation<W> forward;
@@ -32,7 +32,7 @@ __device__ W invstd_of(const BatchNormBackward& call, int64_t c) {
   return scale_of_shrunk<W>(call.stats[call.shape.channels + c]);
 }
 
-// Writes a channel's parameter gradients, returns the coefficients of its input's.
+// Writes a channel's parameter gradients and returns the coefficients of its input gradient.
 template <class W>
 __device__ InputGradient<W> finish_channel(const BatchNormBackward& call, int64_t c, TwoSums sums) {
   const double mean = call.stats[c], invstd = call.stats[call.shape.channels + c];
@@ -46,8 +46,9 @@ __device__ InputGradient<W> finish_channel(const BatchNormBackward& call, int64_
   return g;
 }
 
-// Gives the normalised elements of a group x, before the residual, one by one: of one channel, or
-// from the coefficients, which need more registers and are loaded at the call.
+// Returns a function that returns the normalised elements of group x, without the residual, by
+// index. Coefficients of one channel are at hand; those of each element need more registers, so
+// they are loaded by the call.
 template <class W>
 __device__ auto normalised(const Normalisation<W>& n, const W (&x)[kGroup]) {
   return [&] { return [&](int e) { return difference(x[e], n.mean) * n.scale + n.shift; }; };
@@ -157,7 +158,7 @@ __global__ void __launch_bounds__(kThreads)
   sum_row_chunk<W, false>(call.shape, slots, terms);
 }
 
-// What the sums need of each channel.
+// Coefficients that the sums need, by channel.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     batch_norm_grad_prepare(const __grid_constant__ BatchNormBackward call, Wide<T>* coefficients) {
@@ -171,7 +172,7 @@ __global__ void __launch_bounds__(kThreads)
   coefficients[3 * channels + c] = invstd_of<Wide<T>>(call, c);
 }
 
-// What the sweep needs of each channel, and its parameters' gradients.
+// Coefficients that the sweep needs, and the parameter gradients, by channel.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     batch_norm_grad_finish(const __grid_constant__ BatchNormBackward call, const double* slots,
@@ -233,7 +234,7 @@ __global__ void __launch_bounds__(kThreads)
   write_gradients<T>(call, place, x, of_group, g);
 }
 
-// All of a channel in one block: input and g stay in registers between the sums and the sweep.
+// A channel in one block: input and g stay in registers between the sums and the sweep.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     batch_norm_grad_small(const __grid_constant__ BatchNormBackward call, bool has_sums) {

@@ -4,14 +4,13 @@
 // the sweep (read input and residual, write output and mask). A channel that one block can hold
 // takes one launch, which reads the input once. In eval mode the sums are left out.
 //
-// Assumes nothing of alignment but that of the elements; 16-byte accesses where a run's is better.
+// Assumes element-aligned data; uses 16-byte accesses where a group is aligned to 16 bytes.
 #include "batch_norm.cuh"
 
 namespace gradfuse::cuda {
 namespace {
 
-// What the statistics say of a channel: writes stats and running averages, returns the
-// coefficients.
+// Writes a channel's statistics and running averages, returns its coefficients.
 template <class W>
 __device__ Normalisation<W> finish_channel(const BatchNormForward& call, int64_t c, TwoSums sums,
                                            double shift) {
@@ -40,7 +39,7 @@ __device__ Normalisation<W> finish_channel(const BatchNormForward& call, int64_t
                           read_channel(call.bias, c, 0.0));
 }
 
-// Adds x - shift and its square, of the first count of a group; in float64 if kWide.
+// Adds x - shift and its square for the first `count` elements of a group; in float64 if kWide.
 template <bool kWide, class W>
 __device__ void add_differences(const W (&x)[kGroup], int count, W shift, TwoSums& sums) {
   if constexpr (kWide) {
@@ -116,7 +115,7 @@ __global__ void __launch_bounds__(kThreads)
   coefficients[2 * channels + c] = n.shift;
 }
 
-// The output of a group from its normalised elements, and its byte of the mask.
+// Writes a group's output from its normalised elements, and its byte of the mask.
 template <class T>
 __device__ void write_output(const BatchNormForward& call, const Place& place,
                              Wide<T> (&z)[kGroup]) {
@@ -169,7 +168,7 @@ __global__ void __launch_bounds__(kThreads)
   write_output<T>(call, place, z);
 }
 
-// All of a channel in one block: the input stays in registers between the sums and the sweep.
+// A channel in one block: the input stays in registers between the sums and the sweep.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     batch_norm_small(const __grid_constant__ BatchNormForward call) {

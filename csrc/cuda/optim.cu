@@ -48,7 +48,7 @@ struct ParamBatch {
 static_assert(sizeof(ParamBatch) + sizeof(GroupOptions) <= kMostParameterBytes,
               "a kernel's parameters are limited");
 
-// What is the same for all elements of a parameter.
+// Values shared by all elements of a parameter.
 template <Rule kRule, class W>
 struct Prepared {
   std::conditional_t<kRule == Rule::AdamW, AdamWFactors<W>, SgdFactors<W>> rule;
@@ -99,8 +99,8 @@ __device__ T rounded(W v, int64_t element, const Rounding& rounding, uint32_t st
   return Element<T>::narrow(static_cast<typename Element<T>::Wide>(v));
 }
 
-// kCount consecutive elements of a stream in the type they are computed in. `whole`: in 16-byte
-// accesses, from a boundary.
+// kCount consecutive elements of a stream, in the compute type. kWhole: in 16-byte accesses from an
+// aligned address.
 template <int kCount, bool kWhole, class T, class W>
 __device__ void get(const T* p, W (&x)[kCount]) {
   if constexpr (kWhole) {
@@ -291,7 +291,7 @@ bool go_together(const ParamRef& a, const ParamRef& b) {
 }
 
 // Calls launch(batch, like, blocks) for the parameters of each group and pair of types, up to
-// kCapacity at a time; `like` is one of them. Those without elements take no block but are counted.
+// kCapacity at a time; `like` is one of them. Empty parameters take a place but no block.
 template <class Launch>
 void for_each_batch(const OptimStep& step, Launch launch) {
   const int64_t chunk = chunk_elements(step.params);
