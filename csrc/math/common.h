@@ -1,4 +1,4 @@
-// What every layer shares: the element types, and how a function is marked for host and device.
+// Shared by every layer: the element types, and the mark of functions for host and device.
 #pragma once
 
 #include <cstdint>
@@ -27,8 +27,8 @@ struct Type {
   using type = T;
 };
 
-// Calls f(Type<T>) with the C++ type that dtype names. The 16-bit types differ between the
-// compilers that call this: each brings its own.
+// Calls f(Type<T>) with the C++ type that dtype names. Callers pass the 16-bit types, which differ
+// between host and device compilers.
 #ifdef __CUDACC__
 #pragma nv_exec_check_disable
 #endif

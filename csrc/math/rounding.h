@@ -1,12 +1,12 @@
-// How new values are rounded to bfloat16, for host and device alike.
+// How new values are rounded to bfloat16, for host and device.
 #pragma once
 
 #include "common.h"
 
 namespace gradfuse {
 
-// To nearest, or at random by a hash of key, element and stream, so that the same step gives the
-// same bits.
+// To nearest, or at random by a hash of key, element and stream, so that a step
+// always gives the same bits.
 struct Rounding {
   bool stochastic;
   uint32_t key;
