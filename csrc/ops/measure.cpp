@@ -8,7 +8,7 @@
 namespace gradfuse {
 namespace {
 
-// Room for the results; `empty` is at::empty or empty_on_device.
+// Allocates the results; `empty` is at::empty or empty_on_device.
 template <class Empty>
 ClipResult make_result(const GradList& grads, at::Device device, Empty empty) {
   const auto wide = at::TensorOptions().dtype(at::kDouble).device(device);
@@ -36,7 +36,7 @@ ClipResult make_host_result(const GradList& grads) {
   return r;
 }
 
-// What is measured.
+// Settings of a measurement.
 struct Measurement {
   double max_norm;
   NormSpec spec;
@@ -51,7 +51,7 @@ void write_norm(const at::Tensor& norm, double value) {
     *norm.mutable_data_ptr<float>() = static_cast<float>(value);
 }
 
-// Raises if the plan is to refuse. On CUDA this waits for the device.
+// Raises if the plan's action is Refuse. On CUDA this waits for the device.
 void check_refused(const char* op, const ClipResult& result, const Measurement& m) {
   if (m.nonfinite != NonFinite::Error) return;
   const at::Tensor host = on_host(result.plan);
@@ -86,7 +86,7 @@ void measure_on_cuda(const DeviceGroup& group, const Measurement& m, const LossS
       });
 }
 
-// Norm, plan and statistics from a sum that the host has.
+// Norm, plan and statistics from a sum on the host.
 void write_result(const ClipResult& host, ScaledSum sum, const Measurement& m) {
   LossScale scale = {scale_on_host(m.scale.scale), false};
   if (m.scale.found_inf)
@@ -112,8 +112,8 @@ ScaledSum sum_on_host(const GradList& grads, const DeviceGroup& group, const Mea
   return plan_in(plan)->sum;
 }
 
-// Of gradients on the host or on several devices: each group's sum comes to the host and is
-// combined there. This waits for every CUDA device.
+// Measures gradients on the host or on several devices: copies each group's sum to the host and
+// combines them there. This waits for every CUDA device.
 ClipResult measure_on_host(const GradList& grads, const Measurement& m) {
   ClipResult host = make_host_result(grads);
   ScaledSum total = {};
