@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch>=2.11
 PY = $(VENV)/bin/python
-# A process for each core, which takes some 2 GB; the tests of a file share one, and what they leave
-# for each other. Threads that wait for work leave the cores to the other processes.
+# One process per core, of some 2 GB each. The tests of a file share a process and what they cache.
+# Waiting threads leave the cores to the other processes.
 PYTEST = OMP_WAIT_POLICY=passive $(abspath $(PY)) -m pytest -q -n logical --maxprocesses 8 --dist loadfile
 CPP = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
@@ -21,7 +21,7 @@ test: build lint pytest
 build: $(VENV)/.installed
 	$(PY) setup.py -q build_ext --inplace
 
-# Once for each environment; the editable install also builds, into build/, from where `build` goes on.
+# Once per environment. The editable install also compiles into build/, where `build` continues.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q "$(TORCH)" numpy "setuptools>=77" wheel ninja pybind11
@@ -33,8 +33,8 @@ bench: build
 	$(PY) -m gradfuse bench-batch-norm
 	$(PY) -m gradfuse bench-step
 
-# The signatures of the compiled module, from its bindings. The values of its attributes differ
-# between machines, and the spelling of numbers between versions of pybind11.
+# The signatures of the compiled module, from its bindings. Attribute values differ between machines
+# and number types between versions of pybind11, so sed makes them uniform.
 STUB = build/stubs/gradfuse/_C.pyi
 $(STUB): build
 	$(PY) -m pybind11_stubgen gradfuse._C -o build/stubs
@@ -62,19 +62,19 @@ format: build
 pytest: build
 	$(PYTEST)
 
-# Of the tests that take the implementations in turn, all but those of the pure-torch one.
+# Without the pure-torch cases of tests that run over every implementation.
 pytest-native: build
 	$(PYTEST) -k "not reference"
 
-# Without the compiled module. What takes long and does not depend on that is left out: examples,
-# large models, and what `make pytest` runs on the pure-torch path.
+# Without the compiled module. Leaves out slow tests that do not depend on it: examples, large
+# models, and what `make pytest` runs on the pure-torch path.
 pytest-reference: build
 	GRADFUSE_NATIVE=0 GRADFUSE_PTX=0 $(PYTEST) \
 		-k "not models_of_torchvision and not thousand_steps and not opcheck" \
 		--ignore tests/test_examples.py --ignore tests/ptx
 
-# What differs between instruction sets is the kernels' arithmetic. Those tests run for each below
-# this machine's best one, which is that of `make pytest`.
+# Only the kernels' arithmetic differs between instruction sets. Its tests run on every set below
+# this machine's best one, which `make pytest` covers.
 KERNEL_TESTS = tests/test_clip.py tests/test_range.py tests/test_value.py tests/test_adaptive_clip.py \
 	tests/test_nonfinite.py tests/test_quiet.py tests/test_hypothesis.py tests/test_batch_norm.py \
 	tests/test_batch_norm_hypothesis.py tests/test_optim.py
@@ -87,7 +87,8 @@ pytest-isa: build
 pytest-ptx: build
 	GRADFUSE_PTX=all $(PYTEST) -k ptx
 
-# What the CUDA kernels move and take, counted by the emulator and by ptxas, into the tables of a page.
+# Writes the CUDA kernels' traffic, counted by the emulator, and registers, from ptxas, into the
+# tables of a page.
 traffic: build
 	PYTHONPATH=tests:. $(PY) -m ptx.traffic --into docs/cuda.md
 
@@ -104,7 +105,7 @@ sanitize: $(VENV)/.installed
 		../../tests/test_optim_state.py \
 		../../tests/test_batch_norm_errors.py
 
-# All that wants a real GPU, against the python3 it is given, in under nine minutes.
+# Everything that needs a real GPU, with the given python3, in under nine minutes.
 gpu-check:
 	TORCH_CUDA_ARCH_LIST=$$($(PYTHON) -c "import torch; print('%d.%d' % torch.cuda.get_device_capability())") \
 		GRADFUSE_CUDA=1 timeout 180 $(PYTHON) setup.py -q build_ext --inplace
@@ -118,14 +119,14 @@ clean:
 
 .PHONY: docs wheel
 
-# The pages and the reference, into build/site; a warning is an error.
+# Builds the pages and the reference into build/site; a warning is an error.
 docs: build
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build -q --strict
 
-# A wheel, and a fresh environment that has it and no compiler: torch and what torch needs come from
-# $(VENV) by a path, whose .pth files Python does not read, so that the checkout stays out of sight.
-# The build goes on from the objects of `build`, so that it only links. What an older layout left in
-# build/lib would be packed too.
+# Tests a wheel in a fresh environment without a compiler. A .pth file there adds the packages of
+# $(VENV), for torch and its dependencies; Python does not read the .pth files of that path, so the
+# checkout stays invisible. The wheel reuses the objects of `build` and only links. build/lib is
+# removed first, because what an older layout left there would be packed too.
 WHEEL_ENV = build/wheel-env
 wheel: build
 	rm -rf dist build/lib.* build/bdist.* $(WHEEL_ENV)

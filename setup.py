@@ -20,12 +20,13 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 DEFAULT_ARCHS = "7.5;8.0;8.6;9.0;10.0;12.0+PTX"
+ISAS = {"baseline": 16, "avx2": 32, "avx512": 64}  # bytes of a vector
 
 
 def find_toolkit(guess):
     """(root, (major, minor)) of the CUDA toolkit, or (None, None).
 
-    nvcc itself says where it lives: the one on PATH may be a wrapper far from its headers.
+    Asks nvcc for its root, because the nvcc on PATH may be a wrapper far from its headers.
     """
     nvcc = os.path.join(guess, "bin", "nvcc") if guess else "nvcc"
     nvcc = shutil.which(nvcc) or shutil.which("nvcc")
@@ -72,12 +73,10 @@ def jobs():
 
 
 class Kernels:
-    """The kernels: they know nothing of torch, so that their objects serve every version of it.
+    """The kernels. They do not depend on torch, so their objects serve every version of it.
 
     csrc/cpu/simd/unit.cpp is compiled for each op and instruction set, csrc/cuda/*.cu by nvcc.
     """
-
-    ISAS = {"baseline": 16, "avx2": 32, "avx512": 64}  # bytes of a vector
 
     def __init__(self, cxx, nvcc=None, arch_flags=()):
         self.cxx = cxx  # flags
@@ -90,10 +89,10 @@ class Kernels:
         unit = ROOT / "csrc" / "cpu" / "simd" / "unit.cpp"
         x86 = platform.machine().lower() in ("x86_64", "amd64")
         for header in sorted((ROOT / "csrc" / "cpu").glob("*_kernels.h")):
-            for isa in self.ISAS if x86 else ["baseline"]:
+            for isa in ISAS if x86 else ["baseline"]:
                 name = f"{header.stem.removesuffix('_kernels')}_{isa}.o"
                 flags = [f'-DGRADFUSE_KERNELS="{header}"', f"-DGRADFUSE_ISA={isa}"]
-                yield name, "cxx", unit, [*flags, f"-DGRADFUSE_VEC_BYTES={self.ISAS[isa]}"]
+                yield name, "cxx", unit, [*flags, f"-DGRADFUSE_VEC_BYTES={ISAS[isa]}"]
         if self.nvcc:
             for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
                 yield f"{source.stem}.cuda.o", "nvcc", source, []
@@ -159,8 +158,8 @@ def extension():
     nvcc = os.path.join(toolkit, "bin", "nvcc") if cuda else None
     kernels = Kernels(cxx, nvcc, cpp_extension._get_cuda_arch_flags() if cuda else [])
     # OpenMP is compiled in but not linked: its symbols then resolve to the runtime that torch
-    # loaded, so that both share one thread pool. That runtime is GCC's; code of other compilers
-    # cannot call it, and runs on one thread.
+    # loaded, so that both share one thread pool. That runtime is GCC's; code from other
+    # compilers cannot call it and runs on one thread.
     if "Free Software Foundation" in compiler_version():
         cxx = [*cxx, "-fopenmp"]
     macros = [
@@ -189,7 +188,7 @@ def build_command(kernels):
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildInTree(BuildExtension):
-        """Keeps objects in build/, apart for each torch, so that a rebuild is one file."""
+        """Keeps objects in build/, by torch version, so that a change recompiles one file."""
 
         def finalize_options(self):
             super().finalize_options()

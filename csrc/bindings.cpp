@@ -1,4 +1,4 @@
-// The module gradfuse._C: what it was built for, and what each op binds.
+// The module gradfuse._C: its build, and what each op binds.
 #include <pybind11/pybind11.h>
 
 #include <ATen/Parallel.h>

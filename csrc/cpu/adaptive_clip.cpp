@@ -1,5 +1,5 @@
-// Traversal of adaptive clipping on the CPU: a unit is one thread's work, from its weights' norm to
-// its scaled gradient.
+// Traversal of adaptive clipping on the CPU. One thread does all of a unit: both norms, the
+// coefficient and the scaling.
 #include "../ops/adaptive_clip.h"
 
 #include "chunks.h"

@@ -1,13 +1,13 @@
-// The traversal of batch normalisation on the CPU: which spans of the tensor are summed and swept,
-// in which order, by whom. A span's extent depends on sizes alone, and sums of spans are added in
-// their order, so that the bits do not depend on the threads.
+// Traversal of batch normalisation on the CPU: splits the tensor into spans, which the threads sum
+// and sweep. Spans depend on sizes alone and their sums are added in a fixed order, so the bits of
+// the result do not depend on the threads.
 //
-// Positions contiguous (inner > 1): a span is a few channels of all samples. Its second sweep
-// follows the first at once, and finds what fits the second-level cache there. Where channels are
-// too few to go round, a channel's samples and positions are split as well, as below.
+// Positions contiguous (inner > 1): a span holds a few channels of all samples. Both sweeps of a
+// span run back to back, so that the second reads from the L2 cache. If there are too few channels
+// for all threads, samples and positions are split too, and the sweeps run as below.
 //
-// Channels contiguous (inner == 1): a span is some rows of some columns. All spans are summed, then
-// all are swept, the last ones first, for they are still in the cache.
+// Channels contiguous (inner == 1): a span holds some rows of some columns. All spans are summed,
+// then all are swept in reverse order, because the last ones are still in the cache.
 
 #include "../ops/batch_norm.h"
 
@@ -27,13 +27,13 @@ namespace gradfuse::cpu {
 namespace {
 
 constexpr int64_t kSpanElements = 65536;
-constexpr int64_t kRunElements = 1024;  // least elements side by side in a span
+constexpr int64_t kRunElements = 1024;  // minimum contiguous elements of a span
 constexpr int64_t kColumns = 1024;
-constexpr int64_t kLeastRows = 128;  // of a span, so that the sums are small beside the data
+constexpr int64_t kLeastRows = 128;  // minimum rows of a span: keeps its sums small beside its data
 constexpr int64_t kMostRowSpans = 512;
 constexpr int64_t kEnoughChannelSpans = 48;
 
-// How a tensor falls into spans: `columns` groups of channels, each of `parts` spans.
+// Splits a tensor into spans: `columns` groups of channels, each of `parts` spans.
 class Spans {
  public:
   explicit Spans(const BatchNormShape& s) : shape_(s) {
@@ -87,7 +87,7 @@ void write(ChannelRef v, int64_t c, double value) {
   });
 }
 
-// Some channels of a call: their vectors of coefficients lie `stride` apart, as Span's do.
+// Coefficient vectors of channels [channel, end), `stride` elements apart.
 template <class F>
 struct Columns {
   int64_t channel, end;
@@ -99,7 +99,7 @@ struct Columns {
   }
 };
 
-// The forward and the backward are one traversal, `run`, over a Direction with these parts:
+// Forward and backward share one traversal, `run`, over a Direction with these members:
 //   has_sums()  whether the statistics need a first sweep
 //   applies()   whether there is a second sweep
 //   prepare(columns)                     the coefficients that the first sweep needs
@@ -110,7 +110,7 @@ template <class F>
 struct Forward {
   using Element = F;
   static constexpr int kCoefficients = kForwardCoefficients;
-  static constexpr bool kSquares = true;  // the second sum is that of the first's squares
+  static constexpr bool kSquares = true;  // the second sum holds the squares of the first's terms
 
   const BatchNormForward& call;
   const BatchNormKernels& kernels = batch_norm_kernels();
@@ -214,8 +214,8 @@ struct Backward {
   }
 };
 
-// Whether float32 terms of these sums may have overflowed or vanished, or their squares would
-// cancel: the element that they are shifted by lies more than 8 deviations from the mean.
+// Whether the sums must be repeated in float64: float32 terms may have overflowed or underflowed,
+// or the squares cancel because the shift lies more than 8 standard deviations from the mean.
 bool left_range(const double* sums, int64_t stride, int64_t channels, double elements,
                 bool squares) {
   for (int64_t i = 0; i < channels; ++i) {
@@ -227,7 +227,7 @@ bool left_range(const double* sums, int64_t stride, int64_t channels, double ele
   return false;
 }
 
-// The first sweep of a span: in float32 first, again in float64 where that left its range.
+// First sweep of a span: in float32, repeated in float64 if that left its range.
 template <class Direction, class F>
 void sum_span(const Direction& direction, const Span& span, const Columns<F>& columns,
               double* sums) {
@@ -243,7 +243,7 @@ void sum_span(const Direction& direction, const Span& span, const Columns<F>& co
   direction.sum(span, columns, sums, true);
 }
 
-// Both sweeps of each span at once: the second finds it in the second-level cache.
+// Runs both sweeps of a span back to back: the second reads from the L2 cache.
 template <class Direction>
 void run_span_by_span(const Direction& direction, const Spans& spans, int64_t elements) {
   using F = typename Direction::Element;

@@ -1,10 +1,10 @@
 // The CPU kernels of batch normalisation for one instruction set: sums over a span, and the
 // elementwise sweep.
 //
-// Where positions are contiguous, the vectors of a run belong to one channel, whose coefficients
-// are splat over the lanes. Where channels are, each lane has its own, and a vector of coefficients
-// serves some rows before the next is loaded. Elements are computed in float32 (float64 for
-// Double); sums are kept in float64 lanes.
+// Positions contiguous: a run belongs to one channel, whose coefficients are broadcast to all
+// lanes. Channels contiguous: each lane has its own channel, and a vector of coefficients is reused
+// for several rows. Elements are computed in float32 (float64 for Double); sums are kept in float64
+// lanes.
 #ifndef GRADFUSE_CPU_BATCH_NORM_KERNELS_H
 #define GRADFUSE_CPU_BATCH_NORM_KERNELS_H
 
@@ -19,40 +19,30 @@ namespace gradfuse::cpu {
 struct Span {
   int64_t outer, outer_end;
   int64_t channel, channel_end;
-  int64_t inner, inner_end;  // the first a multiple of 8, so that no byte of the mask is in two
+  int64_t inner, inner_end;  // inner % 8 == 0, so that two spans share no byte of the mask
 };
 
-// Where inner > 1, the most channels of a span.
+// Maximum channels of a span if inner > 1.
 constexpr int64_t kMostChannels = 64;
 
-// Per-channel vectors lie side by side in one array, `stride` apart, that begins at the span's
-// first channel; `stride` is a multiple of kChannelPadding, and every vector may be read to its
-// end. Coefficients are of the type that elements are computed in: double for Double, else float.
+// Per-channel vectors lie in one array, `stride` elements apart, from the span's first channel on.
+// `stride` is a multiple of kChannelPadding, and the padding of a vector may be read. Coefficients
+// have the compute type: double for Double, else float.
 constexpr int64_t kChannelPadding = 16;
-enum ForwardCoefficient { kMean, kScale, kShift, kForwardCoefficients };
-// The first three as above: what the forward normalised with.
-enum BackwardCoefficient {
-  kInvstd = kForwardCoefficients,
-  kDirect,
-  kSlope,
-  kOffset,
-  kBackwardCoefficients
-};
 
 struct BatchNormKernels {
-  // Adds the sums of x - kMean, which is not shrunk here, and of its square to sums[0] and sums[1].
-  // Reads the span once. A few
-  // float32 terms are added up in float32 before they are widened; if `wide`, none, so that no
-  // finite term is lost.
+  // Adds the sums of x - kMean (here not times kShrink) and of its square to sums[0] and sums[1].
+  // Reads the span once. A few float32 terms are summed in float32 before they are widened; if
+  // `wide`, each is computed in float64, so that no finite term is lost.
   void (*forward_sums)(const BatchNormForward& call, const Span& span, const void* coefficients,
                        double* sums, int64_t stride, bool wide);
   // Writes the output and the mask. Reads input and residual once.
   void (*forward_apply)(const BatchNormForward& call, const Span& span, const void* coefficients,
                         int64_t stride);
-  // Adds the sums of g and of g * h, as math/batch_norm.h names them, to sums[0] and sums[1].
+  // Adds the sums of g and of g * h (see math/batch_norm.h) to sums[0] and sums[1].
   void (*backward_sums)(const BatchNormBackward& call, const Span& span, const void* coefficients,
                         double* sums, int64_t stride, bool wide);
-  // Writes the gradients of input and residual that are wanted.
+  // Writes the wanted gradients of input and residual.
   void (*backward_apply)(const BatchNormBackward& call, const Span& span, const void* coefficients,
                          int64_t stride);
 };
@@ -78,7 +68,7 @@ using VecFor = typename Lanes<T>::Vec;
 template <class T>
 using ScalarFor = std::decay_t<decltype(VecFor<T>{}[0])>;
 
-// Vectors are whole except the last of a run, which the compiler is told apart.
+// All vectors of a run but the last are whole; a type of their own spares them the lane count.
 template <class T>
 struct Whole {
   static constexpr int64_t lanes = Lanes<T>::count;
@@ -103,7 +93,7 @@ template <class T>
 inline void store_lanes(T* p, VecFor<T> v, Some count) {
   store_first(p, v, count.lanes);
 }
-// The vector with zeros in the lanes that are not in it.
+// The vector with zeros in the lanes beyond the count.
 template <class T, class V>
 inline V only_lanes(V v, Whole<T>) {
   return v;
@@ -118,9 +108,9 @@ inline V only_lanes(V v, Some count) {
 // One vector of a span.
 template <class T, class Count>
 struct Piece {
-  int64_t at;  // of its first element, in the tensor
-  int64_t byte;  // of the mask, where its first bit is
-  int shift;  // of that bit in the byte
+  int64_t at;  // index of its first element in the tensor
+  int64_t byte;  // index of the mask byte that holds its first bit
+  int shift;  // position of that bit in the byte
   Count count;
 
   Piece(const BatchNormShape& shape, int64_t row, int64_t i, Count n)
@@ -155,9 +145,9 @@ struct Coefficients {
 
 constexpr int kFold = 8;
 
-// Goes through a span: body(piece, coefficients, state) for each vector, then done(column, state)
-// for the state of a run or, for kRows rows, of a vector of columns, counted from the span's first;
-// state.fold() after kFold vectors at most.
+// Traverses a span. Calls body(piece, coefficients, state) for each vector, state.fold() after at
+// most kFold of them, and done(j, state) after each run or, if channels are contiguous, after kRows
+// rows of a vector of columns. j is the (first) channel, counted from the span's first.
 template <class T, int kCount, int kRows, class State, class Body, class Done>
 inline void traverse(const BatchNormShape& shape, const Span& span, const void* coefficients,
                      int64_t stride, Body body, Done done) {
@@ -204,8 +194,8 @@ inline void traverse(const BatchNormShape& shape, const Span& span, const void* 
   }
 }
 
-// Two sums in float64 lanes, of a run or of a vector of columns. float32 terms are added up in
-// float32 first, no more than kFold of them, unless kWide: then no product overflows or vanishes.
+// Two sums in float64 lanes, of a run or of a vector of columns. Up to kFold float32 terms are
+// summed in float32 first; not if kWide, so that no product overflows or underflows.
 template <class T, bool kWide>
 struct TwoSums {
   using V = VecFor<T>;
@@ -238,7 +228,7 @@ struct TwoSums {
 
 inline void add_to(double* p, DoubleVec v) { store(p, load(p) + v); }
 
-// Adds what terms(piece, coefficients, sums) adds to the sums [2][stride] of the span's channels.
+// Accumulates terms(piece, coefficients, sums) into the sums [2][stride] of the span's channels.
 template <class T, int kCount, bool kWide, class Terms>
 inline void sum_span(const BatchNormShape& shape, const Span& span, const void* coefficients,
                      double* sums, int64_t stride, Terms terms) {
@@ -255,7 +245,7 @@ inline void sum_span(const BatchNormShape& shape, const Span& span, const void* 
                                       });
     return;
   }
-  // Lanes are added up once, at the span's end: runs may be short.
+  // Lanes are summed once per span, not per run: runs may be short.
   DoubleVec first[kMostChannels], second[kMostChannels];
   const int64_t channels = span.channel_end - span.channel;
   for (int64_t j = 0; j < channels; ++j) first[j] = second[j] = DoubleVec{};
@@ -301,7 +291,7 @@ void forward_sums(const BatchNormForward& call, const Span& span, const void* co
   });
 }
 
-// Whether a mask's bit is set, by lane, at z before rounding.
+// Mask bits by lane, from z before rounding.
 template <Activation kActivation, class V, class S>
 inline typename IntsOf<V>::type passes(V z, S above, S below) {
   if constexpr (kActivation == Activation::Relu) return ~(z <= above);
@@ -313,7 +303,7 @@ struct NoState {
   void fold() {}
 };
 
-// (x - mean) * kShrink; the coefficient is the mean times that.
+// (x - mean) * kShrink; kMean holds mean * kShrink.
 template <class T>
 inline VecFor<T> difference(VecFor<T> x, const Coefficients<T>& c) {
   return x * static_cast<ScalarFor<T>>(kShrink) - c.v[kMean];
@@ -332,7 +322,7 @@ template <class T, Activation kActivation>
 inline void forward_apply_of(const BatchNormForward& call, const Span& span,
                              const void* coefficients, int64_t stride) {
   using S = ScalarFor<T>;
-  constexpr int kRows = 2;  // more would be more streams than the caches like
+  constexpr int kRows = 2;  // more rows are more concurrent streams than the caches handle well
   const MaskBounds bounds = mask_bounds(kActivation, call.shape.dtype);
   const S above = static_cast<S>(bounds.above), below = static_cast<S>(bounds.below);
   const S slope = static_cast<S>(call.negative_slope);
@@ -362,8 +352,8 @@ void forward_apply(const BatchNormForward& call, const Span& span, const void* c
   });
 }
 
-// The gradient before the activation: grad_output times act', from the mask's bits, the output, or
-// z computed again.
+// Gradient before the activation: grad_output * act', with act' from the mask, from the output, or
+// from z computed again.
 template <class T, Activation kActivation, class Count>
 inline VecFor<T> gradient_before(const BatchNormBackward& call, const Piece<T, Count>& piece,
                                  const Coefficients<T>& c) {
@@ -391,7 +381,7 @@ inline VecFor<T> gradient_before(const BatchNormBackward& call, const Piece<T, C
 template <class T, Activation kActivation, bool kWide>
 inline void backward_sums_of(const BatchNormBackward& given, const Span& span,
                              const void* coefficients, double* sums, int64_t stride) {
-  const BatchNormBackward call = given;  // by value: no store can change it
+  const BatchNormBackward call = given;  // a copy: stores cannot alias it
   const T* x = static_cast<const T*>(call.input);
   sum_span<T, kInvstd + 1, kWide>(
       call.shape, span, coefficients, sums, stride,
@@ -421,7 +411,7 @@ void backward_sums(const BatchNormBackward& call, const Span& span, const void* 
 template <class T, Activation kActivation>
 inline void backward_apply_of(const BatchNormBackward& given, const Span& span,
                               const void* coefficients, int64_t stride) {
-  constexpr int kRows = 2;  // more would be more streams than the caches like
+  constexpr int kRows = 2;  // more rows are more concurrent streams than the caches handle well
   const BatchNormBackward call = given;
   const T* x = call.training ? static_cast<const T*>(call.input) : nullptr;
   T* grad_input = static_cast<T*>(call.grad_input);

@@ -1,5 +1,5 @@
-// Tensors cut into chunks, and chunks gathered into items of work for the threads. Borders depend
-// on the sizes alone.
+// Cuts tensors into chunks and groups chunks into work items for the threads. Boundaries depend on
+// the sizes alone.
 #pragma once
 
 #include <vector>
@@ -10,10 +10,10 @@
 
 namespace gradfuse::cpu {
 
-constexpr int64_t kItem = 16384;  // least elements of an item of work
+constexpr int64_t kItem = 16384;  // minimum elements of a work item
 
-// Asks for the beginning of a run of memory that is to be read, or written. Short runs are as many
-// misses, for the hardware prefetches what it has seen a part of.
+// Prefetches the beginning of a run of memory, to read or to write. The hardware prefetcher must
+// see part of a run first, so short runs would always miss.
 template <bool kWrites = false>
 inline void prefetch_run(const void* data, int64_t bytes) {
   constexpr int64_t kLine = 64, kMost = 512;
@@ -34,13 +34,12 @@ struct Work {
   std::vector<int64_t> items;
   int64_t total = 0;  // elements
 
-  // Of tensors that have a numel.
+  // Ref has a numel.
   template <class Ref>
   explicit Work(const std::vector<Ref>& tensors) {
     const int64_t chunk = chunk_elements(tensors);
     chunks.reserve(tensors.size());
-    // Long items keep the hardware's prefetcher on one stream, short ones share the work out
-    // evenly.
+    // Long items keep the hardware prefetcher on one stream; short ones balance the threads.
     for (const Ref& t : tensors) total += t.numel;
     const int64_t item = std::clamp<int64_t>(total / 256, kItem, 32 * kItem);
     int64_t pending = item;

@@ -1,9 +1,9 @@
 // Traversal of gradients on the CPU: cuts them into chunks, hands the chunks to threads, combines
 // the results in chunk order.
 //
-// Chunk borders depend on the sizes alone and each chunk's result has a slot of its own, so the
-// bits do not depend on the threads. The second sweep runs backwards: the end of the first one is
-// what the caches still hold.
+// Chunk boundaries depend on the sizes alone and each chunk's result has its own slot, so the bits
+// do not depend on the threads. The second sweep runs backwards, because the caches still hold the
+// end of the first.
 
 #include "../ops/clip.h"
 
@@ -17,7 +17,7 @@ namespace gradfuse::cpu {
 
 namespace {
 
-// Asks for the beginning of a chunk that comes soon.
+// Prefetches the beginning of an upcoming chunk.
 constexpr int64_t kAhead = 6;
 void prefetch_chunk(const std::vector<GradRef>& grads, const Chunk& c) {
   const GradRef& g = grads[c.tensor];

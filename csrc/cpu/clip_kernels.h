@@ -1,8 +1,8 @@
 // Stats, scaling and clamping of one contiguous run of gradients, for one instruction set.
 //
-// Reads are one per element from memory: a block of kBlock elements fits the first-level cache, so
-// the rare second look (values whose squares leave float32, non-finite values, general p) is free.
-// The hot loop is a load, a fused multiply-add, a maximum and a compare per vector.
+// Each element is read from memory once: a block of kBlock elements fits the L1 cache, so the rare
+// second look (values whose squares leave float32, non-finite values, general p) is free. The hot
+// loop is a load, a fused multiply-add, a maximum and a compare per vector.
 #ifndef GRADFUSE_CPU_CLIP_KERNELS_H
 #define GRADFUSE_CPU_CLIP_KERNELS_H
 
@@ -109,7 +109,7 @@ double scaled_sum(const T* x, int64_t n, int32_t exponent) {
   return lane_sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// Sum of |x / amax|^p: whatever p, the largest term is 1.
+// Sum of |x / amax|^p: for every p the largest term is 1.
 template <class T>
 double scaled_power_sum(const T* x, int64_t n, double amax, double p) {
   double sum = 0.0;

@@ -1,4 +1,4 @@
-// Parts of gradients of any layout and type, as the dense kernels take them.
+// Runs the dense kernels on parts of gradients of any layout and type.
 #pragma once
 
 #include "clip_kernels.h"
@@ -41,8 +41,8 @@ inline Stats run_stats(const GradRef& g, int64_t start, int64_t n, NormSpec spec
   return total;
 }
 
-// Applies f(pointer, elements) to dense runs that hold elements [start, start + n) of g, parts of
-// complex numbers counted singly. What was gathered is written back if f returns true.
+// Applies f(pointer, count) to dense runs that hold elements [start, start + n) of g; a complex
+// element counts as two. A gathered run is written back if f returns true.
 template <class F>
 void update_run(const GradRef& g, int64_t start, int64_t n, F f) {
   const int64_t parts = g.is_complex ? 2 : 1;

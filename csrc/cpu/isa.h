@@ -1,4 +1,4 @@
-// The choice among the instruction sets that the CPU kernels are compiled for. Torch-free.
+// Selects one of the instruction sets that the CPU kernels are compiled for. Torch-free.
 #pragma once
 
 namespace gradfuse::cpu {
@@ -10,13 +10,13 @@ enum class Isa : int { Baseline, Avx2, Avx512 };
 Isa isa();
 const char* isa_name();
 
-// For tests: takes another set from now on, by its name; "" for the widest. Throws as isa().
+// For tests: switches to the named set, or to the widest if "". Throws as isa().
 void set_isa(const char* name);
 
 }  // namespace gradfuse::cpu
 
-// Declares an op's table of kernels, one for each instruction set, which simd/unit.cpp compiles,
-// and `name()`, that of the set in use.
+// Declares an op's kernel tables, one per instruction set, which simd/unit.cpp defines, and
+// `name()`, which returns that of the set in use.
 #if defined(__x86_64__)
 #define GRADFUSE_KERNEL_TABLE(Table, name)   \
   namespace baseline {                       \

@@ -1,9 +1,8 @@
 // Traversal of an optimizer's step on the CPU: cuts the parameters into chunks and hands them to
-// threads. An element's update depends on no other, and the sums of update clipping have a slot for
-// each chunk, combined in order: the bits do not depend on the threads.
+// threads. Elements are updated independently, and the sums of update clipping have a slot per
+// chunk and are combined in order, so the bits do not depend on the threads.
 //
-// The sweep runs backwards, for the end of the gradients is what the caches hold after their norm
-// was taken.
+// The sweep runs backwards: after the norm, the caches hold the end of the gradients.
 
 #include "../ops/optim.h"
 
@@ -19,14 +18,14 @@ namespace {
 
 constexpr int64_t kAhead = 5;  // chunks
 
-// What is the same for all elements of a parameter, and mostly for its neighbours.
+// Values shared by all elements of a parameter, and mostly by its neighbours.
 struct Prepared {
   AdamWFactors<double> adamw;
   SgdFactors<double> sgd;
   ElementFactor factor;
 };
 
-// What a Prepared follows from.
+// The inputs that determine a Prepared.
 struct Source {
   int32_t group;
   DType dtype;
@@ -39,10 +38,10 @@ struct Source {
   }
 };
 
-// The Prepared of every parameter, and the steps it had taken.
+// The Prepared of every parameter, and the steps it had taken before.
 struct Preparations {
   std::vector<Prepared> distinct;
-  std::vector<int32_t> of;  // [parameters], in distinct
+  std::vector<int32_t> of;  // [parameters] index into distinct
   std::vector<float> taken;  // [parameters]
 
   Prepared& operator[](int64_t param) { return distinct[of[param]]; }
@@ -70,7 +69,7 @@ Preparations prepare(const OptimStep& step) {
     const ParamRef& p = step.params[i];
     const float taken = p.step ? *p.step : 0.0f;
     const Source source = {p.group, p.dtype, taken, step.use.factor_of_row(p.row)};
-    // Update clipping gives each its own step size. A NaN equals none.
+    // Update clipping gives each parameter its own step size. NaN never compares equal.
     if (out.distinct.empty() || step.update_clip || !(source == last))
       out.distinct.push_back(prepare(step, source));
     last = source;
@@ -81,7 +80,7 @@ Preparations prepare(const OptimStep& step) {
   return out;
 }
 
-// Asks for the beginning of a chunk that comes soon.
+// Prefetches the beginning of an upcoming chunk.
 void prefetch_chunk(const ParamRef& p, const Chunk& c) {
   const auto from = [&](const void* data, DType dtype, auto writes) {
     const int64_t bytes = element_bytes(dtype);
@@ -96,8 +95,7 @@ void prefetch_chunk(const ParamRef& p, const Chunk& c) {
   from(p.master, DType::Float, std::true_type());
 }
 
-// Divides the step sizes of parameters whose updates would be large. Reads gradient and
-// exp_avg_sq once.
+// Reduces the step sizes of parameters with large updates. Reads gradient and exp_avg_sq once.
 void clip_updates(const OptimStep& step, const Work& work, Preparations& prepared) {
   const int64_t chunks = static_cast<int64_t>(work.chunks.size());
   const std::unique_ptr<double[]> sums(new double[chunks]);

@@ -1,6 +1,6 @@
 // The CPU kernels of the optimizers for one instruction set. An update loads and stores each stream
-// once, a vector of consecutive elements at a time; all types are computed in float32, float64 in
-// float64.
+// once, a vector of consecutive elements at a time. float64 is computed in float64, all other types
+// in float32.
 #ifndef GRADFUSE_CPU_OPTIM_KERNELS_H
 #define GRADFUSE_CPU_OPTIM_KERNELS_H
 
@@ -9,14 +9,14 @@
 
 namespace gradfuse::cpu {
 
-// All of elements [start, start + n) of a parameter.
+// All work on elements [start, start + n) of a parameter.
 struct OptimKernels {
-  // Updates them and their state.
+  // Update the elements and their state.
   void (*adamw)(const ParamRef& p, int64_t start, int64_t n, const AdamWFactors<double>& factors,
                 const ElementFactor& factor, const Rounding& rounding);
   void (*sgd)(const ParamRef& p, int64_t start, int64_t n, const SgdFactors<double>& factors,
               const ElementFactor& factor, const Rounding& rounding);
-  // Sum of their adamw_ratio. Writes nothing.
+  // Sum of adamw_ratio over the elements. Writes nothing.
   double (*adamw_ratio_sum)(const ParamRef& p, int64_t start, int64_t n,
                             const AdamWFactors<double>& factors, const ElementFactor& factor);
 };
@@ -90,8 +90,8 @@ inline void for_each_vector(int64_t n, F f) {
   if (i < n) f(i, First{n - i});
 }
 
-// g = clamp(gradient * factor, -bound, bound). The factor is a product, for one type has no room
-// for it; NaN stays.
+// g = clamp(gradient * factor, -bound, bound). The factor is a product of three, because one number
+// may not have its range. NaN stays.
 template <class T>
 struct Gradient {
   using V = VecOfType<T>;
@@ -119,8 +119,8 @@ struct Gradient {
   }
 };
 
-// A new value of a parameter or its state: rounded to nearest, or up and down at random so that it
-// is right on average (Croci et al. 2022, "Stochastic rounding: implementation, error analysis and
+// Stores a new value of a parameter or its state, rounded to nearest or stochastically, which is
+// unbiased (Croci et al. 2022, "Stochastic rounding: implementation, error analysis and
 // applications").
 template <class T, class V, class Access>
 inline void put_rounded(T* p, V v, int64_t element, const Rounding& rounding, uint32_t stream,
@@ -128,7 +128,7 @@ inline void put_rounded(T* p, V v, int64_t element, const Rounding& rounding, ui
   if constexpr (std::is_same_v<T, BFloat16>) {
     if (rounding.stochastic) {
       const UIntVec index = lane_numbers<UIntVec>() + static_cast<uint32_t>(element);
-      const UIntVec noise = random_bits(index ^ (rounding.key + stream)) >> 16;
+      const UIntVec noise = hashed(index ^ (rounding.key + stream)) >> 16;
       const UIntVec bits = bit_cast<UIntVec>(v);
       const UIntVec cut = (bits + noise) & 0xffff0000u;
       const UIntVec whole = (bits & 0x7f800000u) == 0x7f800000u ? bits : cut;  // NaN and inf stay
@@ -139,7 +139,7 @@ inline void put_rounded(T* p, V v, int64_t element, const Rounding& rounding, ui
   access.put(p, v);
 }
 
-// The parameter's value, which is its master's where there is one.
+// The parameter's value: its master's if it has one.
 template <class V, class T, class Access>
 inline V value_of(const T* param, const float* master, int64_t i, const Access& access) {
   if constexpr (sizeof(T) == 2)
@@ -154,7 +154,7 @@ inline void put_value(T* param, float* master, V v, int64_t i, int64_t start,
   put_rounded(param + i, v, start + i, rounding, 0, access);
 }
 
-// Of a parameter's numbers, those of elements [start, start + n).
+// Pointer to element `start`, or null if there is no data.
 template <class T>
 inline T* from(void* data, int64_t start) {
   return data ? static_cast<T*>(data) + start : nullptr;
@@ -211,8 +211,8 @@ void sgd_run(const ParamRef& p, int64_t start, int64_t n, const SgdFactors<doubl
   });
 }
 
-// Sum of adamw_ratio over elements [start, start + n), of a few hundred vectors in the type that
-// elements are computed in and of those sums in float64.
+// Sum of adamw_ratio over elements [start, start + n): in the compute type over blocks of 256
+// vectors, in float64 over the blocks.
 template <class T, class S>
 double ratio_run(const ParamRef& p, int64_t start, int64_t n, const AdamWFactors<double>& factors,
                  const ElementFactor& factor) {

@@ -1,6 +1,6 @@
-// Work shared among torch's threads. Each thread has a run of items of its own, which stays in its
-// cache from one call to the next, and then helps the others: which thread takes an item is left to
-// chance, so an item's result must not depend on it.
+// Shares work among torch's threads. Each thread starts with its own run of items, which stays in
+// its cache from one call to the next, then helps the others. Any thread may take any item, so an
+// item's result must not depend on the thread.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -16,8 +16,8 @@
 
 namespace gradfuse::cpu {
 
-// Subnormals count while this lives: torch.set_flush_denormal sets a flag of one thread, and
-// results must not depend on the thread.
+// Keeps subnormals while it lives: torch.set_flush_denormal sets a flag of one thread, and results
+// must not depend on the thread.
 class KeepSubnormals {
 #if defined(__x86_64__)
   static constexpr unsigned kFlushToZero = 0x8000, kDenormalsAreZero = 0x0040;
@@ -42,13 +42,12 @@ class KeepSubnormals {
 // True in a process forked from one that had this library loaded: the thread pool did not survive.
 bool forked();
 
-// Below so many elements a second thread costs more, in waking it and in moving cache lines, than
-// it saves.
+// Below this many elements, waking a second thread and moving cache lines costs more than it saves.
 constexpr int64_t kLeastParallel = 1 << 19;
 
-// Calls f(i) for every i in [0, n), which together are `elements` long, on up to
-// at::get_num_threads() threads. f must not throw. Each thread goes through its run from its end
-// if kBackwards: what a call before it touched last, this one finds in the cache.
+// Calls f(i) for every i in [0, n) on up to at::get_num_threads() threads. `elements` is the total
+// size of the items. f must not throw. With kBackwards each thread starts at the end of its run,
+// because that is what the call before left in the cache.
 template <bool kBackwards = false, class F>
 void for_each_item(int64_t n, int64_t elements, F f) {
   const bool serial = forked() || elements < kLeastParallel;

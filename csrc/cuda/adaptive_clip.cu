@@ -1,9 +1,9 @@
 // Adaptive gradient clipping (Brock et al. 2021): a block per unit reads its weights and its
 // gradients once, and scales the gradients, read again from cache, only where the unit is clipped.
 //
-// Units of up to 1,024 elements take blocks of one warp, longer ones of eight. Parameters that are
-// strided or complex, whose gradient has another type, or norms of a general order take a launch
-// each. A loss scale that the gradients carry is read on the device.
+// Units of up to 1,024 elements take blocks of one warp, longer ones blocks of eight. A parameter
+// takes a launch of its own if it is strided or complex, if its gradient has another type, or if
+// the norm has a general order. The loss scale of the gradients is read on the device.
 
 #include "../ops/adaptive_clip.h"
 
@@ -25,7 +25,7 @@ struct UnitBatch {
   int64_t weight_stride[kCapacity];  // elements between units
   int64_t grad_stride[kCapacity];
   int64_t numel[kCapacity];        // of a unit
-  int64_t first_block[kCapacity];  // a unit is a block
+  int64_t first_block[kCapacity];  // one block per unit
   int64_t first_slot;
   int32_t count;
 };
@@ -47,7 +47,7 @@ __device__ ScaledNorm shared_coefficient(const Stats& weight, const Stats& grad,
 
 __device__ bool clips(ScaledNorm c) { return c.value != 1.0 || c.exponent != 0.0; }
 
-// Two blocks a multiprocessor leave enough registers for two runs; asked for more, ptxas spills.
+// Two blocks per multiprocessor leave enough registers for two runs; with more, ptxas spills.
 template <class T, int kBlock>
 __global__ void __launch_bounds__(kBlock, 2)
     dense_units(const __grid_constant__ UnitBatch batch, UnitLimit limit, const float* scale) {

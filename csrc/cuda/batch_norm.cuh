@@ -1,5 +1,5 @@
-// What the batch norm kernels share: groups of eight elements, the activations of scalars, sums
-// that keep the range of float32, and how a channel's elements fall into chunks.
+// Shared by the batch norm kernels: groups of eight elements, scalar activations, sums that survive
+// the range of float32, and the chunks of a channel.
 //
 // A group is eight consecutive elements of a run along the contiguous axis: one byte of the mask. A
 // run is [inner] of one channel, or, where inner is 1, [channels] with a channel per element.
@@ -41,7 +41,7 @@ struct Runs {
   int64_t length;  // elements of a run
   int64_t rows;  // runs
   int64_t groups;  // of a run
-  bool by_row;  // an element's channel is its place in the run, not the run's
+  bool by_row;  // an element's channel is its index in the run; all runs have the same
 
   explicit __host__ __device__ Runs(const BatchNormShape& s)
       : channels(s.channels),
@@ -51,7 +51,7 @@ struct Runs {
         by_row(s.inner == 1) {}
 };
 
-// Elements [0, count) of a group at p, widened; the rest are 0. Words of 16 bytes where p allows.
+// Elements [0, count) of a group at p, widened; the rest are 0. 16-byte accesses if p is aligned.
 template <class T>
 __device__ void load_group(const T* p, int count, Wide<T> (&x)[kGroup]) {
   constexpr int kPer = kPer16Bytes<T>;
@@ -85,11 +85,11 @@ __device__ void store_group(T* p, int count, const Wide<T> (&x)[kGroup]) {
     if (e < count) p[e] = Element<T>::narrow(x[e]);
 }
 
-// Per-channel vectors [][channels] as a group takes them: its channel's for all eight elements, or,
-// where channels are contiguous, each element's own.
+// Reads per-channel vectors [][channels] for a group: one value for all eight elements or, if
+// channels are contiguous, one for each.
 template <class W>
 struct Coefficients {
-  const W* of_first;  // of the group's first channel, in the first vector
+  const W* of_first;  // the group's first channel in the first vector
   int64_t channels;
   int count;
   bool by_row;
@@ -121,8 +121,8 @@ __device__ inline void write_channel(ChannelRef v, int64_t i, double value) {
   });
 }
 
-// Sums of terms, and of products, in float64. A few float32 terms are first added up in float32,
-// which consumer GPUs are 64 times faster at, unless one of them is too large or small to square.
+// Sums of terms and of products, in float64. A group's float32 terms are first summed in float32,
+// which is 64 times faster on consumer GPUs, unless one of them is too large or small to square.
 struct TwoSums {
   double first = 0.0, second = 0.0;
 
@@ -159,8 +159,8 @@ struct TwoSums {
   }
 };
 
-// Whether float32 differences from a channel's first element are no good: one overflowed, or their
-// squares would cancel, for that element lies more than 8 deviations from the mean.
+// Whether sums of differences from a channel's first element need float64: one overflowed, or the
+// squares cancel because that element lies more than 8 standard deviations from the mean.
 __device__ inline bool left_range(const TwoSums& s, double elements) {
   return !isfinite(s.first) || !isfinite(s.second) ||
          65.0 * s.first * s.first > 64.0 * s.second * elements;
@@ -168,7 +168,7 @@ __device__ inline bool left_range(const TwoSums& s, double elements) {
 template <class W>
 constexpr bool kLeavesRange = sizeof(W) == 4;
 
-// (x - mean) * kShrink, from the mean times that.
+// (x - mean) * kShrink, given mean * kShrink.
 template <class W>
 __device__ W difference(W x, W shrunk_mean) {
   return x * static_cast<W>(kShrink) - shrunk_mean;
@@ -179,10 +179,10 @@ __device__ inline TwoSums block_sum(const TwoSums& mine) {
   return block_reduce<kThreads, cub::BLOCK_REDUCE_RAKING>(mine, Plus());
 }
 
-// A channel's groups fall into chunks, each summed by one block; where channels are contiguous, the
-// rows do, and a block sums kTileColumns columns of a chunk. The sums lie in slots [chunk][2]
-// [channels] and are added in the chunks' order. Chunks depend on sizes alone.
-constexpr int kTileGroups = 32;  // of a tile, in columns
+// A channel's groups are cut into chunks, each summed by one block. If channels are contiguous,
+// rows are cut instead, and a block sums kTileGroups groups of columns of a chunk. The sums lie in
+// slots [chunk][2][channels] and are added in chunk order. Chunks depend on sizes alone.
+constexpr int kTileGroups = 32;  // width of a tile of columns
 constexpr int kTileRows = kThreads / kTileGroups;
 constexpr int64_t kMostChunks = 256;
 
@@ -194,16 +194,15 @@ struct Chunks {
     const Runs runs(s);
     const int64_t all = runs.by_row ? runs.rows : runs.rows / runs.channels * runs.groups;
     const int64_t least = runs.by_row ? kTileRows * 8 : kThreads * 4;
-    size = (all + kMostChunks - 1) / kMostChunks;
+    size = divided_up(all, kMostChunks);
     size = size < least ? least : size;
-    count = (all + size - 1) / size;
+    count = divided_up(all, size);
   }
 };
 
-// Few enough groups of a channel for one block to keep in registers, between the sums and the
-// sweep.
+// Groups that a thread of one block keeps in registers between the sums and the sweep.
 template <class T>
-constexpr int kHeldGroups = sizeof(Wide<T>) == 8 ? 1 : 4;  // of a thread
+constexpr int kHeldGroups = sizeof(Wide<T>) == 8 ? 1 : 4;
 
 inline bool fits_one_block(const BatchNormShape& s) {
   const Runs runs(s);
@@ -211,7 +210,7 @@ inline bool fits_one_block(const BatchNormShape& s) {
   return !runs.by_row && runs.rows / runs.channels * runs.groups <= kThreads * held;
 }
 
-// Group q of a channel's.
+// Position of a group.
 struct Place {
   int64_t at;  // of its first element
   int64_t byte;  // of its mask
@@ -237,9 +236,9 @@ __device__ inline int64_t elements_before(const Runs& runs, int64_t q) {
   return q / runs.groups * runs.length + q % runs.groups * kGroup;
 }
 
-// Calls terms(place, channel, TwoSums&, wide) for a block's share of a channel's chunk, and leaves
-// its sums in the slots. wide is false_type; if kAgain and the sums left their range, all is summed
-// again with true_type. Grid: (channels, chunks), channels fastest.
+// Calls terms(place, channel, TwoSums&, wide) for each group of the block's chunk of a channel and
+// writes the sums to the slots. wide is false_type; if kAgain and the sums left their range, they
+// are repeated with true_type. Grid: (channels, chunks), channels fastest.
 template <bool kAgain, class Terms>
 __device__ void sum_channel_chunk(const BatchNormShape& shape, double* slots, Terms terms) {
   const Runs runs(shape);
@@ -268,24 +267,24 @@ __device__ void sum_channel_chunk(const BatchNormShape& shape, double* slots, Te
 
 // Where channels are contiguous: the group of columns that a thread sums. Grid as below.
 __device__ inline int64_t group_of_thread(const Runs& runs) {
-  const int64_t tiles = (runs.groups + kTileGroups - 1) / kTileGroups;
+  const int64_t tiles = divided_up(runs.groups, kTileGroups);
   return blockIdx.x % tiles * kTileGroups + threadIdx.x % kTileGroups;
 }
 
-// The same where channels are contiguous: terms(place, x, y, z) gives the eight terms x and
-// products y * z of a group, as W or, if again, as double, which are added by column. Grid: (column
-// tiles, chunks), tiles fastest.
+// The same if channels are contiguous: terms(place, x, y, z) yields a group's eight terms x and
+// products y * z, as W or, when repeated, as double; they are added by column. Grid: (column tiles,
+// chunks), tiles fastest.
 template <class W, bool kAgain, class Terms>
 __device__ void sum_row_chunk(const BatchNormShape& shape, double* slots, Terms terms) {
   const Runs runs(shape);
   const Chunks chunks(shape);
-  const int64_t tiles = (runs.groups + kTileGroups - 1) / kTileGroups;
+  const int64_t tiles = divided_up(runs.groups, kTileGroups);
   const int64_t chunk = blockIdx.x / tiles;
   const int lane = threadIdx.x % kTileGroups, line = threadIdx.x / kTileGroups;
   const int64_t group = group_of_thread(runs);
   const int64_t first = chunk * chunks.size;
   const int64_t end = first + chunks.size < runs.rows ? first + chunks.size : runs.rows;
-  // The block's lines are added one after another: 16 KiB hold a sum of each column at a time.
+  // The two sums are reduced one after the other: 16 KiB hold one of them for every column.
   __shared__ double shared[kTileRows][kTileGroups * kGroup];
   const auto column_sums = [&](auto type) {
     using V = decltype(type);
@@ -308,7 +307,7 @@ __device__ void sum_row_chunk(const BatchNormShape& shape, double* slots, Terms 
 #pragma unroll
       for (int e = 0; e < kGroup; ++e) shared[line][e * kTileGroups + lane] = k ? b[e] : a[e];
       __syncthreads();
-      // Thread t adds up column (e, lane) = (t / 32, t % 32), as they lie in the shared memory.
+      // Thread t sums column (e, lane) = (t / 32, t % 32), as they lie in shared memory.
       double& sum = k ? sums.second : sums.first;
 #pragma unroll
       for (int l = 0; l < kTileRows; ++l) sum += shared[l][threadIdx.x];
@@ -346,18 +345,16 @@ inline unsigned blocks_for(int64_t blocks) {
 }
 inline int64_t sum_blocks(const BatchNormShape& s) {
   const Runs runs(s);
-  const int64_t tiles = (runs.groups + kTileGroups - 1) / kTileGroups;
+  const int64_t tiles = divided_up(runs.groups, kTileGroups);
   return Chunks(s).count * (runs.by_row ? tiles : runs.channels);
 }
 inline int64_t sweep_blocks(const BatchNormShape& s) {
   const Runs runs(s);
-  return (runs.rows * runs.groups + kThreads - 1) / kThreads;
+  return divided_up(runs.rows * runs.groups, kThreads);
 }
-inline int64_t channel_blocks(const BatchNormShape& s) {
-  return (s.channels + kThreads - 1) / kThreads;
-}
+inline int64_t channel_blocks(const BatchNormShape& s) { return divided_up(s.channels, kThreads); }
 
-// Scratch: the slots, then the coefficients [7][channels] of the elements' type.
+// Scratch: the slots, then the coefficients [kBackwardCoefficients][channels] in the compute type.
 inline double* slots_of(void* scratch) { return static_cast<double*>(scratch); }
 inline void* coefficients_of(const BatchNormShape& s, void* scratch) {
   return static_cast<double*>(scratch) + Chunks(s).count * 2 * s.channels;

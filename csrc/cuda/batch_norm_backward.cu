@@ -1,21 +1,14 @@
 // The gradients of act((input - mean) * invstd * weight + bias + residual).
 //
-// With g = grad_output * act', from the mask's bits, the output, or z computed again: three
-// launches as in the forward, sums of g and g * h (read grad_output and input), each channel's
-// coefficients and parameter gradients, and the sweep (read both again, write grad_input and
-// grad_residual). A channel that one block can hold takes one launch. In eval mode grad_input needs
-// no sums.
+// g = grad_output * act', with act' from the mask, from the output, or from z computed again.
+// Launches: each channel's normalisation, the sums of g and g * h (read grad_output and input),
+// each channel's coefficients and parameter gradients, and the sweep (read both again, write
+// grad_input and grad_residual). A channel that fits one block takes a single launch. In eval mode
+// grad_input needs no sums.
 #include "batch_norm.cuh"
 
 namespace gradfuse::cuda {
 namespace {
-
-// How an element is normalised, and its gradient combined.
-template <class W>
-struct ChannelGradient {
-  Normalisation<W> forward;
-  InputGradient<W> input;
-};
 
 template <class W>
 __device__ Normalisation<W> normalisation_of(const BatchNormBackward& call, int64_t c) {
@@ -32,7 +25,7 @@ __device__ W invstd_of(const BatchNormBackward& call, int64_t c) {
   return scale_of_shrunk<W>(call.stats[call.shape.channels + c]);
 }
 
-// Writes a channel's parameter gradients, returns the coefficients of its input's.
+// Writes a channel's parameter gradients and returns the coefficients of its input gradient.
 template <class W>
 __device__ InputGradient<W> finish_channel(const BatchNormBackward& call, int64_t c, TwoSums sums) {
   const double mean = call.stats[c], invstd = call.stats[call.shape.channels + c];
@@ -46,8 +39,9 @@ __device__ InputGradient<W> finish_channel(const BatchNormBackward& call, int64_
   return g;
 }
 
-// Gives the normalised elements of a group x, before the residual, one by one: of one channel, or
-// from the coefficients, which need more registers and are loaded at the call.
+// Returns a function that returns the normalised elements of group x, without the residual, by
+// index. Coefficients of one channel are at hand; those of each element need more registers, so
+// they are loaded by the call.
 template <class W>
 __device__ auto normalised(const Normalisation<W>& n, const W (&x)[kGroup]) {
   return [&] { return [&](int e) { return difference(x[e], n.mean) * n.scale + n.shift; }; };
@@ -56,13 +50,13 @@ template <class W>
 __device__ auto normalised(const Coefficients<W>& coefficients, const W (&x)[kGroup]) {
   return [&] {
     Group<W> z, v;
-    coefficients(0, v.at);
+    coefficients(kMean, v.at);
 #pragma unroll
     for (int e = 0; e < kGroup; ++e) z.at[e] = difference(x[e], v.at[e]);
-    coefficients(1, v.at);
+    coefficients(kScale, v.at);
 #pragma unroll
     for (int e = 0; e < kGroup; ++e) z.at[e] *= v.at[e];
-    coefficients(2, v.at);
+    coefficients(kShift, v.at);
 #pragma unroll
     for (int e = 0; e < kGroup; ++e) z.at[e] += v.at[e];
     return [z](int e) { return z.at[e]; };
@@ -141,8 +135,8 @@ __global__ void __launch_bounds__(kThreads)
   if (group < runs.groups) {
     const int count = place_of(runs, 0, group).count;
     of_group = coefficients_of_group(runs, 0, group, count, coefficients);
-    of_group(0, mean);
-    of_group(3, invstd);
+    of_group(kMean, mean);
+    of_group(kInvstd, invstd);
   }
   const auto terms = [&](const Place& place, W(&x)[kGroup], W(&y)[kGroup], W(&z)[kGroup]) {
     W in[kGroup] = {};
@@ -157,7 +151,7 @@ __global__ void __launch_bounds__(kThreads)
   sum_row_chunk<W, false>(call.shape, slots, terms);
 }
 
-// What the sums need of each channel.
+// Coefficients that the sums need, by channel.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     batch_norm_grad_prepare(const __grid_constant__ BatchNormBackward call, Wide<T>* coefficients) {
@@ -165,13 +159,13 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t channels = call.shape.channels;
   if (c >= channels) return;
   const Normalisation<Wide<T>> n = normalisation_of<Wide<T>>(call, c);
-  coefficients[c] = n.mean;
-  coefficients[channels + c] = n.scale;
-  coefficients[2 * channels + c] = n.shift;
-  coefficients[3 * channels + c] = invstd_of<Wide<T>>(call, c);
+  coefficients[kMean * channels + c] = n.mean;
+  coefficients[kScale * channels + c] = n.scale;
+  coefficients[kShift * channels + c] = n.shift;
+  coefficients[kInvstd * channels + c] = invstd_of<Wide<T>>(call, c);
 }
 
-// What the sweep needs of each channel, and its parameters' gradients.
+// Coefficients that the sweep needs, and the parameter gradients, by channel.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     batch_norm_grad_finish(const __grid_constant__ BatchNormBackward call, const double* slots,
@@ -181,9 +175,9 @@ __global__ void __launch_bounds__(kThreads)
   if (c >= channels) return;
   const TwoSums sums = has_sums ? sum_of_chunks(call.shape, slots, c) : TwoSums();
   const InputGradient<Wide<T>> g = finish_channel<Wide<T>>(call, c, sums);
-  coefficients[4 * channels + c] = g.direct;
-  coefficients[5 * channels + c] = g.slope;
-  coefficients[6 * channels + c] = g.shift;
+  coefficients[kDirect * channels + c] = g.direct;
+  coefficients[kSlope * channels + c] = g.slope;
+  coefficients[kOffset * channels + c] = g.shift;
 }
 
 // Writes the gradients of a group; x holds its input, unless none is needed.
@@ -196,19 +190,19 @@ __device__ void write_gradients(const BatchNormBackward& call, const Place& plac
     store_group(static_cast<T*>(call.grad_residual) + place.at, place.count, g);
   if (!call.grad_input) return;
   W v[kGroup];
-  coefficients(4, v);
+  coefficients(kDirect, v);
 #pragma unroll
   for (int e = 0; e < kGroup; ++e) g[e] *= v[e];
   if (call.training) {
     W h[kGroup], slope[kGroup];
-    coefficients(0, v);
+    coefficients(kMean, v);
 #pragma unroll
     for (int e = 0; e < kGroup; ++e) h[e] = difference(x[e], v[e]);
-    coefficients(3, v);
+    coefficients(kInvstd, v);
 #pragma unroll
     for (int e = 0; e < kGroup; ++e) h[e] *= v[e];
-    coefficients(5, slope);
-    coefficients(6, v);
+    coefficients(kSlope, slope);
+    coefficients(kOffset, v);
 #pragma unroll
     for (int e = 0; e < kGroup; ++e) g[e] += h[e] * slope[e] + v[e];
   }
@@ -233,7 +227,7 @@ __global__ void __launch_bounds__(kThreads)
   write_gradients<T>(call, place, x, of_group, g);
 }
 
-// All of a channel in one block: input and g stay in registers between the sums and the sweep.
+// A channel in one block: input and g stay in registers between the sums and the sweep.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     batch_norm_grad_small(const __grid_constant__ BatchNormBackward call, bool has_sums) {
@@ -268,11 +262,11 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
   const InputGradient<W> d = shared;
   const auto coefficients = [&](int k, W(&v)[kGroup]) {
-    const W one = k == 0   ? d.mean
-                  : k == 3 ? d.invstd
-                  : k == 4 ? d.direct
-                  : k == 5 ? d.slope
-                           : d.shift;
+    const W one = k == kMean     ? d.mean
+                  : k == kInvstd ? d.invstd
+                  : k == kDirect ? d.direct
+                  : k == kSlope  ? d.slope
+                                 : d.shift;
 #pragma unroll
     for (int e = 0; e < kGroup; ++e) v[e] = one;
   };

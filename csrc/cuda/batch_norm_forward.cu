@@ -4,14 +4,13 @@
 // the sweep (read input and residual, write output and mask). A channel that one block can hold
 // takes one launch, which reads the input once. In eval mode the sums are left out.
 //
-// Assumes nothing of alignment but that of the elements; 16-byte accesses where a run's is better.
+// Assumes element-aligned data; uses 16-byte accesses where a group is aligned to 16 bytes.
 #include "batch_norm.cuh"
 
 namespace gradfuse::cuda {
 namespace {
 
-// What the statistics say of a channel: writes stats and running averages, returns the
-// coefficients.
+// Writes a channel's statistics and running averages, returns its coefficients.
 template <class W>
 __device__ Normalisation<W> finish_channel(const BatchNormForward& call, int64_t c, TwoSums sums,
                                            double shift) {
@@ -40,7 +39,7 @@ __device__ Normalisation<W> finish_channel(const BatchNormForward& call, int64_t
                           read_channel(call.bias, c, 0.0));
 }
 
-// Adds x - shift and its square, of the first count of a group; in float64 if kWide.
+// Adds x - shift and its square for the first `count` elements of a group; in float64 if kWide.
 template <bool kWide, class W>
 __device__ void add_differences(const W (&x)[kGroup], int count, W shift, TwoSums& sums) {
   if constexpr (kWide) {
@@ -111,12 +110,12 @@ __global__ void __launch_bounds__(kThreads)
     shift = shift_of<T>(call, c);
   }
   const Normalisation<Wide<T>> n = finish_channel<Wide<T>>(call, c, sums, shift);
-  coefficients[c] = n.mean;
-  coefficients[channels + c] = n.scale;
-  coefficients[2 * channels + c] = n.shift;
+  coefficients[kMean * channels + c] = n.mean;
+  coefficients[kScale * channels + c] = n.scale;
+  coefficients[kShift * channels + c] = n.shift;
 }
 
-// The output of a group from its normalised elements, and its byte of the mask.
+// Writes a group's output from its normalised elements, and its byte of the mask.
 template <class T>
 __device__ void write_output(const BatchNormForward& call, const Place& place,
                              Wide<T> (&z)[kGroup]) {
@@ -161,15 +160,15 @@ __global__ void __launch_bounds__(kThreads)
   const auto of_group = coefficients_of_group(runs, row, group, place.count, coefficients);
   W z[kGroup], mean[kGroup], scale[kGroup], shift[kGroup];
   load_group(static_cast<const T*>(call.input) + place.at, place.count, z);
-  of_group(0, mean);
-  of_group(1, scale);
-  of_group(2, shift);
+  of_group(kMean, mean);
+  of_group(kScale, scale);
+  of_group(kShift, shift);
 #pragma unroll
   for (int e = 0; e < kGroup; ++e) z[e] = difference(z[e], mean[e]) * scale[e] + shift[e];
   write_output<T>(call, place, z);
 }
 
-// All of a channel in one block: the input stays in registers between the sums and the sweep.
+// A channel in one block: the input stays in registers between the sums and the sweep.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     batch_norm_small(const __grid_constant__ BatchNormForward call) {
@@ -223,7 +222,7 @@ __global__ void __launch_bounds__(kThreads)
 
 int64_t batch_norm_scratch_bytes(const BatchNormShape& shape) {
   const int64_t slots = Chunks(shape).count * 2 * shape.channels;
-  return (slots + 7 * shape.channels) * static_cast<int64_t>(sizeof(double));
+  return (slots + kBackwardCoefficients * shape.channels) * static_cast<int64_t>(sizeof(double));
 }
 
 void batch_norm_forward(const BatchNormForward& call, void* scratch, Stream stream) {

@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads)
                 Stats* per_grad,  // [gradients of this batch]
                 TensorStats* stats) {  // [rows]
   const int64_t numel = batch.numel[blockIdx.x];
-  const int64_t count = (numel + batch.chunk - 1) / batch.chunk;
+  const int64_t count = divided_up(numel, batch.chunk);
   const Stats* mine = slots + batch.first_slot[blockIdx.x];
   Stats sum = {};
   for (int64_t i = threadIdx.x; i < count; i += kThreads) sum = merge(sum, mine[i], p);
@@ -118,7 +118,7 @@ __device__ Factor factor_in(const ClipPlan& plan, const double* own) {
   return factor_of({plan.factor.value * (own ? *own : 1.0), plan.factor.exponent});
 }
 
-// Whether gradients stay as they are.
+// Whether gradients stay unchanged.
 __device__ bool keeps(const ClipPlan& plan, const double* coefficients) {
   if (plan.action() == Action::Keep) return !coefficients && plan.factor.value == 1.0;
   return plan.is_refused();
@@ -166,14 +166,14 @@ __global__ void __launch_bounds__(kThreads)
       });
 }
 
-// The bound as T holds it, as torch's clamp_ rounds it.
+// The bound rounded to T, as torch's clamp_ rounds it.
 template <class T>
 __device__ typename Element<T>::Wide rounded_bound(double bound) {
   using E = Element<T>;
   return E::widen(E::narrow(static_cast<typename E::Wide>(bound)));
 }
 
-// Whether x changed. NaN stays: both comparisons are false.
+// Clamps x; returns whether it changed. NaN stays: both comparisons are false.
 template <class T>
 __device__ bool clamp_element(T& x, typename Element<T>::Wide bound) {
   const typename Element<T>::Wide wide = Element<T>::widen(x);
@@ -227,8 +227,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Cuts the gradients into launches: dense(T, batch, blocks) for up to kCapacity dense runs of one
-// type, strided(run, blocks, first slot, gradient) for each other one. Slots follow launch order;
-// `slot_of`, if given, receives each gradient's first; `rows`, if given, says the batches' rows.
+// type, strided(run, blocks, first slot, gradient) for each other gradient. Slots follow launch
+// order; `slot_of` receives each gradient's first. `rows` holds their rows. Both may be null.
 template <class Dense, class Strided>
 void for_each_launch(const std::vector<GradRef>& grads, std::vector<int64_t>* slot_of,
                      const std::vector<int64_t>* rows, Dense dense, Strided strided) {

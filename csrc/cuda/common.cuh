@@ -1,4 +1,4 @@
-// What the kernels share: element types, 16-byte accesses, loops over a run, checked launches.
+// Shared by the kernels: element types, 16-byte accesses, loops over a run, checked launches.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -17,7 +17,7 @@ namespace gradfuse::cuda {
 
 constexpr int kThreads = 256;
 
-// What an element of T is computed in, and its conversions.
+// The type that T is computed in, and its conversions.
 template <class T>
 struct Element {
   using Wide = T;
@@ -62,8 +62,7 @@ __device__ Word<T> load_word(const T* p) {
   w.raw = *reinterpret_cast<const uint4*>(p);
   return w;
 }
-// An intrinsic, for nvcc takes a plain store of a union apart again: it made stores of 4, 4 and 8
-// bytes of some of them.
+// Uses an intrinsic: nvcc splits plain stores of a union, some into stores of 4, 4 and 8 bytes.
 template <class T>
 __device__ void store_word(T* p, const Word<T>& w) {
   __stwb(reinterpret_cast<uint4*>(p), w.raw);
@@ -76,9 +75,9 @@ __device__ int64_t unaligned_head(const T* x, int64_t n) {
   return head < n ? head : n;
 }
 
-// Visits x[0..n) with the block's threads: one(i) for the elements at the unaligned ends,
-// words(i, Word...) with kUnroll aligned words at elements i + u * kBlock * kPer16Bytes, and
-// word(i, Word) for the last of those. Assumes blockDim.x == kBlock.
+// Visits x[0..n) with the block's threads: one(i) for the elements at the unaligned ends, words(i,
+// Word...) with kUnroll aligned words at elements i + u * kBlock * kPer16Bytes, and word(i, Word)
+// for the remaining words. Assumes blockDim.x == kBlock.
 template <class T, int kBlock, int kUnroll, class One, class Words, class Last>
 __device__ void visit_run(const T* x, int64_t n, One one, Words words, Last word) {
   constexpr int kPer = kPer16Bytes<T>;
@@ -97,8 +96,8 @@ __device__ void visit_run(const T* x, int64_t n, One one, Words words, Last word
   if (tail < n) one(tail);
 }
 
-// A run of any type and layout by itself: strided, complex, or one the batches have no place for.
-// The dimensions are coalesced: torch allows 64.
+// A run that takes a launch of its own: strided, complex, or unfit for a batch. Its dimensions are
+// coalesced; torch allows 64.
 struct StridedRun {
   static constexpr int kMaxDims = 64;
   void* data;

@@ -1,5 +1,5 @@
-// Many tensors in few launches: a kernel's parameters hold the metadata of up to kCapacity runs,
-// and each of its blocks finds its run there. So nothing is copied, and a captured graph keeps it.
+// Many tensors in few launches: a kernel's parameters hold the metadata of up to kCapacity runs, in
+// which each block finds its run. So no metadata is copied, and a captured graph contains it.
 #pragma once
 
 #include "common.cuh"
@@ -16,7 +16,7 @@ constexpr size_t kMostParameterBytes = 32000;
 // Collects runs into batches, and calls launch(batch, blocks) for each one that is full.
 //
 // Batch has kCapacity, count, first_block[kCapacity] (of each run, ascending from 0), and
-// first_slot (of block 0, where the slots of all launches follow each other).
+// first_slot (of block 0; slots are numbered through all launches).
 template <class Batch, class Launch>
 class Launches {
   static_assert(sizeof(Batch) <= kMostParameterBytes, "a kernel's parameters are limited");
@@ -28,7 +28,7 @@ class Launches {
   }
   Launches(const Launches&) = delete;
 
-  // Makes room for a run of so many blocks, and returns its place in batch().
+  // Adds a run of this many blocks and returns its place in batch().
   int add(int64_t blocks) {
     if (batch_.count == Batch::kCapacity || blocks_ + blocks > kMostBlocks) flush();
     batch_.first_block[batch_.count] = blocks_;
@@ -36,7 +36,7 @@ class Launches {
     return batch_.count++;
   }
   Batch& batch() { return batch_; }
-  // Slot of the next run's first block. A run that is given none takes no slot.
+  // Slot of the next run's first block. A run that is not added takes no slot.
   int64_t next_slot() const { return batch_.first_slot + blocks_; }
   void flush() {
     if (batch_.count) launch_(batch_, grid(blocks_));

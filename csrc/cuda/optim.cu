@@ -48,7 +48,7 @@ struct ParamBatch {
 static_assert(sizeof(ParamBatch) + sizeof(GroupOptions) <= kMostParameterBytes,
               "a kernel's parameters are limited");
 
-// What is the same for all elements of a parameter.
+// Values shared by all elements of a parameter.
 template <Rule kRule, class W>
 struct Prepared {
   std::conditional_t<kRule == Rule::AdamW, AdamWFactors<W>, SgdFactors<W>> rule;
@@ -92,15 +92,15 @@ __device__ T rounded(W v, int64_t element, const Rounding& rounding, uint32_t st
     const uint32_t bits = __float_as_uint(v);
     if (rounding.stochastic && (bits & 0x7f800000u) != 0x7f800000u) {
       const uint32_t key = rounding.key + static_cast<uint32_t>(element >> 32) + stream;
-      const uint32_t noise = random_bits(static_cast<uint32_t>(element) ^ key) >> 16;
+      const uint32_t noise = hashed(static_cast<uint32_t>(element) ^ key) >> 16;
       return Element<T>::narrow(__uint_as_float((bits + noise) & 0xffff0000u));
     }
   }
   return Element<T>::narrow(static_cast<typename Element<T>::Wide>(v));
 }
 
-// kCount consecutive elements of a stream in the type they are computed in. `whole`: in 16-byte
-// accesses, from a boundary.
+// kCount consecutive elements of a stream, in the compute type. kWhole: in 16-byte accesses from an
+// aligned address.
 template <int kCount, bool kWhole, class T, class W>
 __device__ void get(const T* p, W (&x)[kCount]) {
   if constexpr (kWhole) {
@@ -262,7 +262,7 @@ __global__ void __launch_bounds__(kThreads)
                  double* lr_scale) {  // [params]
   if (use.is_refused()) return;
   const int64_t numel = batch.numel[blockIdx.x];
-  const int64_t count = (numel + batch.chunk - 1) / batch.chunk;
+  const int64_t count = divided_up(numel, batch.chunk);
   const double* mine = slots + batch.first_slot + batch.first_block[blockIdx.x];
   double sum = 0.0;
   for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += mine[i];
@@ -291,7 +291,7 @@ bool go_together(const ParamRef& a, const ParamRef& b) {
 }
 
 // Calls launch(batch, like, blocks) for the parameters of each group and pair of types, up to
-// kCapacity at a time; `like` is one of them. Those without elements take no block but are counted.
+// kCapacity at a time; `like` is one of them. Empty parameters take a place but no block.
 template <class Launch>
 void for_each_batch(const OptimStep& step, Launch launch) {
   const int64_t chunk = chunk_elements(step.params);
@@ -331,8 +331,9 @@ int64_t optim_scratch_bytes(const OptimStep& step) {
 }
 
 void optim_step(const OptimStep& step, void* scratch, Stream stream) {
+  // Scratch, of update clipping: a factor for each parameter, then the chunks' slots.
   double* const lr_scale = step.update_clip ? static_cast<double*>(scratch) : nullptr;
-  double* const slots = lr_scale + step.params.size();
+  double* const slots = step.update_clip ? lr_scale + step.params.size() : nullptr;
   for_each_batch(step, [&](const ParamBatch& batch, const ParamRef& like, unsigned blocks) {
     const GroupOptions& group = step.groups[like.group];
     const auto launch = [&](auto type, auto state) {

@@ -25,7 +25,7 @@ constexpr auto kInfinityBits = 0x7f800000u;
 template <>
 constexpr auto kInfinityBits<double> = 0x7ff0000000000000ull;
 
-// Whether the squares of a group with this largest magnitude may be summed as they are. Those of
+// Whether the squares of a group with this largest magnitude may be summed unscaled. Those of
 // float16 always may.
 template <class T>
 __device__ bool squares_are_safe(double largest) {
@@ -74,7 +74,7 @@ struct ThreadStats {
       l2 = add(l2, {static_cast<double>(squares), 0}, 2.0);
       if (spec.kind == NormKind::L1) lp = add(lp, {static_cast<double>(magnitudes), 0}, 1.0);
     } else {
-      // float64 holds the squares of float32 as they are.
+      // float64 holds the squares of float32 unscaled.
       const int32_t e = sizeof(Wide) == 8 ? scale_exponent(amax) : 0;
       l2 = add(l2, {scaled_sum<true>(x, e), static_cast<double>(e)}, 2.0);
       if (spec.kind == NormKind::L1)
@@ -96,7 +96,7 @@ struct ThreadStats {
     return sum;
   }
 
-  // Sum of |x / amax|^p: whatever p, the largest term is 1.
+  // Sum of |x / amax|^p: for every p the largest term is 1.
   template <int kCount>
   static __device__ double power_sum(const Wide (&x)[kCount], double amax, double p) {
     double sum = 0.0;

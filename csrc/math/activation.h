@@ -1,4 +1,4 @@
-// Which activations there are, and what their backward needs to know.
+// The activations, and what the backward of each needs.
 #pragma once
 
 #include <cmath>
@@ -44,27 +44,27 @@ GRADFUSE_HD_FORCED void with_activation(Activation a, F f) {
   }
 }
 
-// Where the derivative takes only two values, one bit says which: 1 where it is set; where not, 0
-// or leaky_relu's negative slope.
+// The derivative takes only two values, so a mask of one bit suffices: 1 if it is set, else 0 or
+// leaky_relu's negative slope.
 GRADFUSE_HD constexpr bool has_mask(Activation a) {
   return a == Activation::Relu || a == Activation::Relu6 || a == Activation::LeakyRelu;
 }
-// The derivative follows from the output; for those with a mask, it may.
+// The derivative is computed from the output; activations with a mask may use it too.
 GRADFUSE_HD constexpr bool needs_output(Activation a) {
   return a == Activation::Sigmoid || a == Activation::Tanh;
 }
-// The backward normalises the input, and adds the residual, again.
+// The backward computes z again: it normalises the input and adds the residual.
 GRADFUSE_HD constexpr bool needs_input(Activation a) {
   return a == Activation::Silu || a == Activation::Gelu || a == Activation::GeluTanh ||
          a == Activation::Hardswish;
 }
 
-// A mask bit is set where the output, rounded to the dtype, is on neither of the activation's flat
-// ends: relu !(z <= above); relu6 z > above and z < below; leaky_relu z > above. So a NaN passes
-// relu's gradient alone, as in torch.
+// A mask bit is set if the output, rounded to the dtype, lies on neither of the activation's flat
+// ends: relu !(z <= above); relu6 z > above and z < below; leaky_relu z > above. Of the three only
+// relu passes the gradient of a NaN, as in torch.
 //
-// In the 16-bit types a small z rounds to 0 and one just under 6 to 6; half-way goes to even, which
-// 0 and 6 are.
+// In the 16-bit types a small z rounds to 0 and a z just under 6 rounds to 6. The bounds are the
+// half-way points, which round to even, and 0 and 6 are even.
 struct MaskBounds {
   double above;
   double below;

@@ -1,5 +1,5 @@
-// The activations and their derivatives, for host and device alike and for vectors as for scalars:
-// V is what one step computes, S the scalar that its lanes are.
+// The activations and their derivatives for host and device, for vectors and scalars: V is the type
+// of the computation, S its scalar.
 //
 // Include inside a namespace that has, for its V, overloads of
 //   exponential(V)      e^v
@@ -57,7 +57,7 @@ GRADFUSE_HD V activate(V z, S negative_slope) {
   }
 }
 
-// d act(z) / dz for the activations whose backward computes z again.
+// d act(z) / dz, for the activations whose backward computes z again.
 template <Activation kActivation, class S, class V>
 GRADFUSE_HD V derivative_at(V z) {
   const V one = V{} + S(1);

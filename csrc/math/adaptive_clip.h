@@ -1,13 +1,13 @@
-// Adaptive gradient clipping for host and device alike: the factor of one unit.
+// Adaptive gradient clipping for host and device: the factor of one unit.
 #pragma once
 
 #include "norm.h"
 
 namespace gradfuse {
 
-// Adaptive gradient clipping of one unit (Brock et al. 2021, eq. 3): the factor for its gradient,
-// 1 where it stays as it is, as value * 2^exponent: float64 gradients of 1e300 beside weights
-// of 1e-10 need one that float64 has no room for. Non-finite norms give what the division gives.
+// Factor of one unit's gradient (Brock et al. 2021, eq. 3), 1 if it is not clipped. As value *
+// 2^exponent, because float64 gradients of 1e300 beside weights of 1e-10 need one outside float64's
+// range. Non-finite norms give what the division gives.
 GRADFUSE_HD ScaledNorm unit_coefficient(ScaledNorm weight, ScaledNorm grad, double clip_factor,
                                         double eps) {
   if (to_double(weight) < eps) weight = {eps, 0.0};

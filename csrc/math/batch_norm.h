@@ -1,6 +1,6 @@
-// Arithmetic of batch normalisation for host and device alike: statistics of a channel from its
-// sums, and the coefficients that one element's forward and backward need. All in float64, once per
-// channel; F is what the elements are computed in.
+// Arithmetic of batch normalisation for host and device: statistics of a channel from its sums, and
+// the coefficients of one element's forward and backward. All in float64, once per channel; F is
+// the type that elements are computed in.
 //
 // Ioffe, Szegedy 2015, "Batch Normalization: Accelerating Deep Network Training by Reducing
 // Internal Covariate Shift", algorithm 1 and section 3.
@@ -13,8 +13,8 @@
 
 namespace gradfuse {
 
-// Sums over a channel of x - shift, where shift is one of its own elements: then the variance
-// loses no more digits than the channel has elements, however far its mean is from zero.
+// Sums over a channel of x - shift and its square. shift is one of the channel's elements: then
+// (shift - mean)^2 <= count * variance, which bounds the cancellation wherever the mean lies.
 struct ChannelSums {
   double sum;
   double squares;
@@ -27,7 +27,8 @@ struct Moments {
 
 GRADFUSE_HD Moments moments(ChannelSums s, double shift, double count) {
   const double mean = s.sum / count;
-  // Squares past float64's range: infinite, not inf - inf. Of an infinite element, NaN.
+  // Squares beyond float64's range give an infinite variance, not inf - inf; an infinite element
+  // gives NaN.
   const double variance =
       std::isinf(s.squares) ? s.squares + (mean - mean) : s.squares / count - mean * mean;
   return {shift + mean, variance < 0.0 ? 0.0 : variance};  // NaN stays
@@ -37,7 +38,7 @@ GRADFUSE_HD double inverse_deviation(double variance, double eps) {
   return 1.0 / std::sqrt(variance + eps);
 }
 
-// What running_var takes in: sum of squares / (count - 1).
+// Unbiased variance, for running_var: sum of squares / (count - 1).
 GRADFUSE_HD double unbiased(double variance, double count) {
   return variance * (count / (count - 1.0));
 }
@@ -46,8 +47,8 @@ GRADFUSE_HD double running_average(double old, double now, double momentum) {
   return (1.0 - momentum) * old + momentum * now;
 }
 
-// Elements and means are taken times this, which costs one fused multiply-add and no digit: then
-// no difference of finite ones overflows, nor is the scale of the largest a subnormal number.
+// Elements and means are multiplied by this, which is exact and part of a fused multiply-add. Then
+// no difference of finite values overflows, and the scale of the largest values is not subnormal.
 constexpr double kShrink = 0x1p-4;
 
 template <class F>
@@ -59,13 +60,13 @@ GRADFUSE_HD F scale_of_shrunk(double scale) {
   return static_cast<F>(scale / kShrink);
 }
 
-// z = (x * kShrink - mean) * scale + shift. mean is rounded to F; what it lost is in the shift.
+// z = (x * kShrink - mean) * scale + shift. mean is rounded to F; shift makes up for the error.
 template <class F>
 struct Normalisation {
   F mean, scale, shift;
 };
 
-// How far the normalised element is from that of a mean as rounded.
+// Correction of a normalised element for the rounded mean, which is shrunk / kShrink.
 GRADFUSE_HD double normalisation_offset(double shrunk, double mean, double invstd) {
   return (shrunk / kShrink - mean) * invstd;
 }
@@ -85,8 +86,8 @@ struct InputGradient {
   F mean, invstd, direct, slope, shift;
 };
 
-// Sums over a channel of g and of g * h. Their means are what the batch statistics add to the
-// gradient; in eval mode the statistics are constants, and nothing.
+// Sums over a channel of g and of g * h: what the batch statistics add to the gradient comes from
+// their means. In eval mode the statistics are constants and add nothing.
 struct GradientSums {
   double sum;
   double dot;
@@ -108,5 +109,19 @@ GRADFUSE_HD InputGradient<F> input_gradient(double mean, double invstd, double w
   r.shift = static_cast<F>(slope * offset - direct * s.sum / count);
   return r;
 }
+
+// A channel's coefficients, in the order in which kernels keep vectors of them. The first three are
+// those of the forward: a Normalisation. The backward needs all: kInvstd, then an InputGradient.
+enum Coefficient {
+  kMean,
+  kScale,
+  kShift,
+  kForwardCoefficients,
+  kInvstd = kForwardCoefficients,
+  kDirect,
+  kSlope,
+  kOffset,
+  kBackwardCoefficients
+};
 
 }  // namespace gradfuse

@@ -1,31 +1,31 @@
-// Gradient clipping by the global norm for host and device alike: the plan of a step.
+// Gradient clipping by the global norm for host and device: the plan of a step.
 #pragma once
 
 #include "norm.h"
 
 namespace gradfuse {
 
-// What a norm that is NaN or inf does. gradfuse/_codes.py has the same numbers.
+// How a norm of NaN or inf is treated. gradfuse/_codes.py has the same numbers.
 enum class NonFinite : int32_t { Propagate, Error, Zero, Skip };
 
 // What a step does to the gradients. Refuse: the setting is Error and the norm is not finite, so
 // the caller raises. Skip: an optimizer's step changes nothing.
 enum class Action : int32_t { Keep, Scale, Zero, Refuse, Skip };
 
-// The plan of a step, as it lies in a float64 tensor [8]. gradfuse/_records.py has the same fields.
+// The plan of a step, stored as a float64 tensor [8]. gradfuse/_records.py has the same fields.
 struct ClipPlan {
   double norm;  // of all gradients, without their loss scale
   double coefficient;
   double clipped_norm;
   double action_code;
-  ScaledSum sum;  // what the norm is the root of, or for the infinity norm the maximum
-  ScaledNorm factor;  // of the gradients: the coefficient, where float64 has no room for it, and
-                      // the inverse of the loss scale
+  ScaledSum sum;  // the norm is its root; for the infinity norm, the maximum
+  ScaledNorm factor;  // of the gradients: coefficient / loss scale, also where that is outside
+                      // float64's range
 
   GRADFUSE_HD Action action() const {
     return static_cast<Action>(static_cast<int32_t>(action_code));
   }
-  // Whether the step leaves the gradients untouched before it reads any.
+  // Whether nothing may be written: the action is Refuse or Skip.
   GRADFUSE_HD bool is_refused() const {
     return action() == Action::Refuse || action() == Action::Skip;
   }
@@ -61,15 +61,14 @@ GRADFUSE_HD ClipPlan clip_plan(ScaledNorm norm, double max_norm, NonFinite nonfi
   return make_plan(wide, coefficient, wide * coefficient, Action::Scale, {coefficient, 0.0});
 }
 
-// What gradients of a scaled loss carry (Micikevicius et al. 2018, "Mixed Precision Training",
+// Scale of the loss, and so of its gradients (Micikevicius et al. 2018, "Mixed Precision Training",
 // section 3.2).
 struct LossScale {
   double value;
-  bool found_inf;  // somebody saw a gradient that is not finite
+  bool found_inf;  // some gradient was reported as not finite
 };
 
-// The plan for gradients of a scaled loss: its norms are those without the scale, its factor takes
-// the scale off as well.
+// The plan for gradients of a scaled loss: its norms exclude the scale, its factor removes it.
 GRADFUSE_HD ClipPlan unscaled_plan(ScaledSum sum, NormSpec spec, double max_norm,
                                    NonFinite nonfinite, LossScale scale) {
   const ScaledNorm norm = norm_of(sum, spec);
@@ -80,14 +79,14 @@ GRADFUSE_HD ClipPlan unscaled_plan(ScaledSum sum, NormSpec spec, double max_norm
   return plan;
 }
 
-// Statistics of one tensor, as they lie in a row of a float64 tensor [n, 5]. gradfuse/_records.py
-// has the same fields.
+// Statistics of one tensor, stored as a row of a float64 tensor [n, 5]. gradfuse/_records.py has
+// the same fields.
 struct TensorStats {
   double norm;  // L2
   double largest;  // |g|
   double nonfinite;  // count
   double zeros;  // count
-  double numel;  // -1 in the row of a tensor that is not there
+  double numel;  // -1 if there is no such tensor
 };
 constexpr int64_t kStatsFields = 5;
 static_assert(sizeof(TensorStats) == kStatsFields * sizeof(double), "a row of a float64 [n, 5]");

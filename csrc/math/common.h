@@ -1,4 +1,4 @@
-// What every layer shares: the element types, and how a function is marked for host and device.
+// Shared by every layer: the element types, and the mark of functions for host and device.
 #pragma once
 
 #include <cstdint>
@@ -32,8 +32,8 @@ struct Type {
   using type = T;
 };
 
-// Calls f(Type<T>) with the C++ type that dtype names. The 16-bit types differ between the
-// compilers that call this: each brings its own.
+// Calls f(Type<T>) with the C++ type that dtype names. Callers pass the 16-bit types, which differ
+// between host and device compilers.
 #ifdef __CUDACC__
 #pragma nv_exec_check_disable
 #endif
@@ -46,5 +46,7 @@ GRADFUSE_HD_FORCED auto with_type(DType dtype, F f) {
     default: return f(Type<double>());
   }
 }
+
+GRADFUSE_HD constexpr int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace gradfuse

@@ -1,8 +1,8 @@
-// Elementary functions in float32, for host and device alike, of vectors as of scalars, to about
-// 2 ulp. Coefficients without another source are least-squares fits of our own at Chebyshev nodes.
+// Elementary functions in float32 for host and device, for vectors and scalars, to about 2 ulp.
+// Coefficients without a source are our own least-squares fits at Chebyshev nodes.
 //
 // Include inside a namespace that has, for its V, bits_of_float(V) and float_of_bits(...), which
-// change the type and no bit.
+// reinterpret the bits.
 
 // c + c1 x + c2 x^2 + ...
 template <class V>
@@ -15,7 +15,7 @@ GRADFUSE_HD V polynomial(V x, float c, Rest... rest) {
 }
 
 // e^v = 2^n e^r, |r| <= ln(2) / 2, e^r by its Taylor series. 2^n is applied in two halves, so that
-// results up to the largest and down to the smallest subnormal come out.
+// the largest finite and the smallest subnormal results are reached.
 template <class V>
 GRADFUSE_HD V exponential_float(V v) {
   constexpr float kToInteger = 0x1.8p23f;  // adding it rounds to an integer, in the low bits
@@ -42,7 +42,7 @@ GRADFUSE_HD V with_sign_of(V v, V sign) {
   return float_of_bits((bits_of_float(sign) & ~0x7fffffff) | bits_of_float(v));
 }
 
-// By its continued fraction, cut off after seven terms, where |v| < 1; else by e^(2|v|).
+// If |v| < 1, the continued fraction, cut off after seven terms; else from e^(2|v|).
 template <class V>
 GRADFUSE_HD V hyperbolic_tangent_float(V v) {
   const V a = magnitude_of(v);
@@ -50,7 +50,7 @@ GRADFUSE_HD V hyperbolic_tangent_float(V v) {
   const V near = v * polynomial(s, 135135.0f, 17325.0f, 378.0f, 1.0f) /
                  polynomial(s, 135135.0f, 62370.0f, 3150.0f, 28.0f);
   const V far = with_sign_of(1.0f - 2.0f / (exponential_float(a + a) + 1.0f), v);
-  return (a >= 1.0f) ? far : near;  // NaN is near
+  return (a >= 1.0f) ? far : near;  // NaN takes near
 }
 
 template <class V>

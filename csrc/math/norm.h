@@ -1,5 +1,5 @@
-// Norms for host and device alike: overflow-safe sums of powers, merged in a fixed order. No
-// tensors, no launches, no loops over memory.
+// Norms for host and device: overflow-safe sums of powers, merged in a fixed order. No tensors, no
+// launches, no loops over memory.
 //
 // A sum of p-th powers is kept as value * 2^(p * exponent) (after Blue 1978, "A portable Fortran
 // program to find the Euclidean norm of a vector"), so that no sum over finite values overflows or
@@ -48,10 +48,10 @@ GRADFUSE_HD ScaledSum add(ScaledSum a, ScaledSum b, double p) {
 // The larger of two magnitudes; NaN if either is.
 GRADFUSE_HD double max_abs(double a, double b) { return (a >= b || a != a) ? a : b; }
 
-// What one read of a chunk, a tensor or all of them yields.
+// Result of one read of a chunk, of a tensor or of all tensors.
 struct Stats {
   ScaledSum l2;       // sum of |x|^2
-  ScaledSum lp;       // sum of |x|^p for L1 and P; of no meaning otherwise
+  ScaledSum lp;       // sum of |x|^p for L1 and P; unused otherwise
   double amax;        // largest |x|, NaN if any x is
   int64_t nonfinite;  // count of NaN and inf
   int64_t zeros;      // count of exact zeros
@@ -90,7 +90,7 @@ struct ScaledNorm {
   double exponent;
 };
 
-// value * 2^exponent, in two steps: the power alone may leave the range that the product is in.
+// value * 2^exponent, in two steps: the power alone may leave the range where the product does not.
 GRADFUSE_HD double times_power(double value, double exponent) {
   if (exponent == 0.0) return value;
   const double half = std::floor(exponent / 2.0);
@@ -119,13 +119,13 @@ GRADFUSE_HD ScaledNorm norm_of(ScaledSum sum, NormSpec spec) {
 
 GRADFUSE_HD double to_double(ScaledNorm norm) { return times_power(norm.value, norm.exponent); }
 
-// A factor for gradients. float64 has few bits for one below 2^-1022, or none, though a gradient of
-// 1e300 times it is a number like any other: there it is a product of three normal ones.
+// A factor of gradients. Below 2^-1022 float64 loses bits, although a gradient of 1e300 times
+// such a factor is a normal number. There it is kept as a product of three normal numbers.
 struct Factor {
   double whole;
-  double first, second, third;  // whole, 1, 1 but there
+  double first, second, third;  // whole, 1, 1 unless whole < 2^-1022
 
-  // Exact in each step but the last where the result is normal.
+  // If the result is normal, every step but the last is exact.
   GRADFUSE_HD double times(double x) const { return x * first * second * third; }
 };
 

@@ -1,4 +1,4 @@
-// How a gradient comes into an optimizer's update, for host and device alike.
+// How a gradient enters an optimizer's update, for host and device.
 #pragma once
 
 #include "adamw.h"
@@ -8,7 +8,7 @@
 namespace gradfuse {
 
 // g = clamp(gradient * first * second * third, -bound, bound). The factor is a product of three,
-// each of which has room in the type that elements are computed in.
+// each within the range of the compute type.
 struct ElementFactor {
   double first, second, third;
   double bound;
@@ -17,8 +17,7 @@ struct ElementFactor {
 GRADFUSE_HD ElementFactor element_factor(ScaledNorm factor, DType dtype, double bound,
                                          bool maximize) {
   Factor f = factor_of(factor);
-  // float32 has few bits for a factor below 2^-126, though 1e30 times it is a number like any
-  // other.
+  // Below 2^-126 float32 loses bits, although 1e30 times such a factor is a normal number.
   if (dtype != DType::Double && f.whole < 0x1p-126)
     f = {f.whole, 0x1p-100, 0x1p-100, f.whole * 0x1p200};
   return {maximize ? -f.first : f.first, f.second, f.third, bound};

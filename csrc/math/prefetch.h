@@ -1,19 +1,18 @@
-// Loops that ask for memory ahead of its use.
+// Loops that prefetch memory ahead of its use.
 //
-// Thousands of small tensors lie in memory as they were made: each field that a loop reads of one
-// is a cache miss of some 100 ns, which the hardware cannot foresee. A loop that names the fields
-// of a later tensor early enough overlaps the misses. Where one line holds the address of the next,
-// the stages follow each other: the first, furthest ahead, asks for the fields, the second, by
-// then, reads in them where the storage is, and so on. A distance is long enough when what lies
-// between takes about 100 ns, and short enough when what it brings is still in the first-level
-// cache.
+// Thousands of small tensors are scattered in memory: each field that a loop reads of one is a
+// cache miss of some 100 ns, which the hardware cannot predict. Prefetching the fields of a later
+// tensor overlaps the misses. Where one line holds the address of the next, stages follow each
+// other: the first, furthest ahead, prefetches the fields; the second reads the address of the
+// storage there and prefetches that, and so on. A distance is long enough if the items in between
+// take about 100 ns, and short enough if the prefetched lines are still in the L1 cache when used.
 #pragma once
 
 #include <cstddef>
 
 namespace gradfuse {
 
-// f(i) for an item that comes `distance` items later.
+// Runs f(i) for the item `distance` items ahead.
 template <class F>
 struct Stage {
   size_t distance;
@@ -24,7 +23,7 @@ Stage<F> ahead(size_t distance, F f) {
   return {distance, f};
 }
 
-// Before item i of n is worked on: runs every stage whose item is still to come.
+// To be called before item i of n: runs every stage whose item exists.
 template <class... Stages>
 inline void prefetch_for(size_t i, size_t n, const Stages&... stages) {
   ((i + stages.distance < n ? stages.f(i + stages.distance) : void()), ...);

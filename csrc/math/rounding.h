@@ -1,20 +1,21 @@
-// How new values are rounded to bfloat16, for host and device alike.
+// How new values are rounded to bfloat16, for host and device.
 #pragma once
 
 #include "common.h"
 
 namespace gradfuse {
 
-// To nearest, or at random by a hash of key, element and stream, so that the same step gives the
-// same bits.
+// To nearest, or at random by a hash of key, element and stream, so that a step
+// always gives the same bits.
 struct Rounding {
   bool stochastic;
   uint32_t key;
 };
 
-// A hash of a number (after Steele, Lea, Flood 2014, "Fast splittable pseudorandom number
-// generators"); updates.h has it for vectors.
-GRADFUSE_HD uint32_t hashed(uint32_t x) {
+// A hash of a number, or of every lane of a vector of them (after Steele, Lea, Flood 2014, "Fast
+// splittable pseudorandom number generators").
+template <class U>
+GRADFUSE_HD_FORCED U hashed(U x) {
   x = (x ^ (x >> 16)) * 0x7feb352du;
   x = (x ^ (x >> 15)) * 0x846ca68bu;
   return x ^ (x >> 16);

@@ -1,7 +1,7 @@
-// How kernels see the memory of tensors, and how it is cut into chunks. Torch-free.
+// The memory of tensors as kernels see it, and its cuts into chunks. Torch-free.
 //
-// Counts are 64-bit. Borders of chunks depend on sizes alone, so that the bits of a reduction do
-// not depend on threads or launches.
+// Counts are 64-bit. Chunk boundaries depend on sizes alone, so that the bits of a reduction do not
+// depend on threads or launches.
 #pragma once
 
 #include <vector>
@@ -26,10 +26,8 @@ struct GradRef {
   const StridedLayout* layout;  // null for one dense run of numel elements
 };
 
-inline int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Tensors are reduced in chunks of this many elements, more where that would make too many: the
-// memory for the chunks' results stays bounded.
+// Tensors are reduced in chunks of this many elements. Chunks grow with the total, which bounds the
+// memory for their results.
 template <class Ref>
 int64_t chunk_elements(const std::vector<Ref>& tensors) {
   int64_t total = 0;

@@ -1,4 +1,4 @@
-// Stochastic gradient descent with momentum: what is computed once for a parameter and step. The
+// Stochastic gradient descent with momentum: values computed once per parameter and step. The
 // update of an element is in updates.h.
 //
 // Source: torch.optim.SGD; Sutskever, Martens, Dahl, Hinton 2013, "On the importance of
@@ -14,11 +14,11 @@ struct SgdOptions {
   bool nesterov;
 };
 
-// What is the same for all elements of a parameter at one step.
+// Values shared by all elements of a parameter in one step.
 template <class S>
 struct SgdFactors {
   S lr, weight_decay, momentum;
-  S one_minus_dampening;  // 1 - dampening; 1 in the first step, which takes the gradient whole
+  S one_minus_dampening;  // 1 - dampening; 1 in the first step, which takes the whole gradient
   bool nesterov;
 };
 

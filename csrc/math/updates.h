@@ -1,10 +1,10 @@
-// The optimizers' updates of one element, for host and device alike and for vectors as for scalars:
-// V is what one step computes, S the scalar that its lanes are. Sources in adamw.h and sgd.h.
+// The optimizers' updates of one element for host and device, for vectors and scalars: V is the
+// type of the computation, S its scalar. Sources in adamw.h and sgd.h.
 //
 // Include inside a namespace that has square_root(V), so that on the CPU every instruction set
 // compiles its own.
 
-// The same in the type that elements are computed in.
+// The factors in the compute type.
 template <class S>
 GRADFUSE_HD AdamWFactors<S> narrowed(const AdamWFactors<double>& f) {
   return {static_cast<S>(f.one_minus_beta1),
@@ -22,7 +22,7 @@ GRADFUSE_HD V adamw_exp_avg_sq(V g, V exp_avg_sq, const AdamWFactors<S>& f) {
   return exp_avg_sq * f.beta2 + g * g * f.one_minus_beta2;
 }
 
-// One update. `max_exp_avg_sq`, of amsgrad, is null without it. Assumes a square_root(V) beside V.
+// One update. `max_exp_avg_sq` is null without amsgrad.
 template <class S, class V>
 GRADFUSE_HD void adamw_update(V& param, V g, V& exp_avg, V& exp_avg_sq, V* max_exp_avg_sq,
                               const AdamWFactors<S>& f) {
@@ -40,7 +40,7 @@ GRADFUSE_HD void adamw_update(V& param, V g, V& exp_avg, V& exp_avg_sq, V* max_e
           exp_avg * f.step_size / (square_root(bound) * f.inv_sqrt_bias_correction2 + f.eps);
 }
 
-// The term of an element in the mean square of g / sqrt(second moment), bias-corrected: what update
+// An element's term of the mean square of g / sqrt(second moment), bias-corrected, which update
 // clipping bounds by 1.
 template <class S, class V>
 GRADFUSE_HD V adamw_ratio(V g, V exp_avg_sq, const AdamWFactors<S>& f) {
@@ -56,7 +56,7 @@ GRADFUSE_HD SgdFactors<S> narrowed(const SgdFactors<double>& f) {
           static_cast<S>(f.one_minus_dampening), f.nesterov};
 }
 
-// One update. `buffer` is null without momentum; zero before the exp_avg step.
+// One update. `buffer` is null without momentum, and zero before the first step.
 template <class S, class V>
 GRADFUSE_HD void sgd_update(V& param, V g, V* buffer, const SgdFactors<S>& f) {
   if (f.weight_decay != S(0)) g = g + param * f.weight_decay;
@@ -65,12 +65,4 @@ GRADFUSE_HD void sgd_update(V& param, V g, V* buffer, const SgdFactors<S>& f) {
     g = f.nesterov ? g + *buffer * f.momentum : *buffer;
   }
   param = param - g * f.lr;
-}
-
-// 32 bits that look random, from numbers that do not: `hashed` of every lane.
-template <class U>
-GRADFUSE_HD U random_bits(U x) {
-  x = (x ^ (x >> 16)) * 0x7feb352du;
-  x = (x ^ (x >> 15)) * 0x846ca68bu;
-  return x ^ (x >> 16);
 }

@@ -17,7 +17,7 @@ struct UnitRef {
   int64_t grad_stride;
 };
 
-// What a unit's gradient may have of its weights' norm.
+// Limit of the norm of a unit's gradient, relative to that of its weights.
 struct UnitLimit {
   double clip_factor, eps;
   NormSpec spec;
@@ -29,7 +29,7 @@ void adaptive_clip(const std::vector<UnitRef>& units, UnitLimit limit);
 }
 namespace cuda {
 void adaptive_clip(const std::vector<UnitRef>& units, UnitLimit limit,
-                   const float* scale,  // [] that the gradients carry, or null
+                   const float* scale,  // [] loss scale of the gradients, or null
                    Stream stream);
 }
 

@@ -30,8 +30,8 @@ struct ForwardCall {
   bool wants_mask;
 };
 
-// What a forward call yields. The output has the input's strides, or those of the memory format
-// that the input is nearest to where it has gaps.
+// Results of a forward call. The output has the input's strides or, if those have gaps, the strides
+// of the memory format nearest to them.
 struct ForwardResult {
   at::Tensor output;
   at::Tensor mask;   // uint8 [rows, bytes], as BatchNormShape says; [0] where none was asked for
@@ -50,7 +50,7 @@ struct BackwardCall {
   double negative_slope;
 };
 
-// Of one each: wanted gradients as flags, gradients as tensors, undefined where not wanted.
+// A value for each gradient: whether it is wanted, or the tensor, undefined if not wanted.
 template <class T>
 struct OfEach {
   T input, residual, weight, bias;
@@ -79,7 +79,7 @@ bool has_strides(const at::Tensor& t, at::IntArrayRef strides) {
   return !t.is_neg();
 }
 
-// The layout that the kernels take a tensor in. One that is neither goes through a copy.
+// Whether the kernels take a tensor as channels-last, else as contiguous. If it is neither, a copy.
 bool is_channels_last(const at::Tensor& t) {
   if (t.is_contiguous()) return false;
   if (has_strides(t, dense_strides(t.sizes(), true))) return true;
@@ -123,7 +123,7 @@ void check_device(const char* name, const at::Tensor& t, const at::Tensor& like)
                     t.device());
 }
 
-// [N, C, ...] of the input's shape and dtype.
+// Throws unless t, [N, C, ...], has the input's shape, dtype and device.
 void check_twin(const char* name, const at::Tensor& t, const at::Tensor& like) {
   check_memory(name, t);
   check_device(name, t, like);
@@ -178,7 +178,7 @@ void check_running(const at::Tensor& input, const MaybeTensor& mean, const Maybe
                                 "input size ", input.sizes());
 }
 
-// Vectors of channels as the kernels take them; keeps alive what it had to copy.
+// Vectors of channels as the kernels take them. Keeps its copies alive.
 class Channels {
  public:
   ChannelRef operator()(const MaybeTensor& t) {
@@ -195,7 +195,7 @@ class Channels {
 
 const void* data_of(const MaybeTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
-// The running statistics as they were given, after the kernels wrote to `written`.
+// Finishes the update of the running statistics, which the kernels wrote to `written`.
 void finish_update(const at::Tensor& running, const at::Tensor& written) {
   if (!written.is_same(running))
     running.copy_(written);
@@ -224,7 +224,7 @@ ForwardResult allocate(const ForwardCall& call, const at::Tensor& x, const Dims&
                        const BatchNormShape& shape) {
   const at::TensorOptions like_input = call.input.options();
   ForwardResult result;
-  // A dense input's own strides: where a size is 1 they are a matter of taste, which is kept.
+  // A dense input's own strides are kept: those of dimensions of size 1 are arbitrary.
   result.output = empty_strided_on_device(
       call.input.sizes(), x.is_same(call.input) ? call.input.strides() : at::IntArrayRef(strides),
       like_input);
@@ -320,7 +320,7 @@ void check_mask(const at::Tensor& mask, const BatchNormShape& shape, at::Device 
                                 " of ", mask.scalar_type());
 }
 
-// Room for the wanted gradients; `empty_like_input` and `empty_vector` make it.
+// Allocates the wanted gradients with `empty_like_input` and `empty_vector`.
 template <class LikeInput, class Vector>
 OfEach<at::Tensor> allocate(const BackwardCall& call, const OfEach<bool>& wanted,
                             LikeInput empty_like_input, Vector empty_vector) {
@@ -346,7 +346,7 @@ OfEach<at::Tensor> backward(const BackwardCall& given, OfEach<bool> wanted) {
   if (given.mask) check_mask(*given.mask, shape, grad_output.device());
 
   const Activation act = given.activation;
-  const bool passes_residual = wanted.residual && act == Activation::None;  // as it came
+  const bool passes_residual = wanted.residual && act == Activation::None;  // grad_output itself
   if (passes_residual) wanted.residual = false;
   OfEach<at::Tensor> grads = allocate(
       given, wanted, [&](auto options) { return empty_strided_on_device(sizes, strides, options); },

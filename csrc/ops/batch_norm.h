@@ -52,7 +52,7 @@ struct BatchNormForward {
 
 // The gradients of a forward call; a null gradient is not wanted. With g = grad_output * act'(z):
 // grad_residual = g, grad_bias = sum of g, grad_weight = sum of g * normalised input, and
-// grad_input = weight * invstd * g, less what the batch statistics take from it if training.
+// grad_input = weight * invstd * g, plus the terms of the batch statistics if training.
 struct BatchNormBackward {
   BatchNormShape shape;
   const void* grad_output;
@@ -61,7 +61,7 @@ struct BatchNormBackward {
   const void* output;  // the forward's for act' in place of a mask, else null
   const uint8_t* mask;  // the forward's, else null
   ChannelRef weight;
-  ChannelRef bias;  // of use if needs_input(activation)
+  ChannelRef bias;  // used if needs_input(activation)
   const double* stats;  // [3, channels], the forward's
   bool training;
   Activation activation;

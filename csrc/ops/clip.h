@@ -1,9 +1,9 @@
 // Gradient clipping by norm and by value: the calls as kernels see them, and their twins.
 // Torch-free.
 //
-// The same input gives the same bits whatever the threads and their timing. What is of cuda::
-// enqueues on `stream` of the current device, reads and writes device memory, never waits for the
-// host, and can be captured in a CUDA graph. It throws std::runtime_error if a launch fails.
+// The same input gives the same bits for any number of threads and any timing. Functions of cuda::
+// enqueue on `stream` of the current device, read and write device memory, never make the host
+// wait, and can be captured in a CUDA graph. They throw std::runtime_error if a launch fails.
 #pragma once
 
 #include <vector>
@@ -13,7 +13,7 @@
 
 namespace gradfuse {
 
-// A measurement on the device: what is wanted of the gradients, and where it goes.
+// A measurement on the device: its settings, and where the results go.
 struct NormCall {
   NormSpec spec;
   double max_norm;
@@ -37,7 +37,7 @@ void stats(const std::vector<GradRef>& grads, const std::vector<int64_t>& rows, 
            const NormCall& call, void* scratch,  // stats_scratch_bytes(grads), 256-byte aligned
            Stream stream);
 int64_t stats_scratch_bytes(const std::vector<GradRef>& grads);
-// The plan for a norm that is already there.
+// The plan for a given norm.
 void plan(const double* norm, double max_norm, ClipPlan* plan, Stream stream);
 }  // namespace cuda
 
@@ -50,8 +50,8 @@ void scale_each(const std::vector<GradRef>& grads, const std::vector<int64_t>& r
 void zero(const std::vector<GradRef>& grads);
 }  // namespace cpu
 namespace cuda {
-// All of these, as the plan says, which is read on the device; returns before touching memory if it
-// says Keep. float32 is multiplied in float32, up to 1 ulp from the CPU twin: float64 per element
+// Does one of these, as the plan says. The plan is read on the device; if it says Keep, no gradient
+// is touched. float32 is multiplied in float32, up to 1 ulp from the CPU twin: float64 per element
 // is too slow on consumer GPUs.
 void apply(const std::vector<GradRef>& grads, const std::vector<int64_t>& rows,
            const ClipPlan* plan, const double* coefficients,  // [rows] or null

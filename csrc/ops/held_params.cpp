@@ -14,20 +14,20 @@
 namespace gradfuse {
 namespace {
 
-// dict[name] without a new reference, or null.
+// dict[name] as a borrowed reference, or null.
 PyObject* item(PyObject* dict, const char* name) {
   // Interned: the dict then compares pointers.
   THPObjectPtr key(PyUnicode_InternFromString(name));
   return key ? PyDict_GetItemWithError(dict, key.get()) : nullptr;
 }
 
-// A held object, for Python's functions, which take no const.
+// A held object without const, for Python's functions.
 PyObject* raw(const THPObjectPtr& p) { return const_cast<PyObject*>(p.get()); }
 
 bool is_dict(PyObject* object) { return object && PyDict_Check(object); }
 
-// Calls f(group number, parameter) for every parameter of the param_groups until it returns false.
-// Returns whether it never did.
+// Calls f(group number, parameter) for every parameter of the param_groups. Stops and returns false
+// if f does or a group has another form.
 template <class F>
 bool for_each_parameter(PyObject* groups, F f) {
   if (!PyList_Check(groups)) return false;
@@ -41,13 +41,13 @@ bool for_each_parameter(PyObject* groups, F f) {
   return true;
 }
 
-// Asks for a dict's table, when its header is there.
+// Prefetches a dict's table, once its header has arrived.
 void prefetch_table(PyObject* dict) {
   const char* table = reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(dict)->ma_keys);
   for (size_t line = 0; line < 192; line += 64) __builtin_prefetch(table + line);
 }
 
-// Whether a dict's items are these, one by one.
+// Whether a dict has exactly these items, in this order.
 bool has_items(PyObject* dict, const std::pair<PyObject*, PyObject*>* items, Py_ssize_t n) {
   if (PyDict_GET_SIZE(dict) != n) return false;
   Py_ssize_t at = 0;
@@ -58,8 +58,8 @@ bool has_items(PyObject* dict, const std::pair<PyObject*, PyObject*>* items, Py_
   return true;
 }
 
-// Appends a dict's items and returns their number. Their keys are kept alive, each once: few, for
-// they are the names of the state. Where they are many, nothing is appended and -1 returned.
+// Appends a dict's items and returns their number. Keeps each distinct key alive; there are few, as
+// they are the names of the state. If they exceed kMost, appends nothing and returns -1.
 int copy_items(PyObject* dict, std::vector<THPObjectPtr>& keys,
                std::vector<std::pair<PyObject*, PyObject*>>& items) {
   constexpr size_t kMost = 32;

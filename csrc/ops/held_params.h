@@ -19,12 +19,12 @@ class HeldParams {
     THPObjectPtr object;  // the parameter
     THPObjectPtr state;  // its dict, or null
     at::Tensor param;
-    std::array<PyObject*, kSlots> in_state;  // borrowed, for they are only compared
+    std::array<PyObject*, kSlots> in_state;  // borrowed: they are only compared
     std::array<at::Tensor, kSlots> tensors;
     const void* autograd;  // where its gradient is kept; only to prefetch
     int group;
-    int items;  // of its dict, in items_; -1: not there, look its keys up
-    bool repeated;  // it is an earlier one
+    int items;  // of its dict, in items_; -1: not held, its keys are looked up
+    bool repeated;  // occurs earlier too
     bool complete;  // it has all tensors that its group needs
 
     const at::Tensor& grad() const { return param.unsafeGetTensorImpl()->grad(); }
@@ -32,12 +32,11 @@ class HeldParams {
 
   explicit HeldParams(Rule rule) : rule_(rule) {}
 
-  // Whether what is held is what the param_groups (a list of dicts) and the state (a dict of dicts)
-  // of an optimizer contain, and every parameter with a gradient has the tensors that its group
-  // needs: bit i of its number in `needs` is that of slot i. (A master is used if it is there.)
+  // Whether the held parameters and tensors are those of an optimizer's param_groups (a list of
+  // dicts) and state (a dict of dicts), and every parameter with a gradient has the tensors that
+  // its group needs: bit i of needs[group] stands for slot i. (A master is optional.)
   bool is_current(PyObject* groups, PyObject* state, const std::vector<int>& needs) const;
-  // Holds what they contain. Throws TypeError, what was held unchanged, if they are not of that
-  // form.
+  // Takes over what they contain. If they have another form, throws TypeError and changes nothing.
   void bind(PyObject* groups, PyObject* state, const std::vector<int>& needs);
 
   Rule rule() const { return rule_; }

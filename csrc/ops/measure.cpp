@@ -8,7 +8,7 @@
 namespace gradfuse {
 namespace {
 
-// Room for the results; `empty` is at::empty or empty_on_device.
+// Allocates the results; `empty` is at::empty or empty_on_device.
 template <class Empty>
 ClipResult make_result(const GradList& grads, at::Device device, Empty empty) {
   const auto wide = at::TensorOptions().dtype(at::kDouble).device(device);
@@ -36,7 +36,7 @@ ClipResult make_host_result(const GradList& grads) {
   return r;
 }
 
-// What is measured.
+// Settings of a measurement.
 struct Measurement {
   double max_norm;
   NormSpec spec;
@@ -51,7 +51,7 @@ void write_norm(const at::Tensor& norm, double value) {
     *norm.mutable_data_ptr<float>() = static_cast<float>(value);
 }
 
-// Raises if the plan is to refuse. On CUDA this waits for the device.
+// Raises if the plan's action is Refuse. On CUDA this waits for the device.
 void check_refused(const char* op, const ClipResult& result, const Measurement& m) {
   if (m.nonfinite != NonFinite::Error) return;
   const at::Tensor host = on_host(result.plan);
@@ -63,10 +63,9 @@ void check_refused(const char* op, const ClipResult& result, const Measurement& 
 }
 
 // Measures the gradients of one CUDA device; everything stays there.
-void measure_on_cuda(const DeviceGroup& group, const Measurement& m, const LossScaleTensors& scale,
-                     const ClipResult& out) {
-  const MaybeTensor value = number_on(group.device, scale.scale);
-  const MaybeTensor found_inf = number_on(group.device, scale.found_inf);
+void measure_on_cuda(const DeviceGroup& group, const Measurement& m, const ClipResult& out) {
+  const MaybeTensor value = number_on(group.device, m.scale.scale);
+  const MaybeTensor found_inf = number_on(group.device, m.scale.found_inf);
   const auto data = [](const MaybeTensor& t) { return t ? t->const_data_ptr<float>() : nullptr; };
   const NormCall call = {m.spec,
                          m.max_norm,
@@ -86,7 +85,7 @@ void measure_on_cuda(const DeviceGroup& group, const Measurement& m, const LossS
       });
 }
 
-// Norm, plan and statistics from a sum that the host has.
+// Norm, plan and statistics from a sum on the host.
 void write_result(const ClipResult& host, ScaledSum sum, const Measurement& m) {
   LossScale scale = {scale_on_host(m.scale.scale), false};
   if (m.scale.found_inf)
@@ -106,14 +105,15 @@ ScaledSum sum_on_host(const GradList& grads, const DeviceGroup& group, const Mea
   if (is_host(group.device))
     return sum_of(cpu::stats(group.refs, group.rows, m.spec, stats_in(host.stats)), m.spec);
   const ClipResult part = make_device_result(grads, group.device);
-  measure_on_cuda(group, m, {}, part);
+  const LossScaleTensors unscaled;  // the host takes the scale off the total
+  measure_on_cuda(group, {m.max_norm, m.spec, m.nonfinite, unscaled}, part);
   const at::Tensor plan = on_host(part.plan), stats = on_host(part.stats);
   for (int64_t row : group.rows) stats_in(host.stats)[row] = stats_in(stats)[row];
   return plan_in(plan)->sum;
 }
 
-// Of gradients on the host or on several devices: each group's sum comes to the host and is
-// combined there. This waits for every CUDA device.
+// Measures gradients on the host or on several devices: copies each group's sum to the host and
+// combines them there. This waits for every CUDA device.
 ClipResult measure_on_host(const GradList& grads, const Measurement& m) {
   ClipResult host = make_host_result(grads);
   ScaledSum total = {};
@@ -130,7 +130,9 @@ ClipResult measure_on_host(const GradList& grads, const Measurement& m) {
 }  // namespace
 
 NonFinite nonfinite_of(int code) {
-  if (code < 0 || code > 3) fail<std::invalid_argument>("nonfinite: expected 0 to 3, got ", code);
+  constexpr int kMost = static_cast<int>(NonFinite::Skip);
+  if (code < 0 || code > kMost)
+    fail<std::invalid_argument>("nonfinite: expected 0 to ", kMost, ", got ", code);
   return static_cast<NonFinite>(code);
 }
 
@@ -155,7 +157,7 @@ ClipResult measure_gradients(const char* op, const GradList& grads, double max_n
   ClipResult result;
   if (grads.groups.size() == 1 && !is_host(grads.groups[0].device)) {
     result = make_device_result(grads, grads.groups[0].device);
-    measure_on_cuda(grads.groups[0], m, scale, result);
+    measure_on_cuda(grads.groups[0], m, result);
   } else {
     result = measure_on_host(grads, m);
   }

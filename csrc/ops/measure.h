@@ -1,4 +1,4 @@
-// The norm, the plan and the statistics of gradients on any devices, and what a plan does to them.
+// Measures norm, plan and statistics of gradients on any devices, and applies plans to them.
 // Torch-facing, for all ops that clip; needs no GIL.
 #pragma once
 
@@ -21,16 +21,16 @@ inline ClipTuple as_tuple(ClipResult&& r) {
   return {std::move(r.norm), std::move(r.plan), std::move(r.stats)};
 }
 
-// std::invalid_argument if the number is that of no setting.
+// Throws std::invalid_argument if the code is unknown.
 NonFinite nonfinite_of(int code);
 
-// A ClipPlan that lies in a tensor.
+// The ClipPlan stored in a tensor.
 const ClipPlan* plan_in(const at::Tensor& t);
 ClipPlan* mutable_plan_in(const at::Tensor& t);
 
-// What a loss scaler says of the gradients; each one float32 number, on any device.
+// What a loss scaler passes: each one float32 number, on any device.
 struct LossScaleTensors {
-  MaybeTensor scale;      // that the gradients carry
+  MaybeTensor scale;      // of the gradients
   MaybeTensor found_inf;  // not 0 if the step is to be skipped
 };
 double scale_on_host(const MaybeTensor& scale);  // 1 without one; on CUDA this waits for the device
@@ -42,9 +42,9 @@ MaybeTensor number_on(at::Device device, const MaybeTensor& t);
 ClipResult measure_gradients(const char* op, const GradList& grads, double max_norm, NormSpec spec,
                              NonFinite nonfinite, const LossScaleTensors& scale);
 
-// Does to the gradients what the plan says, and on top of it multiplies each by its row's
-// coefficient. CUDA gradients read the plan on the device; only a CPU gradient makes the host wait
-// for a plan that lies on one.
+// Applies the plan to the gradients and multiplies each by its row's coefficient, if given. CUDA
+// gradients read the plan on the device; the host waits for a plan on a device only if there is a
+// CPU gradient.
 void apply_plan(GradList& grads, const at::Tensor& plan, const MaybeTensor& coefficients);
 
 }  // namespace gradfuse

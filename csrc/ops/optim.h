@@ -16,21 +16,21 @@ enum class Rule : int32_t { AdamW, Sgd };
 // The tensors of a parameter's state. Slot i is bit i of Python's Slot.
 enum Slot : int { kExpAvg, kExpAvgSq, kMaxExpAvgSq, kMasterParam, kStep, kSlots };
 
-// A parameter, its gradient and its state: dense runs of numel elements in one order. Complex ones
-// count their real parts singly.
+// A parameter, its gradient and its state: dense runs of numel elements in one order. A complex
+// element counts as two.
 struct ParamRef {
   void* param;
   const void* grad;
   void* exp_avg;  // SGD: momentum_buffer, or null without momentum
   void* exp_avg_sq;  // AdamW
   void* max_exp_avg_sq;  // AdamW with amsgrad; else null
-  float* master;  // the parameter in float32 where it is of 16 bits and has one; else null
+  float* master;  // float32 copy of a 16-bit parameter that has one; else null
   float* step;  // []: steps taken; advanced by an update that is not skipped. Null: not counted
   int64_t numel;
   DType dtype;  // of param and grad
   DType state_dtype;  // of the moments: dtype or Float
   int32_t group;
-  int32_t row;  // among the optimizer's parameters: in coefficients, and of the random numbers
+  int32_t row;  // index among the optimizer's parameters, for coefficients and random numbers
 };
 
 // Options of a parameter group.
@@ -42,7 +42,7 @@ struct GroupOptions {
   bool maximize;
 };
 
-// How the gradients come into an update: g = clamp(gradient * factor, -bound, bound).
+// How the gradients enter an update: g = clamp(gradient * factor, -bound, bound).
 struct GradientUse {
   const ClipPlan* plan;  // in the kernels' memory, with the action and the factor; null: the
                          // gradients as they are

@@ -13,7 +13,7 @@ void bump_version(const at::Tensor& t) {
   if (t.defined() && !t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
 }
 
-// Asks for what bump_version reads, and when it is there for the counter that it changes.
+// Prefetch what bump_version reads and, once it has arrived, the counter that it changes.
 void prefetch_version_field(const at::Tensor& t) {
   if (!t.defined()) return;
   const at::TensorImpl* impl = t.unsafeGetTensorImpl();
@@ -22,7 +22,7 @@ void prefetch_version_field(const at::Tensor& t) {
 }
 void prefetch_version(const at::Tensor& t) {
   if (!t.defined()) return;
-  // A VariableVersion is a pointer to it, which it keeps to itself.
+  // A VariableVersion is a private pointer to the counter.
   const c10::VariableVersion& version = t.unsafeGetTensorImpl()->version_counter();
   static_assert(sizeof(version) == sizeof(void*));
   const void* counter;
@@ -45,7 +45,7 @@ void bump_versions(const HeldParams& held, const std::vector<ParamRef>& params) 
              ahead(6, all(prefetch_version)));
 }
 
-// The plan for gradients that were multiplied already.
+// The plan for gradients that are already multiplied.
 at::Tensor without_factor(const at::Tensor& plan) {
   const at::Tensor out = dense_copy(plan, plan.strides());
   constexpr int64_t kFactor = offsetof(ClipPlan, factor) / sizeof(double);
@@ -54,7 +54,7 @@ at::Tensor without_factor(const at::Tensor& plan) {
   return out;
 }
 
-// How the gradients come into the update, where the host can hand it on.
+// A GradientUse as tensors, which may still be on another device.
 struct Use {
   MaybeTensor plan, coefficients;
 
@@ -71,7 +71,7 @@ struct Use {
   }
 };
 
-// Does to the gradients what the plan says; what is left of it comes back.
+// Applies the plan to the gradients and returns what is left of it for the update.
 Use materialize(const HeldParams& held, Walk& found, const Use& use) {
   GradList grads = check_gradients(held.op(), found.grads.tensors, true);
   apply_plan(grads, *use.plan, use.coefficients);
@@ -104,8 +104,8 @@ std::vector<Laid> lay_out(const HeldParams& held, Walk& found) {
   return all;
 }
 
-// Learning rates that are tensors, where the kernels read them: numbers on the host, else addresses
-// into what comes back.
+// Sets learning rates that are tensors where the kernels read them: as numbers on the host, else as
+// addresses into the returned tensors, which must stay alive.
 std::vector<at::Tensor> read_lrs(const std::vector<MaybeTensor>& values, at::Device device,
                                  std::vector<GroupOptions>& groups) {
   std::vector<at::Tensor> lrs;

@@ -18,7 +18,7 @@ struct StepCall {
   bool materialize;  // write the factor to the gradients as well
 };
 
-// What is asked of the gradients' norm.
+// Settings of the measurement of the gradients' norm.
 struct MeasureCall {
   double max_norm;
   NonFinite nonfinite;

@@ -14,8 +14,8 @@ namespace {
 
 using Held = HeldParams::Held;
 
-// Whether a tensor is one run of memory of its own, in the order of its indices, and holds its
-// values itself. Nearly all are, so that this is told from the fewest fields.
+// Whether a tensor is contiguous, holds its values itself and shares no copy-on-write memory.
+// Nearly all do, so this reads as few fields as possible.
 inline bool is_dense_run(const at::Tensor& t) {
   using K = c10::DispatchKey;
   constexpr c10::DispatchKeySet others = kWrappers |
@@ -38,13 +38,13 @@ inline bool same_sizes(const at::Tensor& a, const at::Tensor& b) {
   return true;
 }
 
-// Whether moments of one type go with parameters of another.
+// Whether moments of one type fit parameters of another.
 bool type_fits(at::ScalarType moment, at::ScalarType param) {
   const bool short_param = param == at::kHalf || param == at::kBFloat16;
   return moment == param || (short_param && moment == at::kFloat);
 }
 
-// Whether parameter, gradient and state are dense runs of one shape, of types that go together.
+// Whether parameter, gradient and state are dense runs of one shape and device, of matching types.
 bool is_dense(const Held& h, const at::Tensor& grad) {
   const at::Tensor& p = h.param;
   const at::Device device = p.device();
@@ -81,7 +81,7 @@ bool state_fits(const Held& h, int slot) {
          t.is_non_overlapping_and_dense();
 }
 
-// Throws unless they can be updated.
+// Throws unless the parameter can be updated.
 void check_param(const HeldParams& held, size_t index) {
   const Held& h = held[index];
   const at::Tensor &p = h.param, &grad = h.grad();
@@ -114,8 +114,8 @@ void check_param(const HeldParams& held, size_t index) {
     }
 }
 
-// Where the addresses of a parameter's lines are: its own and its state's tensors, then their
-// storages and its gradient, then the gradient's storage.
+// Prefetch in the order in which addresses become known: the tensors of a parameter and its state,
+// then their storages and the gradient, then the gradient's storage.
 void prefetch_tensors(const Held& h) {
   prefetch_fields(h.param);
   __builtin_prefetch(h.autograd);

@@ -10,13 +10,12 @@
 
 namespace gradfuse {
 
-// The parameters that have a gradient. They are in as many lists as the gradients have groups, and
-// in the same order.
+// The parameters that have a gradient: a list for each group of the gradients, in their order.
 struct Walk {
   GradList grads;
   std::vector<std::vector<ParamRef>> params;
-  // (list, place in it) of those that an update cannot take as they are: their memory has gaps, or
-  // is shared until it is written.
+  // (list, place in it) of those that an update cannot take as they are: their memory has gaps or
+  // is copy-on-write.
   std::vector<std::pair<size_t, size_t>> noncontiguous;
 };
 
@@ -24,10 +23,10 @@ struct Walk {
 // fit its parameter.
 Walk walk(const HeldParams& held);
 
-// The tensor whose strides an update goes along: one of the state, or the parameter.
+// The tensor whose strides an update follows: one of the state, or the parameter.
 const at::Tensor& layout_of(const HeldParams::Held& held);
 
-// A parameter as the kernels see it. `writes` separates memory that is shared until it is written.
+// A parameter as the kernels see it. `writes` first copies copy-on-write memory.
 ParamRef ref_of(const HeldParams::Held& held, const at::Tensor& param, const at::Tensor& grad,
                 size_t index, bool writes);
 

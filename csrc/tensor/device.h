@@ -1,6 +1,6 @@
-// Where a tensor's kernels run, memory and streams of that device, waits for it: what the functions
-// above the launchers need to know of CPU and CUDA. tests/ptx/device.h stands in for this file
-// where an emulator runs the CUDA kernels; dispatch.h includes the one or the other.
+// Devices as the code above the launchers needs them: which kernels they run, their memory and
+// streams, waiting for them. tests/ptx/device.h replaces this file where an emulator runs the CUDA
+// kernels; dispatch.h includes one of the two.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -24,9 +24,8 @@ inline bool is_host(at::Device device) { return device.is_cpu(); }
 inline at::Tensor empty_on_device(at::IntArrayRef sizes, at::TensorOptions options) {
   return at::empty(sizes, options);
 }
-// Memory for a result that will be written whole. Fresh memory comes from the kernel page by page,
-// which costs more than the writing; of large results, on the host, it is asked for 2 MiB at a
-// time.
+// Memory for a result that will be written whole. The system provides fresh memory page by page,
+// which costs more than the writing, so large results on the host ask for pages of 2 MiB.
 inline at::Tensor empty_strided_on_device(at::IntArrayRef sizes, at::IntArrayRef strides,
                                           at::TensorOptions options) {
   const at::Tensor t = at::empty_strided(sizes, strides, options);
@@ -42,12 +41,12 @@ inline at::Tensor empty_strided_on_device(at::IntArrayRef sizes, at::IntArrayRef
   return t;
 }
 
-// A copy of a tensor with other strides, which leave no gap and no overlap.
+// A copy of a tensor with other strides, which must be dense.
 inline at::Tensor dense_copy(const at::Tensor& t, at::IntArrayRef strides) {
   return at::empty_strided(t.sizes(), strides, t.options()).copy_(t);
 }
 
-// A contiguous copy of a tensor in another type, unless it is one already.
+// The tensor as contiguous in another type; a copy unless it already is.
 inline at::Tensor converted(const at::Tensor& t, at::ScalarType type) {
   return t.to(type).resolve_neg().contiguous();
 }

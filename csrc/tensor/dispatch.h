@@ -1,7 +1,7 @@
-// Which device's kernels a call goes to.
+// Picks the device's kernels for a call.
 #pragma once
 
-// The emulated build of tests/ptx brings its own.
+// The emulated build of tests/ptx passes its own.
 #if defined(GRADFUSE_DEVICE_HEADER)
 #include GRADFUSE_DEVICE_HEADER
 #else
@@ -18,7 +18,7 @@ inline bool device_is_supported(at::DeviceType type) {
 }
 
 // Calls cpu(), or cuda(stream) with the device's current stream. A build without CUDA never calls
-// `cuda`, so that it needs the declarations of cuda:: alone.
+// `cuda`, so it needs only the declarations of cuda::.
 template <class Cpu, class Cuda>
 void run_on(at::Device device, Cpu cpu, [[maybe_unused]] Cuda cuda) {
   if (is_host(device)) return cpu();

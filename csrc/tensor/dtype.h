@@ -1,4 +1,4 @@
-// torch's types as ours.
+// Converts torch's dtypes to ours.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,7 +9,7 @@
 
 namespace gradfuse {
 
-// Our type of a tensor's real parts; none for integers, bool, float8, complex32.
+// Our type of a tensor's real parts; none for integers, bool, float8 and complex32.
 inline std::optional<DType> dtype_of(at::ScalarType type) {
   switch (type) {
     case at::kHalf: return DType::Half;

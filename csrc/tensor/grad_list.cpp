@@ -13,8 +13,8 @@
 namespace gradfuse {
 namespace {
 
-// A set of addresses, for finding gradients that come twice. Open addressing: a std::unordered_set
-// costs more than the kernels do on thousands of small tensors.
+// A set of addresses, to find repeated gradients. Open addressing: on thousands of small tensors a
+// std::unordered_set costs more than the kernels do.
 class AddressSet {
  public:
   explicit AddressSet(size_t n) : shift_(64) {
@@ -56,7 +56,7 @@ StridedLayout coalesced_layout(const at::Tensor& t) {
   return layout;
 }
 
-// Refuses what has no plain memory behind it, or less than its shape says.
+// Throws unless a tensor has plain memory of its own, and as much as its shape needs.
 void check_storage(const char* op, const at::Tensor& t, size_t index) {
   if (t.layout() != at::kStrided)
     fail<TypeError>(op, ": expected dense gradients, got layout ", t.layout(), " for tensor ",
@@ -128,8 +128,8 @@ bool same_layout(const StridedLayout* a, const StridedLayout* b) {
   return a->sizes == b->sizes && a->strides == b->strides;
 }
 
-// A gradient that begins where an earlier one does counts once if it is that one, or a view of all
-// of it, and is refused otherwise: threads would write the same memory twice.
+// A gradient that begins where an earlier one does must be that one or a view of all of it, and
+// counts once. Anything else is refused: threads would write the same memory twice.
 void check_same_run(const char* op, const GradList& list, const GradRef& ref, size_t index) {
   for (const DeviceGroup& group : list.groups)
     for (const GradRef& earlier : group.refs)
@@ -198,7 +198,7 @@ GradList check_gradients(const char* op, std::vector<at::Tensor> tensors, bool w
     }
     append(list, ref, i);
   };
-  // Threads do not help, for the misses then are on each other's lines.
+  // Not parallel: the threads would miss on each other's cache lines.
   prefetched(n, add, ahead(12, [&](size_t i) { prefetch_fields(list.tensors[i]); }),
              ahead(6, [&](size_t i) { prefetch_storage(list.tensors[i]); }));
   return list;

@@ -14,12 +14,12 @@ namespace gradfuse {
 struct DeviceGroup {
   at::Device device;
   std::vector<GradRef> refs;
-  std::vector<int64_t> rows;  // of refs in the list
+  std::vector<int64_t> rows;  // index of each ref in the list
 };
 
 // A checked list of gradients. Holds references, so that they outlive a release of the GIL.
 struct GradList {
-  std::vector<at::Tensor> tensors;  // undefined where there is none, or a repeated one
+  std::vector<at::Tensor> tensors;  // undefined if missing or repeated
   std::deque<StridedLayout> layouts;
   std::vector<DeviceGroup> groups;  // in order of first appearance
   bool any_double = false;
@@ -31,18 +31,18 @@ struct GradList {
 // Checks every tensor before anything is written. `writes` says that the caller may write.
 GradList check_gradients(const char* op, std::vector<at::Tensor> tensors, bool writes);
 
-// Checks list.tensors[index], which is there, and appends it to the group of its device, for
-// callers that only read and go through the list themselves. Returns the group's number.
+// Checks list.tensors[index], which must be defined, and appends it to the group of its device. For
+// callers that only read and iterate over the list themselves. Returns the group's number.
 size_t add_gradient(const char* op, GradList& list, size_t index);
-// The same for one that the caller found to be a dense run of memory of a supported type.
+// The same for a tensor that the caller knows to be a dense run of a supported type.
 size_t add_dense_gradient(GradList& list, size_t index);
 
-// Asks for the cache lines of a tensor's fields, and when they are there of its storage's:
+// Prefetch the cache lines of a tensor's fields and, once these have arrived, its storage's:
 // thousands of small tensors are thousands of cache misses.
 void prefetch_fields(const at::Tensor& t);
 void prefetch_storage(const at::Tensor& t);
 
-// The fewest dimensions that describe the same elements, for a cheap walk. Null, and nothing added
+// The fewest dimensions that describe the same elements, for a cheap walk. Null, with nothing added
 // to `layouts`, for a tensor that is one dense run.
 const StridedLayout* layout_of(const at::Tensor& t, std::deque<StridedLayout>& layouts);
 

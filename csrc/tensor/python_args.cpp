@@ -40,7 +40,7 @@ std::vector<at::Tensor> read_tensors(const char* op, TensorsArg tensors, bool of
     if (!is_tensor(item))
       fail<TypeError>(op, ": expected tensors, got ", type_name(item), " for tensor ", out.size());
     const at::Tensor& t = THPVariable_Unpack(item);
-    // Not t.grad(), which warns about tensors that are no leaves.
+    // Not t.grad(), which warns about tensors that are not leaves.
     if (of_grad)
       out.push_back(t.unsafeGetTensorImpl()->grad());
     else

@@ -1,7 +1,7 @@
 // Python's arguments of the bindings: their types, for signatures, and how they are read.
 //
-// A tensor is one by its type. pybind11's casts ask isinstance, which believes a proxy or a mock,
-// and name neither function nor argument in their errors.
+// Tensors are recognised by their type. pybind11's casts use isinstance, which accepts proxies and
+// mocks, and name neither function nor argument in their errors.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -17,7 +17,7 @@ namespace gradfuse {
 
 namespace py = pybind11;
 
-// Arguments as they came. Each is an object that its function has to read.
+// Arguments as unread Python objects.
 struct Argument {
   py::handle object;
 };
@@ -39,17 +39,17 @@ struct StepGroupsArg : Argument {};  // a list of AdamWGroup or SGDGroup
 
 bool is_tensor(py::handle object);
 
-// Throw TypeError that names op and argument.
+// Throw a TypeError that names op and argument.
 at::Tensor tensor_of(const char* op, const char* name, py::handle object);
 MaybeTensor maybe_tensor(const char* op, const char* name, py::handle object);
 
-// A sequence as its Python object, or TypeError.
+// A sequence as its Python object; throws TypeError.
 py::sequence sequence_of(const char* op, const char* name, py::handle object);
 
 // The tensors of a Python iterable, or their .grad. None and missing gradients become undefined.
 std::vector<at::Tensor> read_tensors(const char* op, TensorsArg tensors, bool of_grad);
 
-// float64 and contiguous, as kernels read it, or std::invalid_argument.
+// A float64 and contiguous vector, as kernels read it; throws std::invalid_argument.
 at::Tensor checked_vector(const char* op, const char* name, py::handle object, int64_t numel);
 MaybeTensor maybe_vector(const char* op, const char* name, py::handle object, int64_t numel);
 
@@ -75,7 +75,7 @@ void add_codes(py::module_& m, const char* name,
 
 }  // namespace gradfuse
 
-// Casts that take every object, and the annotation of each in signatures.
+// Casts that take every object; the annotation is for signatures.
 #define GRADFUSE_ARGUMENT(Type, annotation)                       \
   template <>                                                     \
   struct pybind11::detail::type_caster<gradfuse::Type> {          \

@@ -1,4 +1,4 @@
-// Whether a tensor has the memory that its shape and strides speak of.
+// Whether a tensor has the memory that its shape and strides need.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,7 +9,7 @@ namespace gradfuse {
 
 using MaybeTensor = std::optional<at::Tensor>;
 
-// A tensor of a subclass or a transform: what holds its values is another tensor.
+// A tensor of a subclass or a transform: another tensor holds its values.
 constexpr c10::DispatchKeySet kWrappers({c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
                                          c10::DispatchKey::FuncTorchBatched,
                                          c10::DispatchKey::FuncTorchGradWrapper,
@@ -25,7 +25,7 @@ struct StorageBytes {
   uint64_t found;
 };
 
-// For a strided tensor whose storage is smaller than it says, or was freed.
+// Set if the storage of a strided tensor is too small or was freed.
 inline std::optional<StorageBytes> missing_storage(const at::Tensor& t) {
   if (t.numel() == 0) return std::nullopt;
   int64_t elements = t.storage_offset() + t.numel();
@@ -39,7 +39,7 @@ inline std::optional<StorageBytes> missing_storage(const at::Tensor& t) {
   return StorageBytes{needed, storage->nbytes()};
 }
 
-// Whether elements of the same indices are as far apart in both.
+// Whether both have the same sizes, and the same strides but for dimensions of size 1.
 inline bool same_strides(const at::Tensor& a, const at::Tensor& b) {
   if (!a.sizes().equals(b.sizes())) return false;
   for (int64_t d = 0; d < a.dim(); ++d)

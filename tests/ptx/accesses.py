@@ -48,14 +48,14 @@ GLOBAL_END = 1 << 47
 
 
 class Access:
-    """One load, store or atomic of an instruction, in whatever space its addresses turn out."""
+    """The load, store or atomic of an instruction; its space may be known only at run time."""
 
     def __init__(self, machine: Machine, instruction: Instruction, address: Address, width: int):
         self.machine = machine
         self.instruction = instruction
         self.width = width
         self.verb = {"ld": "load", "st": "store"}.get(instruction.name.split(".")[0], "atomic")
-        # Loads and stores with an order are atomic: they race with plain ones alone.
+        # Loads and stores with an order are atomic: they race only with plain ones.
         ordered = opcode(instruction.name).modifiers & {"relaxed", "acquire", "release"}
         self.is_atomic = self.verb == "atomic" or bool(ordered)
         self.offset = address.offset
@@ -98,7 +98,7 @@ class Access:
     # Global memory
 
     def check_global(self, batch: Batch, lanes: Lanes, addresses: np.ndarray) -> None:
-        """Bounds, alignment, written-ness, races; counts the traffic."""
+        """Checks bounds, alignment, initialisation and races; counts the traffic."""
         memory = self.machine.memory
         everyone = batch.all_lanes(lanes)
         self.check_alignment(batch, lanes, addresses, "global")
@@ -322,7 +322,7 @@ ATOMICS: dict[str, Callable] = {
 
 
 def atomic(machine: Machine, instruction: Instruction) -> Step:
-    """atom, and red, which has no result. Lanes take their turn in order."""
+    """atom and red, which has no result. Lanes run one after the other, in order."""
     op = opcode(instruction.name)
     name = op.one_of(*ATOMICS)
     unknown = op.modifiers - HINTS - {"global", "shared", name}
@@ -363,7 +363,7 @@ def atomic(machine: Machine, instruction: Instruction) -> Step:
                 )
                 new = ATOMICS[name](old[i], *(x[lane] for x in operands))
                 word = np.array([new], dtype)
-                if op.type == "f32" and where == "global":  # where subnormal sums become zero
+                if op.type == "f32" and where == "global":  # flushes subnormals
                     word = np.where(np.abs(word) < TINY, np.copysign(np.float32(0), word), word)
                 if where == "global":
                     host.store_words(one, word.view(UNSIGNED[size]))
@@ -388,7 +388,7 @@ def convert_address(machine: Machine, instruction: Instruction) -> Step:
 
 
 def nothing(machine: Machine, instruction: Instruction) -> Step:
-    """Fences and prefetches: here every access is seen by all at once."""
+    """Fences and prefetches: in the emulator every access is visible to all at once."""
     return lambda batch, lanes: None
 
 

@@ -13,7 +13,7 @@ from ptx.parser import Kernel, Variable
 # Lanes of a batch: None for all of them, else their indices in ascending order.
 Lanes = np.ndarray | None
 
-GAP = 16  # bytes between two variables in shared and local memory that belong to none
+GAP = 16  # unused bytes between two variables in shared and local memory
 
 
 def _aligned(offset: int, align: int) -> int:
@@ -57,7 +57,7 @@ class Batch:
         blocks: np.ndarray,  # [blocks] linear indices
         grid: tuple[int, int, int],
         block: tuple[int, int, int],
-        params: np.ndarray,  # bytes, and some more for wide words
+        params: np.ndarray,  # bytes, padded for wide words
         param_bytes: int,
         shared: Layout,
         local: Layout,

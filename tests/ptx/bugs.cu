@@ -1,5 +1,5 @@
-// A kernel for each check of the emulator, with the bug and, for bug = false, without. The line
-// that the message must name is marked BUG: and the name of the host function.
+// A kernel for each check of the emulator, with its bug if `bug`, else correct. The line that the
+// message must name is marked BUG: and the name of the host function.
 #include <cuda_runtime.h>
 
 #include <cub/block/block_reduce.cuh>
@@ -123,7 +123,7 @@ __global__ void local_unwritten(bool bug, const float* in, float* out, int n) {
   if (threadIdx.x < 32) out[threadIdx.x] = values[(threadIdx.x + n) % 8];  // BUG: unwritten_local
 }
 
-// nvcc gives a variable that is not set some value of its own, so this is in PTX.
+// nvcc gives an unset variable some value, so this is in PTX.
 #define ADD_MAYBE_UNSET \
   "{ .reg .pred p; .reg .f32 t; setp.lt.s32 p, %1, 5; @p mov.f32 t, %2; add.f32 %0, t, %2; }"
 

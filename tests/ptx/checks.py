@@ -2,8 +2,8 @@
 
 Two accesses race if different threads touch the same bytes, one of them stores, not both are
 atomic, and nothing orders them: no __syncthreads (same block) and no __syncwarp (same warp) since.
-Blocks are ordered by the end of a launch only. This is decided by what each thread did, not by the
-values, so a race is found in whatever order the lanes happen to run.
+Blocks are ordered by the end of a launch only. Races are found from what each thread did, not from
+values, so the order in which the lanes happen to run does not matter.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ class Actors(NamedTuple):
 
 
 class Conflict(NamedTuple):
-    """The lane of an access that races, with whom, and with what that one did."""
+    """A race: the lane of the access, the other thread, and what that one did."""
 
     lane: int
     other_thread: int | None
     what: str
 
 
-# Who loaded a cell, or changed it atomically, since that was last of interest: a warp or a thread,
-# or one of these.
+# Who loaded a cell, or changed it atomically, since the last event that ordered it: a warp or a
+# thread, or one of these.
 SEVERAL_BLOCKS = -1
 
 
@@ -69,8 +69,8 @@ def block_of(who: np.ndarray, per_block: int) -> np.ndarray:
 
 
 class Shadow:
-    """What is known of a run of bytes, kept for cells of 4 bytes, or fewer once a narrower
-    access comes."""
+    """The history of a run of bytes, in cells of 4 bytes, or smaller ones after a narrower
+    access."""
 
     def __init__(self, start: int, size: int, written: bool) -> None:
         self.start = start // 16 * 16
@@ -108,7 +108,7 @@ class Shadow:
         return first[:, None] + np.arange(count)
 
     def mark_written(self, start: int, size: int) -> None:
-        """By the host: a copy or a fill."""
+        """Records a copy or a fill by the host."""
         self.refine(1 if (start | size) % 4 else 4)
         begin = (start - self.start) // self.cell
         self.written[begin : begin + -(-size // self.cell)] = True
@@ -125,7 +125,7 @@ class Shadow:
         return int(np.argmin(written.reshape(lanes, -1).all(axis=1)))
 
     def load(self, cells, actors: Actors, now: int, since: int) -> Conflict | None:
-        """Records a load. `since` is when the launch began: what is older is ordered."""
+        """Records a load. `since` is when the launch began: older accesses are ordered."""
         found = self._against_stores(cells, actors, since, atomics=True)
         if found is None:
             self._record_load(cells, actors, now, since)
@@ -148,7 +148,7 @@ class Shadow:
         return found
 
     def atomic(self, cells, actors: Actors, now: int, since: int) -> Conflict | None:
-        """Records an atomic access, which races with loads and stores alone."""
+        """Records an atomic access, which races only with loads and stores."""
         found = self._against_stores(cells, actors, since, atomics=False)
         found = found or self._against_loads(cells, actors, since)
         thread = self._per_cell(actors.thread, cells)
@@ -168,7 +168,7 @@ class Shadow:
     def _put_all(
         self, array: np.ndarray, cells, new: np.ndarray, block: np.ndarray, per_block: int
     ):
-        """Stores who touched the cells; where lanes of this very access share one, several."""
+        """Records who touched the cells: several where lanes of this access share one."""
         self._put(array, cells, new)
         if isinstance(cells, slice):
             return
@@ -274,8 +274,8 @@ class Shadow:
             block, barrier = actors.block[:, None], actors.barrier[:, None]
             old = self._get(self.load_warp, cells, lanes)
             same_block = block_of(old, actors.warps_per_block) == block
-            # What a barrier ordered before this load need not be remembered: what comes to be
-            # ordered after this load is ordered after that too.
+            # Loads that a barrier ordered before this one can be forgotten: what is ordered after
+            # this one is ordered after them too.
             stale = (time <= since) | (same_block & (time < barrier))
             many = np.where(same_block, several_of(block), SEVERAL_BLOCKS)
             new = np.where(stale | (old == warp), warp, many)

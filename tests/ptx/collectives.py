@@ -25,7 +25,7 @@ ALL = np.uint32(0xFFFFFFFF)
 
 
 class Collective:
-    """ready() splits the arrived lanes from those that must wait; run() is for the ready ones."""
+    """ready() says which arrived lanes may go on; run() executes the instruction for them."""
 
     waits_for = "lanes of its warp"
 
@@ -34,7 +34,7 @@ class Collective:
         self.instruction = instruction
 
     def is_complete(self, batch: Batch) -> bool:
-        """Whether nobody need wait if all lanes of the batch are here."""
+        """Whether no lane has to wait if all lanes of the batch are here."""
         return True
 
     def ready(self, batch: Batch, lanes: np.ndarray) -> np.ndarray:
@@ -88,10 +88,10 @@ class Barrier(Collective):
 
 
 class WarpWide(Collective):
-    """What is for the lanes that a member mask names.
+    """An instruction for the lanes that a member mask names.
 
-    All of them must come, with the same mask. A GPU lets a mask name lanes that have exited; such a
-    mask was not made for the lanes that are there, so here it is an error.
+    All of them must arrive with the same mask. A GPU lets a mask name lanes that have exited; here
+    that is an error, because such a mask was not made for the lanes that are left.
     """
 
     def __init__(self, machine: Machine, instruction: Instruction, mask: int) -> None:
@@ -99,7 +99,7 @@ class WarpWide(Collective):
         self.mask = reader(instruction.operands[mask], "b32")
 
     def is_complete(self, batch: Batch) -> bool:
-        """With whole warps and a mask of all lanes; else ready() has to look."""
+        """With whole warps and a mask of all lanes; else ready() decides."""
         return batch.threads % 32 == 0 and bool(np.all(self.mask(batch, None) == ALL))
 
     def masks(self, batch: Batch, lanes: Lanes) -> np.ndarray:
@@ -126,7 +126,7 @@ class WarpWide(Collective):
                 "shuffle mask", batch, int(lanes[at]),
                 f"mask {int(masks[at]):#010x} names lane {which}, which has exited or is not there",
             )  # fmt: skip
-        # A lane may go on once all it names have come with the same mask.
+        # A lane may go on once all lanes it names have arrived with the same mask.
         agreed = np.zeros((len(batch.known), 32), np.uint32)
         agreed[warp, lane] = masks
         return ((agreed[warp] == masks[:, None]) | ~named).all(axis=1)
@@ -157,7 +157,7 @@ class SyncWarp(WarpWide):
         self.machine.time += 1
         warp, lane = self.places(batch, lanes)
         named = self.named(batch, lanes)
-        # What any of them knows, each knows now; and what each did.
+        # Each now knows what any of them knew, and what each of them did.
         latest = np.where(named[:, :, None], batch.known[warp], 0).max(axis=1)
         latest[named] = self.machine.time
         batch.known[warp, lane] = latest

@@ -1,4 +1,4 @@
-"""Turns a kernel's instructions into functions: a step for each, and where its lanes go next."""
+"""Turns a kernel's instructions into functions: a step each, and where lanes go next."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ class _Compiler:
 
     @staticmethod
     def _marks(instruction: Instruction, unset_here: set[int]) -> Callable[[Batch], np.ndarray]:
-        """Which lanes' values are not set that a mov or selp passes on; of selp, the chosen one."""
+        """The lanes where a mov or selp passes on an unset value; of selp, the chosen one."""
 
         def of(operands) -> Callable[[Batch], np.ndarray]:
             found = [
@@ -253,7 +253,7 @@ def _move(instruction: Instruction) -> Step:
 
     def step(batch: Batch, lanes: Lanes) -> None:
         value = read(batch, lanes)
-        # A register of its own: a later change of some lanes must not reach the source.
+        # A copy: a later change of some lanes must not reach the source.
         write(batch, lanes, value.copy() if lanes is None and value.ndim else value)
 
     return step

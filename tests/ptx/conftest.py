@@ -1,8 +1,8 @@
-"""All of this folder needs nvcc."""
+"""All tests of this folder need nvcc."""
 
 import pytest
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _needs_nvcc(nvcc):
-    """Skips where there is none; conftest.py above says when that is a failure."""
+    """Skips without nvcc; the parent conftest.py decides when that is a failure."""

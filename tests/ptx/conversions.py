@@ -55,14 +55,14 @@ def to_bfloat16(x: np.ndarray) -> np.ndarray:
 
 
 def clamped(source: np.dtype, target: np.dtype) -> Callable[[np.ndarray], np.ndarray]:
-    """.sat of integers: to the target's range."""
+    """.sat of integers: clamps to the target's range."""
     low = max(int(np.iinfo(source).min), int(np.iinfo(target).min))
     high = min(int(np.iinfo(source).max), int(np.iinfo(target).max))
     return lambda x: np.clip(x, source.type(low), source.type(high)).astype(target)
 
 
 def between_floats(op: Opcode, rounding: str) -> Callable[[np.ndarray], np.ndarray]:
-    """Rounded to a whole number, or to what the target holds."""
+    """Rounds to a whole number or to the target's precision."""
     target, source = op.types
     dtype = np.dtype(numpy_type(target))
     if len(rounding) == 3:
@@ -77,7 +77,7 @@ def between_floats(op: Opcode, rounding: str) -> Callable[[np.ndarray], np.ndarr
 
 
 def converter(op: Opcode) -> Callable[[np.ndarray], np.ndarray]:
-    """UnknownInstruction for the combinations that are not here."""
+    """The conversion; raises UnknownInstruction for combinations that are missing here."""
     target, source = op.types
     rounding = op.one_of("rni", "rzi", "rmi", "rpi", "rn", "rz")
     dtype = np.dtype(numpy_type(target))

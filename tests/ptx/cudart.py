@@ -1,4 +1,4 @@
-"""The Python side of fake_cudart.cpp: what the host code of a library does, done by a Machine."""
+"""The Python side of fake_cudart.cpp: runs what a library's host code asks for on a Machine."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LAUNCH = ctypes.CFUNCTYPE(
 EVENT = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 LAUNCH_FAILURE = 719  # cudaErrorLaunchFailure
-# What makes the host wait for the device.
+# Calls that make the host wait for the device.
 WAITS = ("cudaMemcpy", "cudaStreamSynchronize", "cudaDeviceSynchronize")
 
 
@@ -85,7 +85,7 @@ class Runtime:
             self._pending = self._pending or error
 
     def forget_freed(self) -> None:
-        """Takes what the library has freed out of the machine's memory."""
+        """Removes what the library has freed from the machine's memory."""
         while address := self.library.ptx_release_freed():
             self.machine.memory.remove(address)
 
@@ -97,7 +97,7 @@ class Runtime:
             raise Violation("uninitialised", text)
 
     def raise_pending(self) -> None:
-        """Raises what went wrong in a launch since the last call."""
+        """Raises the first error of the launches since the last call."""
         error, self._pending = self._pending, None
         if error is not None:
             raise error

@@ -1,6 +1,5 @@
-// The emulated build's csrc/tensor/device.h: every tensor is on the device, whose memory is the
-// host's. What the device's functions allocate is registered with the emulator, filled with
-// rubbish.
+// Replaces csrc/tensor/device.h in the emulated build: every tensor is on the device, whose memory
+// is the host's. Allocations are registered with the emulator and filled with garbage.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,8 +1,8 @@
-"""gradfuse's compiled module with its CUDA kernels, launchers and all, run on the CPU's tensors.
+"""gradfuse's compiled module with its CUDA kernels and their launchers, run on CPU tensors.
 
-The sources of csrc/ that know of torch are built against tests/ptx/device.h and linked with the
-ordinary nvcc objects and fake_cudart.cpp. `backend()` has the functions of gradfuse._C; a call
-registers the memory of the tensors it is given, and raises what the emulator found.
+The torch-facing sources of csrc/ are built against tests/ptx/device.h and linked with the ordinary
+nvcc objects and fake_cudart.cpp. `backend()` has the functions of gradfuse._C; a call registers the
+memory of its tensors and raises what the emulator found.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def extent(t: Tensor) -> tuple[int, int]:
 
 
 class Emulated:
-    """The module's functions, and what the last call of one did."""
+    """The module's functions, and the record of the last call."""
 
     def __init__(self) -> None:
         library, compiled = build()
@@ -88,7 +88,7 @@ class Emulated:
         self._lock = threading.RLock()
 
     def reset(self) -> None:
-        """Forgets the last call, and settings of the machine."""
+        """Forgets the last call and resets the machine's settings."""
         self.runtime.reset()
         self.machine.order = "forward"
         self.machine.only_blocks = None
@@ -128,7 +128,7 @@ class Emulated:
     def watched(
         self, function: Callable, parameters: Callable[[], list[Tensor]] = list
     ) -> Callable:
-        """The function, with its tensors' memory known to the machine while it runs."""
+        """The function, with its tensors' memory registered with the machine while it runs."""
 
         @functools.wraps(function)
         def call(*arguments: Any) -> Any:
@@ -174,7 +174,7 @@ class Emulated:
         if not plain or t.is_nested:
             return  # left for the module to refuse
         start, size = extent(t)
-        if size > HUGE:  # too much to keep shadows of: its ends alone may be touched
+        if size > HUGE:  # too large to shadow: only its ends may be touched
             spans[start] = EDGE, f"{name}, beginning"
             spans[start + size - EDGE] = EDGE, f"{name}, end"
         elif size > spans.get(start, (0, ""))[0]:
@@ -182,7 +182,7 @@ class Emulated:
 
 
 def merged(spans: dict[int, tuple[int, str]]) -> list[tuple[int, tuple[int, str]]]:
-    """Spans that do not overlap: views of one storage become one."""
+    """Merges overlapping spans: views of one storage become one."""
     found: list[tuple[int, tuple[int, str]]] = []
     for start, (size, name) in sorted(spans.items()):
         if found and start < found[-1][0] + found[-1][1][0]:
@@ -209,7 +209,7 @@ class _ParameterList:
 
 
 class _Stepper:
-    """The module's Stepper, with what measures and updates watched."""
+    """The module's Stepper, with measure, update and step watched."""
 
     def __init__(self, emulated: Emulated, inner: type, rule: int) -> None:
         self._inner = inner(rule)

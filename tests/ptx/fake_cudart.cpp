@@ -1,9 +1,10 @@
 // Stands in for libcudart in the libraries that the tests build of nvcc's objects: "device" memory
-// is the host's, and every launch, copy and wait is handed to the hooks that cudart.py sets. What
-// nvcc's objects need beyond this is an error when they are linked.
+// is the host's, and every launch, copy and wait is handed to the hooks that cudart.py sets. Any
+// other symbol that nvcc's objects need is an error when they are linked.
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -67,7 +68,7 @@ EXPORT void ptx_set_hooks(LaunchHook launch_hook, EventHook event_hook) {
   on_event = event_hook;
 }
 
-// Releases one of the allocations given to cudaFree and tells its address; null if there is none.
+// Releases one of the allocations given to cudaFree and returns its address; null if there is none.
 EXPORT void* ptx_release_freed() {
   const std::lock_guard<std::mutex> lock(freed_mutex);
   if (freed().empty()) return nullptr;
@@ -79,7 +80,7 @@ EXPORT void* ptx_release_freed() {
 
 extern "C" {
 
-// What nvcc generates calls of.
+// Functions that nvcc generates calls of.
 
 void** __cudaRegisterFatBinary(void*) {
   static void* handle;
@@ -135,12 +136,12 @@ cudaError_t cudaMalloc(void** pointer, size_t bytes) {
   const size_t rounded = (bytes + 255) / 256 * 256;
   *pointer = std::aligned_alloc(256, rounded ? rounded : 256);
   if (!*pointer) return failed(cudaErrorMemoryAllocation);
-  std::memset(*pointer, 0xa5, rounded);  // whoever reads it unwritten should notice
+  std::memset(*pointer, 0xa5, rounded);  // garbage, so that reads of it show
   event("cudaMalloc", *pointer, nullptr, bytes);
   return cudaSuccess;
 }
-// May be called wherever a tensor dies, also where no Python code may run: the hooks hear of it
-// when they ask.
+// Calls no hook, because a tensor may die where no Python code may run: Python polls
+// ptx_release_freed.
 cudaError_t cudaFree(void* pointer) {
   const std::lock_guard<std::mutex> lock(freed_mutex);
   freed().push_back(pointer);

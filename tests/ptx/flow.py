@@ -11,9 +11,9 @@ WITHOUT_RESULT = {
     "st", "red", "bar", "barrier", "bra", "ret", "exit", "trap", "membar", "fence", "prefetch",
     "nanosleep",
 }  # fmt: skip
-# Instructions that other lanes take part in: a block of their own.
+# Instructions that other lanes take part in: each is a block of its own.
 COLLECTIVE = {"bar", "barrier", "shfl", "vote", "match", "redux", "activemask"}
-# Instructions that only pass values on: one that is not set stays so, and nothing is wrong yet.
+# Instructions that only pass values on: an unset value stays unset, which is not yet an error.
 PASSES_ON = {"mov", "selp"}
 
 
@@ -67,7 +67,7 @@ def is_collective(instruction: Instruction) -> bool:
 
 
 def blocks(kernel: Kernel) -> dict[int, Block]:
-    """The basic blocks by their start. The end of the kernel, if control can reach it, is none."""
+    """The basic blocks by their start. The end of the kernel is not a block."""
     code = kernel.instructions
     starts = {0, *kernel.labels.values()}
     for pc, instruction in enumerate(code):

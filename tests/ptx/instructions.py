@@ -1,8 +1,8 @@
 """The table of instructions: what each computes from its operands, lane by lane.
 
 An entry says which modifiers and types it knows and returns an `Arithmetic`: the types of the
-result and of the operands, and a function of numpy arrays. What moves memory, or needs other lanes,
-is in `accesses.py` and `collectives.py`. Anything else is unknown, which is an error.
+result and of the operands, and a function of numpy arrays. Memory accesses are in `accesses.py`,
+instructions across lanes in `collectives.py`. Anything else is unknown, which is an error.
 
 Source: NVIDIA, "Parallel Thread Execution ISA", chapter 9. The `approx` instructions return the
 nearest value of their type, from which a GPU's may differ by a few ulps.
@@ -41,7 +41,7 @@ class UnknownInstruction(Exception):
 
 
 class DivisionByZero(Exception):
-    """By the lane at this place."""
+    """Of the lane at this place."""
 
     def __init__(self, place: int) -> None:
         super().__init__("integer division by zero")
@@ -61,7 +61,7 @@ class Opcode(NamedTuple):
         return self.types[0]
 
     def one_of(self, *names: str) -> str:
-        """The one modifier of these that is there; "" if none is."""
+        """Which of these modifiers is present; "" if none is."""
         return next((n for n in names if n in self.modifiers), "")
 
 
@@ -87,7 +87,7 @@ TABLE: dict[str, Entry] = {}
 
 
 def instruction(names: str, types: set[str], modifiers: str = "") -> Callable:
-    """Enters a builder for these base names."""
+    """Enters a builder into the table under these base names."""
 
     def enter(build: Callable[[Opcode], Arithmetic]) -> Callable:
         for name in names.split():
@@ -222,7 +222,7 @@ def _(op: Opcode) -> Arithmetic:
 
 @instruction("min max", INTEGERS | WIDE_FLOATS, "NaN ftz")
 def _(op: Opcode) -> Arithmetic:
-    """Of floats, the operand that is a number, unless .NaN is asked for; -0 is below +0."""
+    """For floats, NaN loses against a number unless .NaN is set; -0 is below +0."""
     least = op.base == "min"
     if not is_float(op.type):
         return Arithmetic(op.type, (op.type,) * 2, np.minimum if least else np.maximum)
@@ -322,7 +322,7 @@ def _(op: Opcode) -> Arithmetic:
         by = (amount & 31 if wraps else np.minimum(amount, 32)).astype(np.uint64)
         both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
         if "l" in op.modifiers:
-            # By 32 the upper word is a; uint64 has room for a shift of 32 of it.
+            # A shift by 32 leaves a in the upper word; uint64 has room for it.
             return ((both << by) >> np.uint64(32)).astype(np.uint32)
         return (both >> by).astype(np.uint32)
 
@@ -408,7 +408,7 @@ def _(op: Opcode) -> Arithmetic:
 
 @instruction("lop3", {"b32"})
 def _(op: Opcode) -> Arithmetic:
-    """Bit k of the table says what becomes of the input bits k = 4a + 2b + c."""
+    """Bit k of the table is the result of the input bits k = 4a + 2b + c."""
 
     def compute(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.ndarray:
         out = np.zeros_like(a)

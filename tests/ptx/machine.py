@@ -1,7 +1,7 @@
 """Runs kernels: launches in batches of blocks, lanes at the lowest instruction first.
 
-A group is the lanes that stand at one basic block. The group furthest back runs, to the end of its
-block, and joins whoever is there already; so lanes that parted meet again where their paths do.
+A group is the lanes that stand at one basic block. The group furthest back runs to the end of its
+block and joins the lanes already there, so divergent lanes meet again where their paths do.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ BATCH_LANES = 4096
 
 @dataclass
 class Target:
-    """The limits of the architecture that launches are checked against: those of sm_90, but shared
-    memory for a kernel that asks for more than the default as on sm_75, which gradfuse supports."""
+    """The limits that launches are checked against: those of sm_90, but for shared memory beyond
+    the default, where sm_75, which gradfuse supports, has least."""
 
     threads: int = 1024
     block: tuple[int, int, int] = (1024, 1024, 64)
@@ -52,7 +52,7 @@ class Machine:
         self.shared_bytes_allowed: dict[str, int] = {}
         self._programs: dict[tuple[int, str], Program] = {}
         self._globals: dict[str, np.ndarray] = {}
-        self._modules: list[Module] = []  # kept, so that their ids are
+        self._modules: list[Module] = []  # kept alive, so that their ids stay theirs
 
     def where(self, instruction: Instruction, batch: Batch, lane: int) -> str:
         """kernel, file:line, block and thread, for messages."""
@@ -74,7 +74,7 @@ class Machine:
         dynamic_bytes: int = 0,
         stream: int = 0,
     ) -> Launch:
-        """Runs a kernel to its end. Violation if it does what it must not."""
+        """Runs a kernel to its end; raises Violation if a check fails."""
         self.record = Launch(demangled(name), grid, block, dynamic_bytes, stream)
         self.launches.append(self.record)
         kernel = module.kernel(name)
@@ -219,12 +219,12 @@ class Machine:
         return everyone[ready]
 
     def _report_stuck(self, program: Program, batch: Batch, parked: dict[int, Lanes]) -> None:
-        """Nobody can run, and some still wait: at a barrier that not all of their block reach."""
+        """Raises for lanes that wait for others at a barrier or shuffle when no lane can run."""
         pc = min(parked)
         lanes = parked[pc]
         assert lanes is not None
         waiting = program.collective[pc]
-        waiting.ready(batch, lanes)  # knows better what is wrong, if lanes have exited since
+        waiting.ready(batch, lanes)  # is more precise, if lanes have exited since
         lane = int(lanes[0])
         same_block = batch.slot == batch.slot[lane]
         gone = int(np.count_nonzero(batch.exited & same_block))

@@ -116,8 +116,8 @@ class Memory:
     def runs(
         self, addresses: np.ndarray, width: int
     ) -> Iterator[tuple[Buffer, np.ndarray | slice]]:
-        """Splits lanes, all of them inside, by buffer: (buffer, lanes). Where they follow each
-        other in a few runs, each run comes by itself."""
+        """Splits lanes, all of them inside, by buffer: (buffer, lanes). If their addresses form a
+        few dense runs, yields each run by itself."""
         breaks = np.flatnonzero(np.diff(addresses) != width) + 1
         if len(breaks) < 16:
             edges = [0, *breaks.tolist(), len(addresses)]

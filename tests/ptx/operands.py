@@ -111,7 +111,7 @@ def writer(operand: Operand | None) -> Writer:
 
 
 def parts(operand: Operand | None) -> Sequence[Operand | None]:
-    """The operands of a vector; one by itself."""
+    """The items of a vector; any other operand by itself."""
     return operand.items if isinstance(operand, Vector) else (operand,)
 
 

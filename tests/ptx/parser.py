@@ -88,7 +88,7 @@ class Kernel:
     name: str
     params: list[Variable]
     max_threads: tuple[int, int, int] | None  # of __launch_bounds__
-    exactly: bool = False  # whether a block must have just so many
+    exactly: bool = False  # whether a block must have exactly as many
     instructions: list[Instruction] = field(default_factory=list)
     registers: list[str] = field(default_factory=list)  # their types
     labels: dict[str, int] = field(default_factory=dict)  # to the next instruction
@@ -109,7 +109,7 @@ _VARIABLE = re.compile(
 
 
 def _closing_brace(text: str, start: int) -> int:
-    """Where the brace that was opened before `start` is closed: just past it."""
+    """The index just past the brace that closes the one opened before `start`."""
     depth = 1
     for found in re.compile(r"[{}]").finditer(text, start):
         depth += 1 if found[0] == "{" else -1
@@ -208,7 +208,7 @@ class _Scope:
 
 
 class _Body:
-    """Parses the body of one kernel, and into it those of the functions it calls."""
+    """Parses the body of one kernel, and inlines the functions it calls."""
 
     def __init__(self, module: Module, kernel: Kernel) -> None:
         self.module = module
@@ -216,7 +216,7 @@ class _Body:
         self.scope = _Scope(None)
         self.location: Location | None = None
         self.calls = 0
-        self.prefix = ""  # of labels and variables: those of an inlined function are its own
+        self.prefix = ""  # of labels and variables, to keep those of inlined functions apart
         self.slots: dict[tuple[str, int], Register] = {}  # scratch parameters, by key and offset
 
     def parse(self, body: str, returns_to: str = "") -> None:
@@ -239,7 +239,7 @@ class _Body:
                 label = re.match(r"([\w$]+):\s*", pending)
                 if label:
                     name = self.prefix + label[1]
-                    if name in self.kernel.labels:  # in scopes of their own
+                    if name in self.kernel.labels:  # legal in separate scopes
                         raise ParseError(f"expected each label once, got {label[1]} twice")
                     self.kernel.labels[name] = len(self.kernel.instructions)
                     pending = pending[label.end() :]
@@ -352,7 +352,7 @@ class _Body:
         self.kernel.instructions.append(Instruction(name, operands, guard, negated, self.location))
 
     def _parameter_access(self, name: str, operands: tuple) -> tuple[str, tuple]:
-        """A scratch parameter of a call as a register; one of the kernel as it is."""
+        """Turns scratch parameters of calls into registers; keeps parameters of the kernel."""
         is_load = name.startswith("ld")
         address = operands[1] if is_load else operands[0]
         if not isinstance(address.base, Symbol) or "#" not in address.base.name:

@@ -54,7 +54,7 @@ def evaluate(body, sources, result, *arrays):
 
 
 def exactly(values):
-    """An array of whole numbers as they are: numpy would make float64 of large and small ones."""
+    """An array that keeps whole numbers exact: numpy makes float64 of large and negative ones."""
     values = list(values)
     whole = all(isinstance(v, (int, np.integer)) for v in values)
     return np.array(values, object if whole else None)
@@ -74,7 +74,7 @@ def instruction(name, sources, result, *arrays):
 
 
 def same(got, expected):
-    """Equal in every bit but those of a NaN, and the sign of zero counts."""
+    """Asserts equality of all bits but a NaN's; so the sign of zero counts."""
     if got.dtype.kind == "f":
         expected = np.asarray(expected, np.float64).astype(got.dtype)
         assert np.array_equal(np.isnan(got), np.isnan(expected)), (got, expected)

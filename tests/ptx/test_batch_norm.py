@@ -56,7 +56,7 @@ def wide(traffic, name):
 
 
 def written(stored, nbytes):
-    """How many buffers were stored once, in 16-byte accesses, of this size."""
+    """The number of buffers of this size that were stored once, in 16-byte accesses."""
     return sum(by == {16: nbytes} for by in stored.values())
 
 
@@ -98,7 +98,7 @@ def test_small_maps_are_read_once(ptx, dtype):
 
 @pytest.mark.parametrize(("shape", "rows"), [((2, 2, 80, 64), False), ((160, 64), True)])
 def test_coefficients_are_loaded_once_for_a_group(ptx, shape, rows):
-    """One of each for eight elements of a channel; where each element has its own, 16 bytes."""
+    """One value each for eight elements of a channel; 16-byte loads if each has its own."""
     x, r, g = (random(*shape, seed=i) for i in range(3))
     _, mask, stats = forward(ptx, x, r)
     launches = [*ptx.launches]
@@ -117,7 +117,7 @@ def test_coefficients_are_loaded_once_for_a_group(ptx, shape, rows):
 
 @DTYPES
 def test_any_order_of_the_blocks_gives_the_same_bits(ptx, dtype):
-    """The second stage adds the chunks' sums in their order, whoever comes first."""
+    """The second stage adds the chunks' sums in their order, whichever block ends first."""
     shapes = ((2, 3, 70, 80), (300, 70), (2, 3, 8, 8))
     for x in (random(*shape, dtype=dtype) for shape in shapes):
         found = {}
@@ -138,7 +138,7 @@ def test_no_kernel_has_an_atomic_on_floats():
 
 
 def test_the_host_never_waits(ptx):
-    """Running statistics of another type or with gaps and a momentum on the device included."""
+    """Even for running statistics of another type or with gaps, and momentum on the device."""
     x = random(2, 3, 70, 80).requires_grad_()
     mean, var = torch.zeros(3, 2)[:, 0], torch.ones(3, dtype=torch.bfloat16)
     momentum = torch.tensor(0.3)

@@ -45,7 +45,7 @@ BUGS = {
     "copied_unwritten": ("uninitialised", "cudaMemcpy: reads 128 bytes of allocation"),
     "too_many_blocks": ("launch", "expected a grid within"),
 }
-# Found by the launch, or by its length: there is no line to name.
+# Found at the launch, or by its length, so there is no line to name.
 WITHOUT_LINE = {
     "launch_bounds", "shared_by_default", "shared_asked_for", "endless_loop", "freed_memory",
     "copied_unwritten", "too_many_blocks",

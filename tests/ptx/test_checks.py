@@ -20,7 +20,7 @@ def run(body, lanes=LANES):
 
 
 def run_blocks(body, blocks, threads, order="forward"):
-    """A body over blocks whose a0 all come from one array of as many threads."""
+    """Runs a body over blocks that all read a0 from one array, an element per thread."""
     machine = Machine(order)
     given, out = aligned(np.zeros(threads, np.uint32)), aligned(np.zeros(threads, np.uint32))
     for name, a in (("in", given), ("out", out)):

@@ -44,7 +44,7 @@ def test_fma_rounds_once(kind):
     generator = np.random.default_rng(0)
     a, b = (generator.standard_normal(500).astype(dtype) for _ in range(2))
     c = (-a * b * (1 + generator.integers(-2, 3, 500) * np.finfo(dtype).eps)).astype(dtype)
-    # A product and an addend whose sum is a tie but for a bit far below.
+    # A product and an addend whose sum is a tie except for a bit far below.
     a[0], b[0], c[0] = 1 + np.finfo(dtype).eps, 1 - np.finfo(dtype).eps, np.finfo(dtype).eps ** 2
     got = instruction(f"fma.rn.{kind}", [kind] * 3, kind, a, b, c)
     same(got, np.array([exact_fma(*abc, dtype) for abc in zip(a, b, c, strict=True)], dtype))
@@ -169,7 +169,7 @@ def test_guards():
     ],
 )  # fmt: skip
 def test_what_is_not_known_is_named(body):
-    """At once, though no lane need come to it."""
+    """Before anything runs, even if no lane would reach it."""
     name = body.split()[0]
     with pytest.raises(Exception, match=name.replace(".", r"\.") + r"|symbol %clock") as found:
         evaluate(body, ["u32"], "u32", [1])
@@ -177,7 +177,7 @@ def test_what_is_not_known_is_named(body):
 
 
 def test_every_instruction_is_tested():
-    """The names in the strings of these files are all that there are."""
+    """The strings of these files name every instruction that is known."""
     strings = [
         node.value
         for name in ("cases.py", "test_instructions.py", "test_accesses.py", "test_collectives.py")

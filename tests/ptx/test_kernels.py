@@ -1,5 +1,5 @@
-"""All CUDA kernels are run, agree with the reference, do not mind the order of their blocks, and
-count past 2^31."""
+"""All CUDA kernels run, agree with the reference, give the same bits in any order of their blocks,
+and count past 2^31."""
 
 import math
 import mmap
@@ -83,7 +83,7 @@ def test_as_the_reference(ptx, monkeypatch, step, dtype):
 
 
 def test_every_kernel_was_run(ptx):
-    """By the tests above; those of zero gradients and a lone norm here."""
+    """By the tests above, or here where those leave a kernel out."""
     params = parameters(torch.float32)
     params[0].grad[0] = math.nan
     gradfuse.clip_grad_norm_(params, 1.0, nonfinite="zero")
@@ -213,7 +213,7 @@ def test_strides_past_2_to_the_31(only):
 
 
 def owner_of(grad):
-    """A parameter with this gradient and, as nobody reads it, without memory of its own."""
+    """A parameter with this gradient, and without memory of its own, as nobody reads it."""
     parameter = torch.zeros((), dtype=grad.dtype).expand(grad.shape)
     parameter.grad = grad
     return [parameter]

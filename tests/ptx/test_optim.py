@@ -1,5 +1,5 @@
 """What a step of the optimizers moves: each stream is read once and written once, 16 bytes at a
-time, and a step that is left out writes nothing."""
+time, and a skipped step writes nothing."""
 
 import math
 

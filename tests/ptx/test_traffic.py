@@ -9,7 +9,7 @@ from helpers import REAL, owners, random, short
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradfuse
-from ptx.toolchain import ROOT
+from ptx import emulated
 
 # Awkward sizes: around a warp, a block of words, and the chunk of 32,768 elements.
 SIZES = [1, 31, 32, 33, 4097, 32767, 32768, 32769]
@@ -42,7 +42,7 @@ def narrow_elements(grad, chunk=32768):
 
 
 def assert_loaded(ptx, grads, times, prefix="grad"):
-    """Every byte of every gradient exactly so often, 16 at a time but for the ends."""
+    """Every byte of every gradient is loaded so many times, 16 at a time except at the ends."""
     for i, g in enumerate(grads):
         name = f"{prefix} {i}"
         size, narrow = total_bytes([g]), narrow_elements(g) * g.element_size()
@@ -214,7 +214,7 @@ class Operations(TorchDispatchMode):
 
 
 def test_nothing_is_read_back_through_torch(ptx):
-    """To the emulator a tensor's .item() is no wait, as its memory is the host's."""
+    """The emulator does not see .item() as a wait, because its memory is the host's."""
     params = owners(gradients(torch.float32)[:4])
     clipper = gradfuse.GradClipper(params, 0.1, nonfinite="zero")
     with Operations() as operations:
@@ -226,19 +226,19 @@ def test_nothing_is_read_back_through_torch(ptx):
     with Operations() as operations:
         torch.ones(()).item()
     assert "_local_scalar_dense" in operations.names
-    for source in (ROOT / "csrc").glob("*.cpp"):  # there on_host() is what waits
+    for source in emulated.torch_sources():  # there on_host() is what waits
         assert not re.search(r"\.(cpu|item)\b", source.read_text()), source
 
 
 def test_raising_waits_once(ptx):
-    """The policy "error" has to know; and the wait above would have been seen."""
+    """nonfinite="error" has to read the norm. Also shows that a wait would be seen above."""
     params = owners(gradients(torch.float32)[:4])
     gradfuse.clip_grad_norm_(params, 1.0, nonfinite="error")
     assert ptx.runtime.waits == 1
 
 
 def test_scratch_is_small(ptx):
-    """Slots of 56 bytes: one a chunk and one a gradient."""
+    """Slots of 56 bytes: one per chunk and one per gradient."""
     grads = gradients(torch.float32)
     gradfuse.clip_grad_norm_(owners(grads), 1e9)
     chunks = sum(-(-g.numel() // 32768) for g in grads)

@@ -1,6 +1,6 @@
 """nvcc and the host compiler: PTX and objects of a .cu file, libraries of objects, ptxas' figures.
 
-What is built lies under build/ptx, in folders named after a hash of all that went into it.
+Results lie under build/ptx, in folders named after a hash of all their inputs.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def sources_of(folder: Path) -> list[Path]:
 
 
 def _built(name: str, digest: str, build) -> Path:
-    """The folder of what build(folder) makes, made if it is not there yet: by one process, while
-    others that want it wait."""
+    """The folder that build(folder) fills. If it is missing, one process makes it while others
+    wait."""
     folder = BUILD / f"{name}-{digest}"
     if folder.exists():
         return folder
@@ -103,7 +103,7 @@ class Compiled(NamedTuple):
 
     object: Path
     ptx: Path
-    ptxas: Path  # what ptxas -v said
+    ptxas: Path  # output of ptxas -v
 
 
 def compile_cuda(source: Path) -> Compiled:
@@ -179,14 +179,14 @@ def cuda_library(
 
 
 class Resources(NamedTuple):
-    """What ptxas says of a kernel for one architecture."""
+    """What ptxas reports for a kernel and one architecture."""
 
     registers: int
     spilled_bytes: int  # stores and loads
 
 
 def resources(said: str) -> dict[str, Resources]:
-    """Registers and spills by kernel, from what ptxas -v said."""
+    """Registers and spills by kernel, from the output of ptxas -v."""
     found = re.findall(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
         r".*?Used (\d+) registers",
@@ -197,7 +197,7 @@ def resources(said: str) -> dict[str, Resources]:
 
 
 def ptxas(source: Path, arch: str) -> str:
-    """What ptxas -v says of a .cu file for an architecture."""
+    """Output of ptxas -v for a .cu file and an architecture."""
     command = [nvcc(), *NVCC_FLAGS, f"-arch={arch}", "-Xptxas=-v", "-cubin", f"-I{ROOT / 'csrc'}"]
     return run([*command, source, "-o", os.devnull])
 

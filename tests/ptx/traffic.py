@@ -1,4 +1,4 @@
-"""make traffic: what each CUDA kernel moves and takes, as tables in Markdown.
+"""make traffic: traffic, launches and registers of the CUDA kernels, as Markdown tables.
 
 Bytes, widths and launches are counted by the emulator; registers and spills are ptxas' own figures.
 """
@@ -29,8 +29,8 @@ MAPS, ROWS_OF_MAPS, SMALL_MAPS = (4, 8, 56, 56), (4, 128, 14, 14), (8, 24, 16, 1
 
 
 class Case(NamedTuple):
-    """A call, and the bytes that it cannot do without: so many passes over so many elements, and
-    bits of a mask for each."""
+    """A call and the fewest bytes that it must move: `least` passes over `elements`, and
+    `mask_bits` bits of a mask for each."""
 
     name: str
     call: Callable[[emulated.Emulated, list[Tensor]], object]
@@ -57,7 +57,7 @@ def zero(ptx: emulated.Emulated, grads: list[Tensor]) -> None:
 
 
 def adaptive(scale: float) -> Callable:
-    """Over a matrix whose every row is clipped, or none."""
+    """Over a matrix of which all rows are clipped, or none."""
 
     def call(ptx: emulated.Emulated, grads: list[Tensor]) -> None:
         weight = torch.ones(ROWS, COLUMNS, dtype=grads[0].dtype)
@@ -107,8 +107,9 @@ def batch_norm(shape: tuple[int, ...], channels_last: bool, backward: bool) -> C
 
 
 def batch_norm_cases() -> Iterator[Case]:
-    """The sums read the input (grad_output and input), the sweep the same and the residual (the
-    mask), and it writes the output (two gradients); a map that a block holds is read once."""
+    """Forward (backward): the sums read the input (grad_output and input); the sweep reads the same
+    and the residual (mask) and writes the output (two gradients). Maps that fit a block are read
+    once."""
     shapes = (
         ("NCHW", MAPS, False),
         ("NHWC", ROWS_OF_MAPS, True),
@@ -148,9 +149,10 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def data_by_width(traffic: Traffic, case: Case) -> Counter[int]:
-    """What was moved of the tensors, by width of access; the rest are slots, tables, totals.
+    """Bytes moved of the tensors, by width of access, without slots, tables and totals.
 
-    A clip's tensors are all given. Those of batch norm are all that have a bit for each element.
+    Clipping and optimizers are given all their tensors. For batch norm, every buffer with a bit or
+    more for each element counts.
     """
     found: Counter[int] = Counter()
     for moved, distinct in (
@@ -273,7 +275,7 @@ TABLES = {"steps": step_table, "launches": launch_table, "registers": register_t
 
 
 def with_table(page: str, name: str, table: str) -> str:
-    """The page with what stands between the table's two markers replaced."""
+    """The page with the text between the table's two markers replaced."""
     begin, end = f"<!-- {name}: written by make traffic -->", f"<!-- end of {name} -->"
     before, found_begin, rest = page.partition(begin)
     _, found_end, after = rest.partition(end)

@@ -5,11 +5,11 @@
 //   GRADFUSE_ISA        baseline, avx2 or avx512: the namespace of the kernels
 //   GRADFUSE_VEC_BYTES  16, 32 or 64: the width of its vectors
 //
-// The header is read twice, after Highway: first for the op's table and what it includes, whose
-// inline functions must stay runnable on every machine, then for the kernels, under the target. The
-// target is in force to the end of the file: GCC gives a template the target in force where it is
-// instantiated. Kernels use no templates of the standard library that hold code: the linker keeps
-// one copy of each for all callers, which may be the one of the widest set.
+// The header is included twice, as in Highway: first for the op's table and its includes, whose
+// inline functions must run on every machine, then for the kernels, compiled for the target. The
+// target stays set to the end of the file, because GCC compiles a template for the target in force
+// where it is instantiated. Kernels use no standard library templates that contain code: the linker
+// keeps one copy of each for all callers, which may be that of the widest set.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -22,7 +22,7 @@
 #include <immintrin.h>
 #endif
 
-// Pragmas expand no macros.
+// Macros are not expanded in pragmas.
 #if GRADFUSE_VEC_BYTES == 64 && defined(__clang__)
 #pragma clang attribute push(                                                    \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \

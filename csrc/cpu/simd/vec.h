@@ -135,8 +135,8 @@ struct VecOf {
 template <class V>
 using HalfOf = typename VecOf<std::decay_t<decltype(V{}[0])>, sizeof(V) / 2>::type;
 
-// Halves of a vector and their concatenation, as register shuffles: through memory, which is all
-// that GCC 11 offers, they stall on store forwarding.
+// Halves of a vector and their concatenation, as register shuffles. GCC 11 has only the way through
+// memory, which stalls on store forwarding.
 template <class V, size_t... I>
 inline auto low_half(V v, std::index_sequence<I...>) {
 #if defined(__clang__) || __GNUC__ >= 12
@@ -205,7 +205,7 @@ inline int64_t lane_max(LongVec v) {
   return reduce_lanes(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
-// What a kernel over T computes in: its vector, the integers of that width, the lane count.
+// What T is computed in: the vector, the integer vector of that width, the lane count.
 template <class T>
 struct Lanes {
   using Vec = FloatVec;

@@ -42,7 +42,7 @@ inline void store(Half* p, FloatVec v) {
 #endif
 
 #if GRADFUSE_VEC_BYTES == 32
-// Lanes of which the first n are -1 and the others 0.
+// The first n lanes are -1, the others 0.
 template <class I>
 inline __m256i first_lanes(int64_t n) {
   alignas(32) static constexpr I kLanes[64 / sizeof(I)] = {-1,
@@ -55,8 +55,8 @@ inline __m256i first_lanes(int64_t n) {
                                                            sizeof(I) == 4 ? -1 : 0};
   return load_bytes<__m256i>(kLanes + 32 / sizeof(I) - n);
 }
-// The first n of up to 8 16-bit elements, and zeros: in integer registers, for a vector loaded from
-// where shorter stores went waits for them.
+// The first n of up to 8 16-bit elements, then zeros. Built in integer registers: a vector load
+// from memory that was just written by narrower stores stalls.
 inline __m128i load_first_16(const void* p, int64_t n) {
   const char* const at = static_cast<const char*>(p);
   const int64_t bytes = 2 * n;
@@ -71,7 +71,7 @@ inline __m128i load_first_16(const void* p, int64_t n) {
                                          << (8 * (bytes - 4));
   return _mm_cvtsi64_si128(static_cast<int64_t>(low));
 }
-// The first n 16-bit elements of a vector, in three stores at most.
+// Writes the first n 16-bit elements of a vector in at most three stores.
 inline void store_first_16(void* p, __m128i v, int64_t n) {
   char* at = static_cast<char*>(p);
   uint64_t rest = static_cast<uint64_t>(_mm_cvtsi128_si64(v));
@@ -89,7 +89,7 @@ inline void store_first_16(void* p, __m128i v, int64_t n) {
 }
 #endif
 
-// The first n elements, 0 < n < lanes, and zeros. Touches nothing after them.
+// The first n elements, 0 < n < lanes; the other lanes are 0. Touches no memory after them.
 template <class T>
 inline auto load_first(const T* p, int64_t n) {
 #if GRADFUSE_VEC_BYTES == 64
