@@ -24,7 +24,7 @@ _STATE = (
 
 
 class _BatchNormAct(_BatchNorm):
-    """act(batch_norm(x) + residual), with torch's parameters, buffers and state_dict.
+    """act(batch_norm(input) + residual), with torch's parameters, buffers and state_dict.
 
     Args:
         num_features: channels C of the input [N, C, ...].
@@ -36,10 +36,10 @@ class _BatchNormAct(_BatchNorm):
             "sigmoid" or "tanh".
         negative_slope: of "leaky_relu".
 
-    During a checkpoint's recomputation the running statistics and num_batches_tracked stay, unless
+    A checkpoint's recomputation leaves the running statistics and num_batches_tracked alone, unless
     the module is compiled and the checkpoint around it is not.
-    nn.SyncBatchNorm.convert_sync_batchnorm raises TypeError on these modules: it would drop the
-    activation and the residual. gradfuse.unfuse the model first.
+    nn.SyncBatchNorm.convert_sync_batchnorm raises TypeError on these modules, because it would drop
+    the activation and the residual. Call gradfuse.unfuse on the model first.
 
     Raises:
         ValueError: the activation is unknown, or the input has another number of dimensions.
@@ -96,8 +96,8 @@ class _BatchNormAct(_BatchNorm):
         counted = self.num_batches_tracked if counts and not recomputing() else None
         if counted is not None and self.momentum is None:
             factor = (counted + 1).double().reciprocal()  # a tensor: nothing waits for its value
-        # In a net the next layer mostly keeps the output anyway; then it costs no memory here.
-        # Where torch's activation keeps its input instead, what follows may write to its output.
+        # The backward reads the output where it can: the next layer mostly keeps it anyway. torch's
+        # relu6 and leaky_relu keep their input, so that a later op may write to their output.
         tracked = not self.training or self.track_running_stats
         output = batch_norm_act(
             input,
@@ -119,8 +119,8 @@ class _BatchNormAct(_BatchNorm):
 
     @property
     def qconfig(self) -> NoReturn:
-        # What nn.SyncBatchNorm.convert_sync_batchnorm and torch.ao.quantization ask every batch
-        # norm for before they replace it, and would lose the activation and the residual.
+        # nn.SyncBatchNorm.convert_sync_batchnorm and torch.ao.quantization read this before they
+        # replace a batch norm. Their replacement would lose the activation and the residual.
         raise TypeError(
             f"{type(self).__name__}: expected a plain batch norm to convert, got one with "
             f"activation={self.activation!r} and a residual; gradfuse.unfuse the model first"

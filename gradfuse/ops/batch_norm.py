@@ -40,8 +40,8 @@ def check_activation(op: str, activation: str | None) -> Activation:
 def recomputing() -> bool:
     """Whether a backward pass is running: a forward call is then a checkpoint's recomputation.
 
-    Not known while torch.compile traces. Its own checkpointing does not run a mutation twice; a
-    compiled module inside an eager checkpoint counts its batch twice, as torch's modules do.
+    False while torch.compile traces, which cannot know. Its own checkpointing runs no mutation
+    twice; a compiled module inside an eager checkpoint counts its batch twice, as torch's do.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
@@ -77,11 +77,11 @@ def batch_norm_act(
 ) -> Tensor:
     """act(F.batch_norm(input, ...) + residual).
 
-    The batch's mean and variance are those of float64 sums of the differences from an element, so
-    that a mean far from zero costs no digits. Elements are computed in float32 (float64 if input
-    is) and rounded once. During a checkpoint's recomputation, that is inside a backward pass, the
-    running statistics are left alone: the first forward has counted the batch. Not so in a compiled
-    function that an eager checkpoint calls.
+    The batch's mean and variance come from float64 sums of differences from one element, so that a
+    mean far from zero costs no digits. Elements are computed in float32 (float64 if input is) and
+    rounded once. A checkpoint's recomputation, which runs inside a backward pass, leaves the
+    running statistics alone because the first forward has counted the batch. A compiled function
+    that an eager checkpoint calls cannot tell, and counts it twice.
 
     Args:
         input: [N, C, ...] Tensor of two or more dimensions; float16, bfloat16, float32 or float64.
