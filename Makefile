@@ -14,7 +14,7 @@ CPP = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 demo: build
 	$(PY) -m gradfuse demo
-	$(PY) -m gradfuse bench --quick
+	$(PY) -m gradfuse bench clip --quick
 
 test: build lint pytest
 
@@ -30,8 +30,6 @@ $(VENV)/.installed: pyproject.toml
 
 bench: build
 	$(PY) -m gradfuse bench
-	$(PY) -m gradfuse bench-batch-norm
-	$(PY) -m gradfuse bench-step
 
 # The signatures of the compiled module, from its bindings. Attribute values differ between machines
 # and number types between versions of pybind11, so sed makes them uniform.
@@ -112,7 +110,7 @@ gpu-check:
 	PYTHONPATH=. timeout 150 $(PYTHON) -m pytest -q -k cuda
 	PYTHONPATH=. timeout 90 compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest -q -x \
 		tests/test_cuda.py tests/test_adaptive_clip.py -k cuda
-	PYTHONPATH=. timeout 110 $(PYTHON) -m gradfuse bench --device cuda --quick
+	PYTHONPATH=. timeout 110 $(PYTHON) -m gradfuse bench clip --device cuda --quick
 
 clean:
 	rm -rf build *.egg-info gradfuse/_C*.so

@@ -1,8 +1,8 @@
-"""Times batch norm: the same as `python -m gradfuse bench-batch-norm`."""
+"""Times batch norm: the same as `python -m gradfuse bench batch_norm`."""
 
 import sys
 
-from gradfuse.bench.batch_norm import main
+from gradfuse.bench.command import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["batch_norm", *sys.argv[1:]]))

@@ -1,8 +1,8 @@
-"""Times clip and update: the same as `python -m gradfuse bench-step`."""
+"""Times clip and update: the same as `python -m gradfuse bench optim`."""
 
 import sys
 
-from gradfuse.bench.optim import main
+from gradfuse.bench.command import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["optim", *sys.argv[1:]]))

@@ -1,4 +1,4 @@
-"""The command line: python -m gradfuse bench | bench-batch-norm | bench-step | demo | info."""
+"""The command line: python -m gradfuse bench | demo | info."""
 
 from __future__ import annotations
 
@@ -45,17 +45,9 @@ def run(command: str, rest: Sequence[str]) -> int:
     """Benches and demo parse their own options, and need more packages than a training loop."""
     try:
         if command == "bench":
-            from gradfuse.bench.clip import main as bench
+            from gradfuse.bench.command import main as bench
 
             return bench(rest)
-        if command == "bench-batch-norm":
-            from gradfuse.bench.batch_norm import main as bench_batch_norm
-
-            return bench_batch_norm(rest)
-        if command == "bench-step":
-            from gradfuse.bench.optim import main as bench_step
-
-            return bench_step(rest)
         from gradfuse.demo.command import main as demo
 
         return demo(rest)
@@ -73,9 +65,7 @@ def run(command: str, rest: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gradfuse", description=gradfuse.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("bench", help="time gradient clipping against its peers", add_help=False)
-    commands.add_parser("bench-batch-norm", help="the same of batch norm", add_help=False)
-    commands.add_parser("bench-step", help="the same of clip and update", add_help=False)
+    commands.add_parser("bench", help="time an op, or all, against its peers", add_help=False)
     commands.add_parser("demo", help="train nets with and without gradfuse", add_help=False)
     commands.add_parser("info", help="versions, build, instruction set, threads")
     arguments, rest = parser.parse_known_args(argv)

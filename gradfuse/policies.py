@@ -1,8 +1,8 @@
 """Policies: what a step does to its gradients, decided from their norms.
 
-For gradfuse.optim's optimizers (`clip=`) and gradfuse.GradClipper (`max_norm=`). One policy serves
-one of them. A policy of your own says in `decide` what to do with the norms of this step, and in
-`begin` what it knows before the first:
+gradfuse.optim's optimizers take one as `clip=`, gradfuse.GradClipper as `max_norm=`. A policy has
+state, so give each of them its own. To write one, override `decide`, which gets the norms of a
+step, and `begin`, which makes the state before the first:
 
     class Follow(Policy):
         def begin(self, norms):
@@ -43,12 +43,12 @@ _TINY = torch.finfo(torch.float64).tiny
 
 
 def _recorded(history: Tensor, norm: Tensor) -> Tensor:
-    """Norms, the newest first, after one more; room not yet used is inf."""
+    """The history with one more norm, newest first; unused places are inf."""
     return torch.cat([norm.reshape(1), history[:-1]])
 
 
 def _percentile(history: Tensor, percent: float) -> Tensor:
-    """As numpy.percentile of those that are there; NaN if none is."""
+    """numpy.percentile of the finite norms; NaN if there is none."""
     ordered = history.sort().values
     last = history.isfinite().sum().to(history) - 1.0
     place = last * (percent / 100.0)
@@ -87,8 +87,9 @@ class Norm(Policy):
 
 
 class Value(Policy):
-    """Clamps each element, as torch.nn.utils.clip_grad_value_. The report's clipped_norm is NaN
-    for a step that clamped.
+    """Clamps each element, as torch.nn.utils.clip_grad_value_.
+
+    The report's clipped_norm is NaN for a step that clamped, because nothing measures it.
 
     Args:
         clip_value: largest magnitude of an element, >= 0.
@@ -159,7 +160,7 @@ class ZClip(Policy):
         deviation = var.sqrt()
         score = (norm - mean) / (deviation + self.EPS)
         is_spike = warm & (score > self.z)
-        # Where there is no spike the score may be 0, and the limit is of no use.
+        # Without a spike the score may be 0, and the division inf or NaN.
         limit = torch.where(is_spike, mean + self.z * deviation * (self.z / score), norm)
         ahead = limit - mean
         first = mean + ahead / (steps + 1.0)  # Welford's mean and variance
@@ -204,8 +205,8 @@ class AutoClip(Policy):
 class AdaGC(Policy):
     """Clips each gradient to a little above the moving average of its own clipped norms.
 
-    At first the global norm is clipped, while each average becomes the least norm seen. A gradient
-    of zeros, or none, leaves its average alone: the published rule would clip all that follow to 0.
+    During warmup the global norm is clipped, and each average is the least norm seen. A gradient of
+    zeros, or none, leaves its average alone: the published rule would clip all later ones to 0.
 
     Args:
         relative: a norm may be this much of its average, > 0; the paper's lambda_rel.
@@ -251,10 +252,10 @@ class AdaGC(Policy):
 
 
 class SpikeSkip(Policy):
-    """Leaves a step out whose norm is far above the recent ones.
+    """Skips a step whose norm is far above the recent ones.
 
-    Norms of steps left out are not remembered. After `patience` of them in a row the step is taken
-    and the memory begins with it: the norms have moved for good.
+    Norms of skipped steps are not remembered. After `patience` of them in a row the norms have
+    moved for good: the step is taken, and the memory starts anew with its norm.
 
     Args:
         factor: a norm may be this much of the recent ones' median, >= 1.

@@ -121,12 +121,12 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
         assert _native.reason in lines["compiled module"]
 
 
-@pytest.mark.parametrize("command", ["bench", "bench-batch-norm", "demo"])
+@pytest.mark.parametrize("command", ["bench", "demo"])
 def test_missing_extra_is_one_sentence(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "rich", None)
-    for name in ("demo.command", "demo.clip", "bench.clip", "bench.batch_norm", "bench.output"):
+    for name in ("demo.command", "demo.clip", "bench.command", "bench.output"):
         monkeypatch.delitem(sys.modules, f"gradfuse.{name}", raising=False)
     pytest.importorskip("matplotlib")
     assert main([command]) == 1
@@ -154,7 +154,7 @@ def test_demo(optimizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for extra in ("matplotlib", "rich"):
         pytest.importorskip(extra)
-    assert main(["bench", "--quick", "--models", "tiny", "--out", str(tmp_path)]) == 0
+    assert main(["bench", "clip", "--quick", "--models", "tiny", "--out", str(tmp_path)]) == 0
     assert "gradfuse.GradClipper" in capsys.readouterr().out
     document = json.loads((tmp_path / "bench_clip.json").read_text())
     assert document["machine"]["quick"]
@@ -168,7 +168,7 @@ def test_bench_batch_norm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     for extra in ("matplotlib", "rich"):
         pytest.importorskip(extra)
     options = ["--quick", "--no-step", "--shapes", "2,8,6,6", "3,4,5,5", "--out", str(tmp_path)]
-    assert main(["bench-batch-norm", *options]) == 0
+    assert main(["bench", "batch_norm", *options]) == 0
     out = capsys.readouterr().out
     assert "float32 against torch eager" in out
     document = json.loads((tmp_path / "bench_batch_norm.json").read_text())
@@ -183,5 +183,5 @@ def test_bench_batch_norm_refuses_a_shape(shape: str, capsys: pytest.CaptureFixt
     for extra in ("matplotlib", "rich"):
         pytest.importorskip(extra)
     with pytest.raises(SystemExit):
-        main(["bench-batch-norm", "--shapes", shape])
+        main(["bench", "batch_norm", "--shapes", shape])
     assert "invalid shape value" in capsys.readouterr().err

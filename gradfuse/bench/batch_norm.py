@@ -1,4 +1,4 @@
-"""The bench of batch norm + add + relu: python -m gradfuse bench-batch-norm."""
+"""The bench of batch norm + add + relu: python -m gradfuse bench batch_norm."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import argparse
 import copy
 import importlib
 import math
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,12 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import gradfuse
-from gradfuse.bench import output
-from gradfuse.bench.harness import Contender, Plan, Result, Target, Workload, measure
-from gradfuse.bench.machine import machine
+from gradfuse.bench.harness import Contender, Plan, Result, Target, Workload
 from gradfuse.bench.models import dtype_name
+from gradfuse.bench.registry import Bench
 
-__all__ = ["main", "setup"]
+__all__ = ["BENCH", "setup"]
 
 EAGER, FUSED, SAVES_OUTPUT = "torch eager", "gradfuse", "gradfuse, save=output"
 COMPILED, ABN, FLOOR = "torch.compile", "inplace_abn", "floor: the same bytes"
@@ -160,6 +157,7 @@ def compile_eager(notes: list[str], budget: float) -> Callable[..., Tensor] | No
 
 
 def workloads(arguments: argparse.Namespace, notes: list[str]) -> Iterator[Workload]:
+    notes.append(f"memory from {allocator()} malloc")
     compiled = compile_eager(notes, arguments.compile_budget)
     try:
         importlib.import_module("inplace_abn")
@@ -168,7 +166,7 @@ def workloads(arguments: argparse.Namespace, notes: list[str]) -> Iterator[Workl
         notes.append(f"{ABN}: left out, {error}")
     for dtype in (torch.float32, torch.bfloat16):
         for channels_last in (False, True):
-            for shape in arguments.shapes:
+            for shape in arguments.shapes or (QUICK if arguments.quick else SHAPES):
                 for backward in (False, True):
                     peer = compiled if dtype == torch.float32 and backward else None
                     contenders, moved = setup(shape, dtype, channels_last, backward, peer)
@@ -281,47 +279,22 @@ def shape(text: str) -> tuple[int, ...]:
     return sizes
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m gradfuse bench-batch-norm",
-        description="Times batch norm + add + relu against its peers.",
-    )
-    parser.add_argument("--quick", action="store_true", help="few shapes, without torch.compile")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder to write to")
-    parser.add_argument("--threads", type=int, help="threads of torch, default: torch's own choice")
-    parser.add_argument("--compile-budget", type=float, default=60.0, metavar="SECONDS")
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shapes", type=shape, nargs="+", metavar="N,C,H,W", help="instead of ResNet-50's"
     )
     parser.add_argument(
         "--step", action=argparse.BooleanOptionalAction, default=True, help="time a training step"
     )
-    arguments = parser.parse_args(argv)
-    arguments.quick = arguments.quick or os.environ.get("GRADFUSE_BENCH_QUICK") == "1"
-    arguments.shapes = arguments.shapes or (QUICK if arguments.quick else SHAPES)
-    if arguments.quick:
-        arguments.compile_budget = 0.0
-    return arguments
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse(argv)
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-    plan = Plan(5, 20, 0.5) if arguments.quick else Plan(7, 100, 2.0)
-    notes = [f"memory from {allocator()} malloc"]
-    results: list[Result] = []
-    with output.progress() as show:
-        for work in workloads(arguments, notes):
-            show(f"{work.name}, {work.dtype}")
-            results += measure(work, plan)
-            del work
-    notes += geometric_means(results)
-    about = machine() | {"device": "cpu", "quick": arguments.quick}
-    title = "batch norm + add + relu"
-    output.report(results, about, notes, arguments.out, "bench_batch_norm", title)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+BENCH = Bench(
+    op="batch_norm",
+    work="batch norm + add + relu",
+    workloads=workloads,
+    plan=Plan(7, 100, 2.0),
+    quick_plan=Plan(5, 20, 0.5),
+    compile_budget=60.0,
+    add_options=add_options,
+    summarise=geometric_means,
+)

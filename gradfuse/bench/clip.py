@@ -1,29 +1,25 @@
-"""The bench of gradient clipping: python -m gradfuse bench."""
+"""The bench of gradient clipping: python -m gradfuse bench clip."""
 
 from __future__ import annotations
 
 import argparse
 import math
-import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_ as torch_clip
 
 import gradfuse
-from gradfuse.bench import output
 from gradfuse.bench.gradients import Gradients, random_gradients
-from gradfuse.bench.harness import Contender, Plan, Result, Target, Workload, measure
-from gradfuse.bench.machine import machine
+from gradfuse.bench.harness import Contender, Plan, Target, Workload
 from gradfuse.bench.models import MODELS, Shape, dtype_name
 from gradfuse.bench.peers import adaptive_clip_loop, compile_clip, timm_agc
+from gradfuse.bench.registry import Bench
 
-__all__ = ["main", "setup_adaptive", "setup_norm"]
+__all__ = ["BENCH", "setup_adaptive", "setup_norm"]
 
 FOREACH, FUNCTION, CLIPPER = "torch foreach", "gradfuse.clip_grad_norm_", "gradfuse.GradClipper"
 FLOOR = "floor: torch.dot"
@@ -141,6 +137,8 @@ def finished(run: Callable[[], object]) -> Callable[[], None]:
 def workloads(arguments: argparse.Namespace, notes: list[str]) -> Iterator[Workload]:
     """All workloads, one at a time. What befalls torch.compile is added to the notes."""
     device = arguments.device
+    if arguments.quick:
+        notes.append("torch.compile: left out by --quick")
     for dtype in (torch.float32, torch.bfloat16):
         for model in arguments.models:
             shapes = MODELS[model]()
@@ -162,15 +160,7 @@ def workloads(arguments: argparse.Namespace, notes: list[str]) -> Iterator[Workl
                 del setup
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m gradfuse bench", description="Times gradient clipping against its peers."
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="under a minute, without torch.compile"
-    )
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder to write to")
-    parser.add_argument("--threads", type=int, help="threads of torch, default: torch's own choice")
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--models",
@@ -180,38 +170,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="MODEL",
         help="some of: " + "; ".join(MODELS),
     )
-    parser.add_argument(
-        "--compile-budget",
-        type=float,
-        default=90.0,
-        metavar="SECONDS",
-        help="leave torch.compile out where compiling takes longer; 0: everywhere",
-    )
-    arguments = parser.parse_args(argv)
-    arguments.quick = arguments.quick or os.environ.get("GRADFUSE_BENCH_QUICK") == "1"
-    if arguments.quick:
-        arguments.compile_budget = 0.0
-    return arguments
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse(argv)
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-    plan = Plan(min_rounds=5, max_rounds=30, seconds=1.0) if arguments.quick else Plan()
-    notes: list[str] = []
-    if arguments.quick:
-        notes.append("torch.compile: left out by --quick")
-    results: list[Result] = []
-    with output.progress() as show:
-        for work in workloads(arguments, notes):
-            show(f"{work.name}, {work.dtype}")
-            results += measure(work, plan)
-            del work  # and its memory, before the next is set up
-    about = machine() | {"device": arguments.device, "quick": arguments.quick}
-    output.report(results, about, notes, arguments.out, "bench_clip")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+BENCH = Bench(
+    op="clip",
+    work="one gradient clip",
+    workloads=workloads,
+    plan=Plan(),
+    quick_plan=Plan(min_rounds=5, max_rounds=30, seconds=1.0),
+    compile_budget=90.0,
+    add_options=add_options,
+)

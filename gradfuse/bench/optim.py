@@ -1,15 +1,12 @@
-"""The bench of clip and update: python -m gradfuse bench-step."""
+"""The bench of clip and update: python -m gradfuse bench optim."""
 
 from __future__ import annotations
 
 import argparse
 import copy
-import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,13 +16,12 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
 from gradfuse import optim
-from gradfuse.bench import output
 from gradfuse.bench.gradients import CACHE, random_gradients
-from gradfuse.bench.harness import Contender, Plan, Result, Target, Workload, measure
-from gradfuse.bench.machine import machine
+from gradfuse.bench.harness import Contender, Plan, Target, Workload
 from gradfuse.bench.models import MODELS, dtype_name
+from gradfuse.bench.registry import Bench
 
-__all__ = ["main", "setup"]
+__all__ = ["BENCH", "setup"]
 
 TORCH, FUSED, FLOOR = "torch clip + fused step", "gradfuse", "floor: the same streams"
 COMPILED = "torch.compile'd clip + step"
@@ -306,38 +302,11 @@ def workloads(arguments: argparse.Namespace, notes: list[str]) -> Iterator[Workl
     yield setup_training(CharTransformer, "transformer")
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m gradfuse bench-step",
-        description="Times clip and update in one against torch's clip and fused optimizers.",
-    )
-    parser.add_argument("--quick", action="store_true", help="small models, no torch.compile")
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder to write to")
-    parser.add_argument("--threads", type=int, help="threads of torch, default: torch's own choice")
-    parser.add_argument("--compile-budget", type=float, default=120.0, metavar="SECONDS")
-    arguments = parser.parse_args(argv)
-    arguments.quick = arguments.quick or os.environ.get("GRADFUSE_BENCH_QUICK") == "1"
-    if arguments.quick:
-        arguments.compile_budget = 0.0
-    return arguments
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse(argv)
-    if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)
-    plan = Plan(5, 20, 0.5) if arguments.quick else Plan(9, 100, 6.0)
-    notes: list[str] = []
-    results: list[Result] = []
-    with output.progress() as show:
-        for work in workloads(arguments, notes):
-            show(f"{work.name}, {work.dtype}")
-            results += measure(work, plan)
-            del work
-    about = machine() | {"device": "cpu", "quick": arguments.quick}
-    output.report(results, about, notes, arguments.out, "bench_step", "clip and update")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+BENCH = Bench(
+    op="optim",
+    work="clip and update",
+    workloads=workloads,
+    plan=Plan(9, 100, 6.0),
+    quick_plan=Plan(5, 20, 0.5),
+    compile_budget=120.0,
+)

@@ -46,7 +46,7 @@ def report(
     notes: Sequence[str],
     out: Path,
     stem: str,
-    work: str = "one gradient clip",
+    work: str,
 ) -> None:
     """Prints the table and writes stem.json and stem.png to the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)

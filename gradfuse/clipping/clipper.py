@@ -26,13 +26,13 @@ __all__ = ["GradClipper"]
 class GradClipper:
     """Clips the gradients of a fixed set of parameters by their global norm.
 
-    Holds the parameters on the C++ side, so that a call walks no Python list: for thousands of
-    small tensors that is most of the time. Gradients may be set to None, replaced, or change dtype
-    or device between calls.
+    Keeps the parameters in a C++ list, because walking a Python list takes most of the time for
+    thousands of small tensors. Gradients may be set to None, replaced, or change dtype or device
+    between calls.
 
     Args:
         parameters: iterable of Tensors, or of (name, Tensor) as from model.named_parameters(), or
-            one Tensor. Unnamed ones are called "0", "1", ... One given twice is held once.
+            one Tensor. Unnamed ones are called "0", "1", ... Duplicates are dropped.
         max_norm: upper bound of the norm, >= 0; inf only measures. Or a gradfuse.policies.Policy.
             May be changed between steps.
         norm_type: p > 0, or inf; 2 with a policy.
@@ -59,7 +59,7 @@ class GradClipper:
         self._nonfinite = nonfinite
         self._names: list[str] = []
         self._parameters: list[Tensor] = []
-        self._held: set[int] = set()
+        self._ids: set[int] = set()
         self._list = _native.backend.ParameterList()
         items: Iterable[Any] = [parameters] if isinstance(parameters, Tensor) else parameters
         for item in iterator_of("GradClipper", items):
@@ -104,12 +104,20 @@ class GradClipper:
         return list(self._names)
 
     def add(self, parameter: Tensor, name: str | None = None) -> None:
-        """Adds a parameter, e.g. of a layer that was unfrozen, unless it is held already."""
+        """Adds a parameter, e.g. of a layer that was unfrozen, unless it is in the list already.
+
+        Args:
+            parameter: any Tensor; its .grad may be None.
+            name: for the reports; its index in the list if None.
+
+        Raises:
+            TypeError: parameter is not a Tensor.
+        """
         if not isinstance(parameter, Tensor):
             raise TypeError(f"GradClipper.add: expected a Tensor, got {type(parameter).__name__}")
-        if id(parameter) in self._held:
+        if id(parameter) in self._ids:
             return
-        self._held.add(id(parameter))
+        self._ids.add(id(parameter))
         # A new list each time: reports made earlier keep the names of their own step.
         self._names = [*self._names, str(len(self._names)) if name is None else name]
         self._parameters.append(parameter)
@@ -117,6 +125,9 @@ class GradClipper:
 
     def clip_(self) -> GradReport:
         """Clips the gradients in place, as clip_grad_norm_ does, and reports what it saw.
+
+        Returns:
+            The GradReport of this call. On CUDA nothing waits until one of its figures is read.
 
         Raises:
             RuntimeError: nonfinite="error" and a gradient is NaN or inf; nothing was written. Or a
@@ -168,12 +179,12 @@ class GradClipper:
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        del state["_list"], state["_held"]
+        del state["_list"], state["_ids"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._held = {id(p) for p in self._parameters}
+        self._ids = {id(p) for p in self._parameters}
         self._list = _native.backend.ParameterList()
         for p in self._parameters:
             self._list.add(p)

@@ -41,7 +41,7 @@ class Decision:
 
 
 class Policy:
-    """Base of all policies. State lies on the gradients' device, and nothing waits for it.
+    """Base of all policies. Its state lies on the gradients' device, and is never waited for.
 
     Attributes:
         max_norm: upper bound of the global norm where `decide` is not overridden.
@@ -60,8 +60,11 @@ class Policy:
         """The state before the first step.
 
         Args:
-            norms: [n] float64, for its length and device. Where parameters are added later, what is
-                [n] grows at its end, by what this gives there.
+            norms: [n] float64, for its length and device. When parameters are added later, state of
+                shape [n] grows at its end, by the values that this gives there.
+
+        Returns:
+            Tensors by name.
         """
         return {}
 
@@ -71,12 +74,15 @@ class Policy:
         Args:
             norm: [] float64, L2 norm of all gradients as one vector.
             norms: [n] float64, L2 norm of each parameter's gradient, 0 where there is none.
-            state: what the last decision kept, or begin.
+            state: of the last decision, at first of `begin`.
+
+        Returns:
+            The Decision. Its tensors are computed without reading a value on the host.
         """
         return Decision(torch.ones_like(norm))
 
     def rewrite(self, parameters: Sequence[Tensor], scale: Tensor | None) -> None:
-        """Changes gradients in place after they were measured; most policies do not.
+        """Changes gradients in place after they were measured. Most policies do not override it.
 
         Args:
             parameters: whose gradients they are.
@@ -145,7 +151,7 @@ class Policy:
         return plan, each
 
     def keep(self, state: dict[str, Tensor]) -> None:
-        """Makes the state that `plan` gave the policy's; in place, as CUDA graphs want it."""
+        """Stores the state that `plan` returned; in place, for CUDA graphs."""
         held = self.state
         self.state = {
             name: held[name].copy_(new)
@@ -268,7 +274,7 @@ def _rewritten(reported: ClipPlan[Tensor], plan: ClipPlan[Tensor], after: Tensor
 
 
 def _fitted(old: Tensor, fresh: Tensor) -> Tensor:
-    """old in the length of fresh: cut at its end, or grown by fresh's."""
+    """old in the length of fresh: cut at its end, or extended by the end of fresh."""
     if old.shape == fresh.shape:
         return old
     if old.ndim == fresh.ndim == 1:

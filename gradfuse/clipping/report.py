@@ -25,9 +25,9 @@ class ParameterGrad(NamedTuple):
 
 
 class GradReport:
-    """The outcome of one clipping step, filled from the same read as the norm.
+    """The outcome of one clipping step, from the same pass over the gradients as the norm.
 
-    The figures stay on the gradients' device until one is read: on CUDA, reading is what waits.
+    The figures stay on the gradients' device until one is read. On CUDA, that read waits.
 
     Attributes:
         max_norm, norm_type, nonfinite: the settings of the step.
@@ -59,7 +59,7 @@ class GradReport:
 
     @property
     def norm_tensor(self) -> Tensor:
-        """The norm as clip_grad_norm_ returns it, on the device; reading it waits for nothing."""
+        """The norm as clip_grad_norm_ returns it: 0-d, on the device, not waited for."""
         return self._norm
 
     @property
@@ -69,8 +69,11 @@ class GradReport:
 
     @property
     def coefficient(self) -> float:
-        """What the gradients were multiplied by; 1.0 if they were left alone. Where each had its
-        own factor, the ratio of the norms; 1.0 where elements or units were clipped."""
+        """The factor of the gradients; 1.0 if they were left alone.
+
+        The ratio of the norms where each gradient had its own factor; 1.0 where elements or units
+        were clipped.
+        """
         return self._read().coefficient
 
     @property
@@ -90,7 +93,7 @@ class GradReport:
 
     @property
     def skipped(self) -> bool:
-        """Whether an optimizer's step changed nothing, for a non-finite gradient or a policy."""
+        """Whether an optimizer left the step out, for a non-finite gradient or a policy."""
         return self._read().action == Action.SKIP
 
     @property

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 import gradfuse
+from gradfuse.demo.plots import loss_plot
 
 __all__ = ["ResNet18", "compare_fused"]
 
@@ -110,18 +110,11 @@ def compare_fused(
 
 
 def plot(losses: dict[str, list[float]], medians: dict[str, float], path: Path) -> None:
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    ax = figure.subplots()
+    figure, ax = loss_plot("ResNet-18 on scanned digits: the same curve, fused or not")
     styles = {STOCK: ("#c0392b", "solid"), FUSED: ("#0b4f9c", "dashed")}
     for name, values in losses.items():
         colour, line = styles[name]
         label = f"{name}: {1e3 * medians[name]:.1f} ms a step"
         ax.plot(range(1, len(values) + 1), values, color=colour, linestyle=line, label=label)
-    ax.set_yscale("log")
-    ax.set_xlabel("training step")
-    ax.set_ylabel("loss (log scale)")
-    ax.set_title("ResNet-18 on scanned digits: the same curve, fused or not")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(alpha=0.25)
     ax.legend(frameon=False)
     figure.savefig(path, dpi=130)

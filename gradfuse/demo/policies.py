@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from gradfuse import optim, policies
 from gradfuse.demo.digits import Digits
+from gradfuse.demo.plots import loss_plot
 
 __all__ = ["compare_bfloat16", "compare_policies"]
 
@@ -123,22 +123,10 @@ def compare_bfloat16(data: Digits, steps: int, seed: int, console: Console) -> N
 
 
 def plot(runs: dict[str, Run], path: Path) -> None:
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    ax = figure.subplots()
-
+    figure, ax = loss_plot("Scanned digits with spikes and one NaN batch")
     for name, run in runs.items():
         finite = [v if math.isfinite(v) else math.nan for v in run.losses]
-        ax.plot(
-            range(1, len(finite) + 1),
-            finite,
-            label=f"{name}: {run.accuracy:.0%} read correctly",
-            linewidth=1,
-        )
-    ax.set_yscale("log")
-    ax.set_xlabel("training step")
-    ax.set_ylabel("loss (log scale)")
-    ax.set_title("Scanned digits with spikes and one NaN batch")
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(alpha=0.25)
+        steps = range(1, len(finite) + 1)
+        ax.plot(steps, finite, label=f"{name}: {run.accuracy:.0%} read correctly", linewidth=1)
     ax.legend(frameon=False)
     figure.savefig(path, dpi=130)

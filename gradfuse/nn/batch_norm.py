@@ -75,8 +75,8 @@ class _BatchNormAct(_BatchNorm):
         counted = self.num_batches_tracked if counts and not recomputing() else None
         if counted is not None and self.momentum is None:
             factor = (counted + 1).double().reciprocal()  # a tensor: nothing waits for its value
-        # In a net the next layer mostly keeps the output anyway; then it costs no memory here.
-        # Where torch's activation keeps its input instead, what follows may write to its output.
+        # The backward reads the output where it can: the next layer mostly keeps it anyway. torch's
+        # relu6 and leaky_relu keep their input, so that a later op may write to their output.
         tracked = not self.training or self.track_running_stats
         output = batch_norm_act(
             input,
@@ -98,8 +98,8 @@ class _BatchNormAct(_BatchNorm):
 
     @property
     def qconfig(self) -> NoReturn:
-        # What nn.SyncBatchNorm.convert_sync_batchnorm and torch.ao.quantization ask every batch
-        # norm for before they replace it, and would lose the activation and the residual.
+        # nn.SyncBatchNorm.convert_sync_batchnorm and torch.ao.quantization read this before they
+        # replace a batch norm. Their replacement would lose the activation and the residual.
         raise TypeError(
             f"{type(self).__name__}: expected a plain batch norm to convert, got one with "
             f"activation={self.activation!r} and a residual; gradfuse.unfuse the model first"
@@ -132,7 +132,7 @@ class BatchNormAct1d(_BatchNormAct, nn.BatchNorm1d):
             "sigmoid" or "tanh".
         negative_slope: of "leaky_relu".
 
-    During a checkpoint's recomputation the running statistics and num_batches_tracked stay, unless
+    A checkpoint's recomputation leaves the running statistics and num_batches_tracked alone, unless
     the module is compiled and the checkpoint around it is not.
     nn.SyncBatchNorm.convert_sync_batchnorm raises TypeError on these modules: it would drop the
     activation and the residual. gradfuse.unfuse the model first.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,10 @@ _CODES = dict(zip(reference.ACTIVATIONS, Activation, strict=True))
 _OP = "batch_norm_act"
 _PLAIN = (Tensor, torch.nn.Parameter)
 
+# The records from plain tuples, without a Python frame: eager calls take microseconds.
+_call_from: Callable[[tuple[Any, ...]], BatchNormCall] = partial(tuple.__new__, BatchNormCall)
+_saved_from: Callable[[tuple[Any, ...]], BatchNormSaved] = partial(tuple.__new__, BatchNormSaved)
+
 
 def check_activation(op: str, activation: str | None) -> Activation:
     """The activation's code; ValueError if there is no such activation."""
@@ -35,8 +40,8 @@ def check_activation(op: str, activation: str | None) -> Activation:
 def recomputing() -> bool:
     """Whether a backward pass is running: a forward call is then a checkpoint's recomputation.
 
-    Not known while torch.compile traces. Its own checkpointing does not run a mutation twice; a
-    compiled module inside an eager checkpoint counts its batch twice, as torch's modules do.
+    False while torch.compile traces, which cannot know. Its own checkpointing runs no mutation
+    twice; a compiled module inside an eager checkpoint counts its batch twice, as torch's do.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
@@ -72,11 +77,11 @@ def batch_norm_act(
 ) -> Tensor:
     """act(F.batch_norm(input, ...) + residual).
 
-    The batch's mean and variance are those of float64 sums of the differences from an element, so
-    that a mean far from zero costs no digits. Elements are computed in float32 (float64 if input
-    is) and rounded once. During a checkpoint's recomputation, that is inside a backward pass, the
-    running statistics are left alone: the first forward has counted the batch. Not so in a compiled
-    function that an eager checkpoint calls.
+    The batch's mean and variance come from float64 sums of differences from one element, so that a
+    mean far from zero costs no digits. Elements are computed in float32 (float64 if input is) and
+    rounded once. A checkpoint's recomputation, which runs inside a backward pass, leaves the
+    running statistics alone because the first forward has counted the batch. A compiled function
+    that an eager checkpoint calls cannot tell, and counts it twice.
 
     Args:
         input: [N, C, ...] Tensor of two or more dimensions; float16, bfloat16, float32 or float64.
@@ -115,7 +120,11 @@ def batch_norm_act(
     Source: Ioffe, Szegedy 2015, "Batch Normalization", algorithms 1 and 2; He, Zhang, Ren, Sun
     2016, "Identity Mappings in Deep Residual Networks", figure 4(a).
     """
-    code = _check_options(activation, save, negative_slope, momentum)
+    code = check_activation(_OP, activation)
+    if save != "bitmask":
+        _check_save(save, activation, negative_slope)
+    if momentum is None:
+        raise TypeError(f"{_OP}: momentum must be a number or a Tensor of one, got None")
     if training and running_mean is not None and recomputing():
         running_mean = running_var = None
     if residual is not None and residual is not input:
@@ -138,7 +147,7 @@ def batch_norm_act(
     )  # fmt: skip
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return _through_library(BatchNormCall(*arguments, wants_mask))
-    if _transformed() or type(input) not in _PLAIN or input.device.type not in ("cpu", "cuda"):
+    if _transformed() or type(input) not in _PLAIN or not (input.is_cpu or input.is_cuda):
         _check_transformed(input, running_mean, training, eps)
         return reference.batch_norm_act(
             input, running_mean, running_var, weight, bias, residual=residual,
@@ -153,24 +162,17 @@ def batch_norm_act(
     ):
         result: Tensor = _BatchNormAct.apply(*arguments, wants_mask)
         return result
-    return _native.backend.batch_norm_forward(BatchNormCall(*arguments, False))[0]
+    return _native.backend.batch_norm_forward(_call_from((*arguments, False)))[0]
 
 
-def _check_options(
-    activation: str | None, save: str, negative_slope: float, momentum: float | Tensor
-) -> Activation:
-    """The activation's code; an error if an option is out of range."""
-    code = check_activation(_OP, activation)
-    if save != "bitmask" and save != "output":
+def _check_save(save: str, activation: str | None, negative_slope: float) -> None:
+    if save != "output":
         raise ValueError(f"{_OP}: save must be 'bitmask' or 'output', got {save!r}")
-    if save == "output" and activation == "leaky_relu" and negative_slope < 0.0:
+    if activation == "leaky_relu" and negative_slope < 0.0:
         raise ValueError(
             f"{_OP}: negative_slope must be >= 0 with save='output', which tells the sign of the "
             f"input no more, got {negative_slope}"
         )
-    if momentum is None:
-        raise TypeError(f"{_OP}: momentum must be a number or a Tensor of one, got None")
-    return code
 
 
 def _check_tensor(name: str, value: object) -> None:
@@ -226,7 +228,7 @@ def _save_for_backward(
     ctx.options = BatchNormOptions(
         not output.is_contiguous(), call.training, call.eps, call.activation, call.negative_slope
     )
-    saved = BatchNormSaved(
+    ctx.save_for_backward(  # the fields of a BatchNormSaved
         call.input if call.training or wants_weight or from_input else None,
         call.residual if from_input else None,
         output if from_output else None,
@@ -235,7 +237,6 @@ def _save_for_backward(
         call.bias,
         stats,
     )
-    ctx.save_for_backward(*saved)
 
 
 class _BatchNormAct(torch.autograd.Function):
@@ -244,7 +245,7 @@ class _BatchNormAct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        call = BatchNormCall._make(arguments)
+        call = _call_from(arguments)
         output, mask, stats = _native.backend.batch_norm_forward(call)
         _save_for_backward(ctx, call, output, mask, stats)
         return output
@@ -254,7 +255,7 @@ class _BatchNormAct(torch.autograd.Function):
         if grad_output is None:
             return (None,) * len(BatchNormCall._fields)
         wanted = ctx.needs_input_grad[:4]
-        saved = BatchNormSaved._make(ctx.saved_tensors)
+        saved = _saved_from(ctx.saved_tensors)
         if torch.is_grad_enabled() or type(grad_output) not in _PLAIN or _is_batched(grad_output):
             grads = _differentiable_backward(grad_output, saved, ctx.options, wanted)
         else:
@@ -448,7 +449,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _library_gradient(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_output is None:
         return (None,) * len(_LIBRARY_FIELDS)
-    wanted, saved = ctx.needs_input_grad[:4], BatchNormSaved._make(ctx.saved_tensors)
+    wanted, saved = ctx.needs_input_grad[:4], _saved_from(ctx.saved_tensors)
     grads: tuple[Tensor | None, ...]
     if torch.is_grad_enabled():
         grads = _differentiable_backward(grad_output, saved, ctx.options, wanted)

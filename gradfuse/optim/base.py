@@ -21,7 +21,7 @@ __all__ = ["Clip", "ClippedOptimizer", "as_number", "parameter_names"]
 
 Clip: TypeAlias = "float | Policy | None"
 
-_OWN = "gradfuse"  # key of what torch's optimizers do not have in a state_dict
+_OWN = "gradfuse"  # key in a state_dict of what torch's optimizers do not have
 _SETTINGS = ("_nonfinite", "_materialize", "_master", "_stochastic", "_update_clip", "_clip")
 
 
@@ -29,7 +29,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
     """What the optimizers share: a step that measures, decides and updates."""
 
     _step_supports_amp_scaling = True  # GradScaler hands its scale over instead of unscaling
-    _leaves_check = False  # by our GradScaler, during a step: what is not finite skips it
+    _leaves_check = False  # our GradScaler sets it during a step, which then skips for NaN and inf
     _rule: ClassVar[Rule]
 
     def _configure(
@@ -51,9 +51,9 @@ class ClippedOptimizer(torch.optim.Optimizer):
         self._reset()
 
     def _reset(self) -> None:
-        """What lives between steps and is no part of the state."""
+        """Sets what lives between steps but is not part of the state."""
         self._report: GradReport | None = None
-        self._skipped = 0  # steps skipped so far, but for those in _skipped_on
+        self._skipped = 0  # steps skipped so far, except those in _skipped_on
         self._skipped_on: Tensor | None = None  # counted on the device, without waiting for it
         self._parameter_names: list[str] = []
         self._stepper = _native.backend.Stepper(self._rule)
@@ -249,7 +249,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
 
 
 def _laid_out(t: Tensor, like: Tensor) -> Tensor:
-    """t with the strides that zeros_like gives; t itself if it has them."""
+    """t with the strides that zeros_like(like) has; t itself if it has them already."""
     if t.shape == like.shape and t.stride() == _strides(like):
         return t.detach()
     out = torch.empty_like(like, dtype=t.dtype, memory_format=torch.preserve_format)
@@ -271,7 +271,7 @@ def parameter_names(groups: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def as_number(value: float | Tensor) -> float | Tensor:
-    """A learning rate: a tensor on a device stays there, so that nothing waits for it."""
+    """A learning rate as the kernels take it: a Tensor on a device stays there, unread."""
     if isinstance(value, Tensor) and value.device.type == "cpu":
         return float(value)
     return value

@@ -1,8 +1,7 @@
 """torch.amp.GradScaler that leaves the check for NaN and inf to gradfuse's own optimizers.
 
-Before the step of an optimizer that divides by the scale itself, torch's scaler goes through all
-gradients to look for NaN and inf, and writes them. A step of gradfuse.optim sees as much when it
-takes their norm.
+torch's scaler reads and writes all gradients before a step, to look for NaN and inf. A step of
+gradfuse.optim finds those anyway when it takes the norm.
 """
 
 from __future__ import annotations
@@ -26,19 +25,19 @@ _OWN = (ClippedOptimizer, AdamW, SGD)
 
 
 class GradScaler(torch.amp.GradScaler):
-    """torch.amp.GradScaler; gradients of gradfuse's optimizers are not read for it, nor written.
+    """torch.amp.GradScaler without its pass over the gradients of gradfuse's optimizers.
 
-    The same scale, the same steps skipped, and the same state_dict as torch's. Where a step cannot
-    stand in for the check (after unscale_, with a hook before the step, for other optimizers, or if
-    this torch's scaler turns out to work in another way) the check is torch's.
+    Has the same scale as torch's, skips the same steps, and has the same state_dict. Falls back to
+    torch's check where a step cannot stand in for it: after unscale_, with a hook before the step,
+    for other optimizers, or if this torch's scaler works in another way.
 
     Args:
         device, init_scale, growth_factor, backoff_factor, growth_interval, enabled: as in
             torch.amp.GradScaler.
     """
 
-    _stepping: Any = None  # the optimizer that is to check for itself, during its step
-    _left = False  # whether torch asked for that check
+    _stepping: Any = None  # the optimizer whose step is running and checks for itself
+    _left = False  # whether torch asked for the check, and it was left to the step
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         """As torch.amp.GradScaler.step."""
@@ -47,7 +46,7 @@ class GradScaler(torch.amp.GradScaler):
         return self._step_of(optimizer)
 
     def _step_of(self, optimizer: Any) -> Any:
-        """A step that checks for itself, if torch lets it."""
+        """Runs a step that checks for itself, if torch asks _check_inf_per_device for the check."""
         before = optimizer.report
         self._stepping = optimizer
         try:
@@ -73,7 +72,7 @@ class GradScaler(torch.amp.GradScaler):
         return self._put(optimizer, torch.zeros_like(scale))
 
     def _record(self, optimizer: Any, before: GradReport | None) -> None:
-        """What the step saw, without waiting for it."""
+        """Stores what the step found, without waiting for the device."""
         report: GradReport | None = optimizer.report
         if report is None or report is before:
             super()._check_inf_per_device(optimizer)
@@ -91,7 +90,7 @@ def _checks_itself(optimizer: Any) -> bool:
     cls = type(optimizer)
     if not hasattr(cls, "_leaves_check"):
         return False
-    # Classes that are stepped have their step wrapped by torch, and put into themselves.
+    # torch wraps a class's step when it makes an instance, and stores the wrapper in that class.
     own = next(c for c in cls.__mro__ if "step" in vars(c)) in _OWN
     hooks = getattr(optimizer, "_optimizer_step_pre_hooks", True) or getattr(
         torch_optimizer, "_global_optimizer_pre_hooks", True
@@ -105,8 +104,8 @@ def _has_gradients(optimizer: torch.optim.Optimizer) -> bool:
 
 @functools.cache
 def _torch_is_as_known() -> bool:
-    """Tries out what torch does not promise: that its scaler's step takes the check from a method,
-    and that update() looks for the outcome where that method put it."""
+    """Tests what torch does not promise: that its scaler's step takes the check from a method, and
+    that update() looks for the outcome where that method put it."""
     p = torch.nn.Parameter(torch.ones(1, device="cpu"))
     try:
         optimizer = SGD([p], lr=1.0)

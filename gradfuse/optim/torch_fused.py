@@ -36,8 +36,8 @@ class ClipInStep:
         self._report: GradReport | None = None
         self._skipped: Tensor | None = None
         self._view = _view_class(type(optimizer))
-        self._fresh: list[Tensor] = []  # parameters whose momentum begins with this step,
-        self._state = optimizer.state  # in this state, which loading replaces
+        self._fresh: list[Tensor] = []  # parameters whose momentum begins with this step
+        self._state = optimizer.state  # of this step: load_state_dict replaces optimizer.state
         self._no_state: dict[Tensor, Any] = {}
         self._stepper = _native.backend.Stepper(Rule.ADAMW)  # of which only the walk is used
         self._refresh()
@@ -94,7 +94,7 @@ class ClipInStep:
                 "clip_in_step: expected step() without a closure, got one: it would make new "
                 "gradients after their norm was taken. Call it before step()"
             )
-        self._drop_unbegun()  # of a step that raised, which had no end
+        self._drop_unbegun()  # a step that raised did not reach _end
         self._refresh()
         scale, found_inf = (getattr(optimizer, name, None) for name in _ATTRIBUTES)
         result = self._stepper.measure(
@@ -103,7 +103,7 @@ class ClipInStep:
         plan = ClipPlan.of(result[1])
         factor = torch.ldexp(plan.factor, plan.factor_exponent)
         divisor = factor.reciprocal().float()
-        # Beyond float32, which is what torch's kernels divide by.
+        # torch's kernels divide by a float32, which cannot hold this divisor.
         is_beyond = divisor.isinf() & factor.ne(0.0) & factor.isfinite()
         plan.action.copy_(torch.where(is_beyond, float(Action.SKIP), plan.action))  # in result
         skips = plan.action.eq(Action.SKIP)
@@ -123,7 +123,7 @@ class ClipInStep:
         self._drop_unbegun()
 
     def _drop_unbegun(self) -> None:
-        """Takes away the momentum that torch made in a skipped step and left uninitialised."""
+        """Removes the momentum that torch allocated in a skipped step and left uninitialised."""
         if self._fresh and self._report is not None and self._report.skipped:
             for p in self._fresh:
                 self._state[p].pop("momentum_buffer", None)
@@ -135,16 +135,16 @@ def clip_in_step(
 ) -> ClipInStep:
     """Clips inside every step of torch's own Adam, AdamW or SGD with fused=True.
 
-    Before a step the gradients are read once for their norm. The coefficient goes to torch's kernel
-    as the loss scale that it divides by, so that no pass rewrites the gradients for the clip. Works
-    under torch.amp.GradScaler, unscaled before or not.
+    Reads the gradients once before a step, for their norm. torch's kernel gets the coefficient as
+    the loss scale that it divides by, so that no pass rewrites the gradients for the clip. Works
+    under torch.amp.GradScaler, whether unscale_ was called or not.
 
-    torch's kernel stores what it divided: after a step that clipped or unscaled, p.grad is the
-    clipped gradient; after one that was skipped it is what it was. torch documents none of this, so
-    it is tried out first, on the class, options, device and dtype of each parameter.
+    torch's kernel stores the divided gradients: after a step that clipped or unscaled, p.grad is
+    the clipped gradient; a skipped step leaves it alone. torch documents none of this. So
+    clip_in_step tests it first, on the class, options, device and dtype of each parameter.
 
-    A step whose coefficient is below 1 / 3.4e38 is skipped, for the kernel divides by a float32. A
-    copied or unpickled optimizer has no hooks, so it does not clip.
+    A step whose coefficient is below 1 / 3.4e38 is skipped, because the kernel divides by a
+    float32. A copied or unpickled optimizer has no hooks and does not clip.
 
     Args:
         optimizer: torch.optim.Adam, AdamW or SGD, made with fused=True.
@@ -179,9 +179,11 @@ def clip_in_step(
 
 
 def _view_class(cls: type[torch.optim.Optimizer]) -> Any:
-    """Instances are given an optimizer's __dict__, so they are it but for _ATTRIBUTES. Those are
-    slots, which come before the __dict__: whatever a step on such a view raises, its optimizer's
-    own attributes are what they were."""
+    """A class for views of an optimizer: they share its __dict__, but have own _ATTRIBUTES.
+
+    _ATTRIBUTES are slots, which Python finds before the __dict__. A step on a view that raises thus
+    leaves the optimizer's own attributes alone.
+    """
     return type(cls.__name__, (cls,), {"__slots__": _ATTRIBUTES})
 
 
@@ -196,8 +198,11 @@ def _without_momentum(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def _path(group: dict[str, Any]) -> _Path:
-    """What of a group's options chooses a kernel, or a branch of one: whether each is there, is a
-    Tensor, is zero; not how large it is, which schedules change."""
+    """The part of a group's options that chooses a kernel, or a branch in one.
+
+    That is whether each option is there, is a Tensor, is zero. Its size is left out: schedules
+    change it.
+    """
 
     def kind(value: Any) -> object:
         if isinstance(value, Tensor):
@@ -247,7 +252,7 @@ def _prove(
 
 
 def _probe_values(like: Tensor) -> Tensor:
-    """No weight decay cancels the gradient of all."""
+    """A parameter of different values: a weight decay cancels the gradient of one at most."""
     return torch.tensor([1.0, 0.5, -0.25], dtype=like.dtype, device=like.device)
 
 

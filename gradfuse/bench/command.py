@@ -1,0 +1,86 @@
+"""The command line of the benches: python -m gradfuse bench [op] [options]."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from gradfuse.bench import batch_norm, clip, optim
+from gradfuse.bench.harness import Result, measure
+from gradfuse.bench.machine import machine
+from gradfuse.bench.output import progress, report
+from gradfuse.bench.registry import Bench
+
+__all__ = ["BENCHES", "main"]
+
+BENCHES = {bench.op: bench for bench in (clip.BENCH, batch_norm.BENCH, optim.BENCH)}
+
+
+def parser_of(bench: Bench | None) -> argparse.ArgumentParser:
+    """The options of a bench, or those that all benches have."""
+    if bench is None:
+        parser = argparse.ArgumentParser(
+            prog="python -m gradfuse bench",
+            description="Times gradfuse against its peers: one op, or all in turn. "
+            "`bench OP -h` lists an op's own options.",
+        )
+        parser.add_argument("op", nargs="?", choices=list(BENCHES))
+    else:
+        parser = argparse.ArgumentParser(
+            prog=f"python -m gradfuse bench {bench.op}",
+            description=f"Times {bench.work} against its peers.",
+        )
+    parser.add_argument("--quick", action="store_true", help="small work, without torch.compile")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder to write to")
+    parser.add_argument("--threads", type=int, help="threads of torch, default: torch's own choice")
+    parser.add_argument(
+        "--compile-budget",
+        type=float,
+        metavar="SECONDS",
+        help="leave torch.compile out where compiling takes longer; 0: everywhere",
+    )
+    if bench is not None:
+        bench.add_options(parser)
+    return parser
+
+
+def run(bench: Bench, argv: Sequence[str]) -> None:
+    """Measures all workloads of a bench and reports them."""
+    arguments = parser_of(bench).parse_args(argv)
+    arguments.quick = arguments.quick or os.environ.get("GRADFUSE_BENCH_QUICK") == "1"
+    if arguments.compile_budget is None:
+        arguments.compile_budget = bench.compile_budget
+    if arguments.quick:
+        arguments.compile_budget = 0.0
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    plan = bench.quick_plan if arguments.quick else bench.plan
+    notes: list[str] = []
+    results: list[Result] = []
+    with progress() as show:
+        for work in bench.workloads(arguments, notes):
+            show(f"{work.name}, {work.dtype}")
+            results += measure(work, plan)
+            del work  # and its memory, before the next is set up
+    notes += bench.summarise(results)
+    about = machine() | {
+        "device": getattr(arguments, "device", "cpu"),
+        "quick": arguments.quick,
+    }
+    report(results, about, notes, arguments.out, f"bench_{bench.op}", bench.work)
+
+
+def main(argv: Sequence[str]) -> int:
+    if argv and argv[0] in BENCHES:
+        run(BENCHES[argv[0]], argv[1:])
+        return 0
+    parser = parser_of(None)
+    if parser.parse_args(argv).op:
+        parser.error("the op comes first, options after it")
+    for bench in BENCHES.values():
+        run(bench, argv)
+    return 0
