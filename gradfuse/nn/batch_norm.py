@@ -139,15 +139,30 @@ def _share(source: nn.Module, target: nn.Module) -> None:
 
 
 class BatchNormAct1d(_BatchNormAct, nn.BatchNorm1d):
-    __doc__ = f"For inputs [N, C] or [N, C, L]. {_BatchNormAct.__doc__}"
+    """torch.nn.BatchNorm1d with a residual and an activation: act(batch_norm(input) + residual).
+
+    Takes inputs [N, C] or [N, C, L] and, if wanted, a residual. Beside torch's arguments
+    it has `activation` and `negative_slope`, as in gradfuse.batch_norm_act.
+    """
+
     plain = nn.BatchNorm1d
 
 
 class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
-    __doc__ = f"For inputs [N, C, H, W]. {_BatchNormAct.__doc__}"
+    """torch.nn.BatchNorm2d with a residual and an activation: act(batch_norm(input) + residual).
+
+    Takes inputs [N, C, H, W] and, if wanted, a residual. Beside torch's arguments
+    it has `activation` and `negative_slope`, as in gradfuse.batch_norm_act.
+    """
+
     plain = nn.BatchNorm2d
 
 
 class BatchNormAct3d(_BatchNormAct, nn.BatchNorm3d):
-    __doc__ = f"For inputs [N, C, D, H, W]. {_BatchNormAct.__doc__}"
+    """torch.nn.BatchNorm3d with a residual and an activation: act(batch_norm(input) + residual).
+
+    Takes inputs [N, C, D, H, W] and, if wanted, a residual. Beside torch's arguments
+    it has `activation` and `negative_slope`, as in gradfuse.batch_norm_act.
+    """
+
     plain = nn.BatchNorm3d
