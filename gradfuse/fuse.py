@@ -20,8 +20,11 @@ __all__ = ["FuseReport", "Site", "fuse", "unfuse"]
 class Site:
     """A batch norm of the model and what became of it.
 
-    path: where it is; pattern: "bn", "bn+relu", "bn+add+relu", ...; fused: whether it was replaced;
-    reason: why not, or why no more of its surroundings was.
+    Attributes:
+        path: where it is in the model.
+        pattern: "bn", "bn+relu", "bn+add+relu", ...
+        fused: whether it was replaced.
+        reason: why it was not replaced, or why no more of its surroundings was fused.
     """
 
     path: str

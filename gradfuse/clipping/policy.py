@@ -152,10 +152,10 @@ class Policy:
 
     def keep(self, state: dict[str, Tensor]) -> None:
         """Stores the state that `plan` returned; in place, for CUDA graphs."""
-        held = self.state
+        old = self.state
         self.state = {
-            name: held[name].copy_(new)
-            if name in held and (held[name].shape, held[name].device) == (new.shape, new.device)
+            name: old[name].copy_(new)
+            if name in old and (old[name].shape, old[name].device) == (new.shape, new.device)
             else new
             for name, new in state.items()
         }

@@ -30,7 +30,9 @@ class GradReport:
     The figures stay on the gradients' device until one is read. On CUDA, that read waits.
 
     Attributes:
-        max_norm, norm_type, nonfinite: the settings of the step.
+        max_norm: upper bound of the norm in this step.
+        norm_type: order of the norm.
+        nonfinite: what a NaN or inf gradient did.
         policy: repr of the gradfuse.policies.Policy that decided, or None.
     """
 

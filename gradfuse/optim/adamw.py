@@ -21,20 +21,25 @@ _AMSGRAD_STATE = _STATE | Slot.MAX_EXP_AVG_SQ
 class AdamW(ClippedOptimizer, torch.optim.AdamW):
     """torch.optim.AdamW with clipping, loss scale and the check for NaN and inf inside the step.
 
-    The same numbers as torch's clip_grad_norm_ followed by AdamW(fused=True), to rounding; the same
-    bits for any number of threads. Gradients are read, not written: after a step p.grad is what
-    backward left (scaled by a GradScaler, if one is used) unless materialize_clipped_grads is set.
+    Computes the numbers of torch's clip_grad_norm_ followed by AdamW(fused=True), to rounding, and
+    the same bits for any number of threads. Gradients are read, not written: after a step p.grad is
+    what backward left (scaled, under a GradScaler) unless materialize_clipped_grads is set.
 
     Args:
-        params, lr, betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.AdamW; lr may be
-            a Tensor of one element, which on CUDA is not waited for.
+        params: as in torch.optim.AdamW.
+        lr: learning rate; a float, or a Tensor of one element, which on CUDA is not waited for.
+        betas: as in torch.optim.AdamW.
+        eps: as in torch.optim.AdamW.
+        weight_decay: as in torch.optim.AdamW.
+        amsgrad: as in torch.optim.AdamW.
+        maximize: as in torch.optim.AdamW.
         clip: upper bound of the gradients' global norm, a gradfuse.policies.Policy, or None.
         nonfinite: what a NaN or inf gradient does. "skip": no parameter and no state changes, the
             step is counted in skipped_steps. "error": RuntimeError, nothing is written.
-            "propagate": what torch does. With clip=None and "propagate" the norm is not taken.
+            "propagate": what torch does. With clip=None and "propagate" no norm is computed.
         materialize_clipped_grads: write the clipped gradients to p.grad, for those who log them.
-        master_weights: keep a float32 copy of float16 and bfloat16 parameters, and their moments in
-            float32, in the state; parameters are the rounded copy.
+        master_weights: keep float32 copies of float16 and bfloat16 parameters in the state, and
+            their moments in float32; the parameters are the copies, rounded.
         stochastic_rounding: round bfloat16 parameters and moments at random, right on average.
         update_clip: divide the learning rate of a parameter by the root mean square of
             g / sqrt(second moment), where that is above 1 (StableAdamW).

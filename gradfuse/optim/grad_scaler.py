@@ -31,9 +31,7 @@ class GradScaler(torch.amp.GradScaler):
     torch's check where a step cannot stand in for it: after unscale_, with a hook before the step,
     for other optimizers, or if this torch's scaler works in another way.
 
-    Args:
-        device, init_scale, growth_factor, backoff_factor, growth_interval, enabled: as in
-            torch.amp.GradScaler.
+    Takes the arguments of torch.amp.GradScaler.
     """
 
     _stepping: Any = None  # the optimizer whose step is running and checks for itself

@@ -23,13 +23,22 @@ _MASTER_AND_MOMENTUM = _MASTER | Slot.EXP_AVG
 class SGD(ClippedOptimizer, torch.optim.SGD):
     """torch.optim.SGD with clipping, loss scale and the check for NaN and inf inside the step.
 
-    The same numbers as torch's clip_grad_norm_ followed by SGD(fused=True), to rounding. All else
-    as in gradfuse.optim.AdamW.
+    Computes the numbers of torch's clip_grad_norm_ followed by SGD(fused=True), to rounding. Works
+    as gradfuse.optim.AdamW in all else.
 
     Args:
-        params, lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
-        clip, nonfinite, materialize_clipped_grads, master_weights, stochastic_rounding: as in
-            gradfuse.optim.AdamW.
+        params: as in torch.optim.SGD.
+        lr: as in gradfuse.optim.AdamW.
+        momentum: as in torch.optim.SGD.
+        dampening: as in torch.optim.SGD.
+        weight_decay: as in torch.optim.SGD.
+        nesterov: as in torch.optim.SGD.
+        maximize: as in torch.optim.SGD.
+        clip: as in gradfuse.optim.AdamW.
+        nonfinite: as in gradfuse.optim.AdamW.
+        materialize_clipped_grads: as in gradfuse.optim.AdamW.
+        master_weights: as in gradfuse.optim.AdamW.
+        stochastic_rounding: as in gradfuse.optim.AdamW.
 
     Raises:
         ValueError: an argument is out of range.
