@@ -99,7 +99,9 @@ class Kernels:
 
     def build(self):
         """Compiles what has changed, and returns the objects."""
-        host = ["-std=c++17", "-fPIC", *self.cxx]
+        # -fwrapv, as Python builds extensions: it decides which product of a sum GCC fuses with the
+        # addition, and so the last bit.
+        host = ["-std=c++17", "-fPIC", "-fwrapv", *self.cxx]
         device = ["-std=c++17", "-O3", "--threads=2", "--expt-relaxed-constexpr"]
         device += ["-Xcompiler=-fPIC,-fvisibility=hidden", "-DGRADFUSE_CUDA", *self.arch_flags]
         compile_cxx = f"{os.environ.get('CXX', 'c++')} -MMD -MF $out.d {shell(host)}"
