@@ -1,14 +1,25 @@
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+
+from gradfuse._records import (
+    AdamWGroup,
+    BatchNormCall,
+    BatchNormOptions,
+    BatchNormSaved,
+    SGDGroup,
+    StepOptions,
+)
 
 torch_version: str
 cuda_version: str
 cuda_archs: str
 compiler: str
+codes: dict[str, dict[str, int]]
 
 def isa() -> str: ...
+def set_isa(name: str) -> None: ...
 def num_threads() -> int: ...
 def stats(
     tensors: Tensor | Iterable[Tensor], of_grad: bool, norm_type: float, nonfinite: int
@@ -32,38 +43,12 @@ def adaptive_clip_(
     norm_type: float,
     scale: Tensor | None = None,
 ) -> None: ...
-def batch_norm_forward(
-    input: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float | Tensor,
-    eps: float,
-    activation: int,
-    negative_slope: float,
-    wants_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor]: ...
+def batch_norm_forward(call: BatchNormCall) -> tuple[Tensor, Tensor, Tensor]: ...
 def batch_norm_backward(
     grad_output: Tensor,
-    input: Tensor | None,
-    residual: Tensor | None,
-    output: Tensor | None,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    stats: Tensor,
-    channels_last: bool,
-    training: bool,
-    eps: float,
-    activation: int,
-    negative_slope: float,
-    wants_input: bool,
-    wants_residual: bool,
-    wants_weight: bool,
-    wants_bias: bool,
+    saved: BatchNormSaved,
+    options: BatchNormOptions,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]: ...
 
 class ParameterList:
@@ -75,16 +60,22 @@ class ParameterList:
     def measure(
         self, max_norm: float, norm_type: float, nonfinite: int
     ) -> tuple[Tensor, Tensor, Tensor]: ...
-    def apply_(self, totals: Tensor, coefficients: Tensor | None) -> None: ...
+    def apply_(self, plan: Tensor, coefficients: Tensor | None) -> None: ...
     def clamp_(self, clip_value: float) -> None: ...
 
 class Stepper:
     def __init__(self, rule: int) -> None: ...
-    def holds(
-        self, groups: list[dict[str, Any]], state: dict[Tensor, Any], needs: list[int]
+    def is_current(
+        self,
+        groups: Sequence[dict[str, Any]],
+        state: Mapping[Tensor, Any],
+        needs: Sequence[int],
     ) -> bool: ...
-    def hold(
-        self, groups: list[dict[str, Any]], state: dict[Tensor, Any], needs: list[int]
+    def bind(
+        self,
+        groups: Sequence[dict[str, Any]],
+        state: Mapping[Tensor, Any],
+        needs: Sequence[int],
     ) -> None: ...
     def parameters(self) -> list[Tensor]: ...
     def measure(
@@ -92,22 +83,17 @@ class Stepper:
     ) -> tuple[Tensor, Tensor, Tensor]: ...
     def step(
         self,
-        groups: list[tuple[Any, ...]],
+        groups: Sequence[AdamWGroup] | Sequence[SGDGroup],
         max_norm: float,
         nonfinite: int,
         scale: Tensor | None,
         found_inf: Tensor | None,
-        update_clip: bool,
-        stochastic_rounding: bool,
-        materialize: bool,
+        options: StepOptions,
     ) -> tuple[Tensor, Tensor, Tensor]: ...
     def update(
         self,
-        groups: list[tuple[Any, ...]],
-        totals: Tensor | None,
+        groups: Sequence[AdamWGroup] | Sequence[SGDGroup],
+        plan: Tensor | None,
         coefficients: Tensor | None,
-        bound: float,
-        update_clip: bool,
-        stochastic_rounding: bool,
-        materialize: bool,
+        options: StepOptions,
     ) -> None: ...

@@ -2,6 +2,9 @@
 
 Eager calls go straight to `backend`: `_C`, or `gradfuse.reference` with the same functions. Under
 torch.compile the same functions are reached as torch.library ops, which `define_op` registers.
+
+Modules look `_native.backend` up at each call and never bind it: tests put another implementation
+in its place here, for all modules at once.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import os
 import warnings
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -35,7 +38,10 @@ def _load() -> tuple[ModuleType | None, str]:
 
 _module, reason = _load()
 available = _module is not None
-backend: Any = _module if _module is not None else reference
+if TYPE_CHECKING:
+    from gradfuse import _C as backend
+else:
+    backend = _module if available else reference
 
 if not available and reason != "GRADFUSE_NATIVE=0":
     warnings.warn(

@@ -63,7 +63,7 @@ def test_captured_in_a_graph():
             p.grad.copy_(g * scale)
         expected = gradfuse.get_total_norm([p.grad.double() for p in parameters]).item()
         graph.replay()
-        again = gradfuse.GradReport([], report._norm, report._totals, report._table, 1.0, 2.0, "")
+        again = gradfuse.GradReport([], (report._norm, report._plan, report._stats), 1.0, 2.0, "")
         assert again.total_norm == pytest.approx(expected, rel=1e-6)
         after = gradfuse.get_total_norm([p.grad.double() for p in parameters]).item()
         assert after == pytest.approx(min(expected, 1.0), rel=1e-4)

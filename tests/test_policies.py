@@ -452,10 +452,10 @@ def test_no_decision_waits_for_the_device(make, skips):
     ]
     policy = make()
     for _ in range(3):
-        plan = plan_with_policy(policy, lambda max_norm: measured, lambda: [], measured[0], skips)
-        policy.keep(plan.state)
-    assert plan.totals.is_meta
-    assert plan.reported.is_meta
+        step = plan_with_policy(policy, lambda max_norm: measured, lambda: [], measured[0], skips)
+        policy.keep(step.state)
+    assert step.plan.is_meta
+    assert step.reported.plan.is_meta
 
 
 class Misshapen(Policy):

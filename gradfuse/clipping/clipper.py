@@ -13,7 +13,7 @@ from gradfuse import _native
 from gradfuse.clipping.policy import Policy, plan_with_policy
 from gradfuse.clipping.report import GradReport
 from gradfuse.ops.checks import (
-    NONFINITE,
+    CLIP_NONFINITE,
     check_nonfinite,
     check_nonnegative,
     check_norm_type,
@@ -55,7 +55,7 @@ class GradClipper:
     ) -> None:
         self._norm_type = check_norm_type("GradClipper", norm_type)
         self.max_norm = max_norm
-        check_nonfinite("GradClipper", nonfinite)
+        check_nonfinite("GradClipper", nonfinite, CLIP_NONFINITE)
         self._nonfinite = nonfinite
         self._names: list[str] = []
         self._parameters: list[Tensor] = []
@@ -126,40 +126,36 @@ class GradClipper:
         if isinstance(self._max_norm, Policy):
             report: GradReport = self._clip_by(self._max_norm)
             return report
-        policy = NONFINITE[self._nonfinite]
+        code = CLIP_NONFINITE[self._nonfinite]
         names = self._names
         if torch.compiler.is_compiling():
             grads = [p.grad for p in self._parameters if p.grad is not None]
             names = [
                 name for name, p in zip(names, self._parameters, strict=True) if p.grad is not None
             ]
-            result = torch.ops.gradfuse.clip_grads_(grads, self._max_norm, self._norm_type, policy)
+            result = torch.ops.gradfuse.clip_grads_(grads, self._max_norm, self._norm_type, code)
         else:
-            result = self._list.clip_(self._max_norm, self._norm_type, policy)
-        norm, totals, table = result
-        return GradReport(
-            names, norm, totals, table, self._max_norm, self._norm_type, self._nonfinite
-        )
+            result = self._list.clip_(self._max_norm, self._norm_type, code)
+        return GradReport(names, result, self._max_norm, self._norm_type, self._nonfinite)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _clip_by(self, policy: Policy) -> GradReport:
-        code = NONFINITE[self._nonfinite]
-        plan = plan_with_policy(
+        code = CLIP_NONFINITE[self._nonfinite]
+        step = plan_with_policy(
             policy,
             lambda max_norm: self._list.measure(max_norm, self._norm_type, code),
             lambda: self._parameters,
             None,
             skips=False,
         )
-        self._list.apply_(plan.totals, plan.coefficients)
+        self._list.apply_(step.plan, step.coefficients)
         if policy.bound < math.inf:
             self._list.clamp_(policy.bound)
-        policy.keep(plan.state)
+        policy.keep(step.state)
         return GradReport(
-            self._names, plan.norm, plan.reported, plan.table, policy.max_norm, 2.0,
-            self._nonfinite, repr(policy),
-        )  # fmt: skip
+            self._names, step.reported, policy.max_norm, 2.0, self._nonfinite, repr(policy)
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the policy; empty without one."""

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradfuse.clipping.report import GradReport
+from gradfuse._codes import Action
+from gradfuse._records import ClipPlan, ClipResult, TensorStats
 
-__all__ = ["Decision", "Plan", "Policy", "plan_with_policy", "to_at_most"]
+__all__ = ["Decision", "PlannedStep", "Policy", "plan_with_policy", "to_at_most"]
 
-_KEEP, _SCALE, _ZERO = 0.0, 1.0, 2.0
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -84,44 +84,65 @@ class Policy:
         """
 
     def plan(
-        self, totals: Tensor, table: Tensor, skips: bool
+        self, measured: Tensor, stats: Tensor, skips: bool
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-        """The totals of a step after the decision, a coefficient for each parameter or None, and
-        the state to `keep` when the step is done.
+        """Decides on a step.
 
         Args:
-            totals: [8] float64 of a plan that leaves finite gradients alone.
-            table: [n, 5] float64, a row for each parameter.
+            measured: [8] float64 Tensor, a ClipPlan that leaves finite gradients alone.
+            stats: [n, 5] float64 Tensor, the TensorStats of each parameter's gradient.
             skips: whether a step can be left out; else its gradients become 0.
+
+        Returns:
+            The ClipPlan after the decision, a coefficient for each parameter or None, and the state
+            to `keep` when the step is done.
         """
-        left_out = GradReport.SKIP if skips else _ZERO
-        norm = totals[0]
+        before, norms = ClipPlan.of(measured), TensorStats.of(stats).norm
         # A plan for a non-finite norm, or for found_inf, stands: nonfinite decides then.
-        decided = norm.isfinite() & (totals[3] <= _SCALE)
-        state = self._state_of(table[:, 0])
-        decision = self.decide(norm, table[:, 0], dict(state))
-        self._check(decision, state, table.shape[0])
-        coefficient = decision.coefficient.to(totals)
-        out, each = totals.clone(), None
-        if coefficient.ndim:
-            clipped = (table[:, 0] * coefficient).norm()
-            mean = clipped / norm.clamp(min=_TINY)
-            each = coefficient
-        else:
-            clipped, mean = norm * coefficient, coefficient
-            out[6] = torch.where(decided, totals[6] * coefficient, totals[6])
-        action = torch.where((coefficient == 1.0).all(), _KEEP, _SCALE).to(totals)
-        if decision.skip is not None:
-            action = torch.where(decision.skip, left_out, action)
-        planned = torch.stack([norm, mean, clipped, action])
-        out[:4] = torch.where(decided, planned, totals[:4])
-        # Finite gradients of a norm beyond float64 are beyond any threshold.
-        out[3] = torch.where(norm.isinf() & (totals[3] == _KEEP), left_out, out[3])
+        decided = before.norm.isfinite() & (before.action <= Action.SCALE)
+        state = self._state_of(norms)
+        decision = self.decide(before.norm, norms, dict(state))
+        self._check(decision, state, len(norms))
+        plan, each = self._plan_of(decision, before, norms, decided, skips)
         kept = {
             name: torch.where(decided, decision.state.get(name, old).to(old), old)
             for name, old in state.items()
         }
-        return out, each, kept
+        return ClipPlan.pack(plan), each, kept
+
+    def _plan_of(
+        self,
+        decision: Decision,
+        before: ClipPlan[Tensor],
+        norms: Tensor,
+        decided: Tensor,
+        skips: bool,
+    ) -> tuple[ClipPlan[Tensor], Tensor | None]:
+        """`before` with the decision in it where it counts; a coefficient for each parameter."""
+        left_out = float(Action.SKIP if skips else Action.ZERO)
+        coefficient = decision.coefficient.to(before.norm)
+        factor, each = before.factor, None
+        if coefficient.ndim:
+            clipped_norm = (norms * coefficient).norm()
+            mean = clipped_norm / before.norm.clamp(min=_TINY)
+            each = coefficient
+        else:
+            clipped_norm, mean = before.norm * coefficient, coefficient
+            factor = torch.where(decided, factor * coefficient, factor)
+        is_kept = (coefficient == 1.0).all()
+        action = torch.where(is_kept, float(Action.KEEP), float(Action.SCALE)).to(before.action)
+        if decision.skip is not None:
+            action = torch.where(decision.skip, left_out, action)
+        action = torch.where(decided, action, before.action)
+        # Finite gradients of a norm beyond float64 are beyond any threshold.
+        is_beyond = before.norm.isinf() & (before.action == Action.KEEP)
+        plan = before._replace(
+            coefficient=torch.where(decided, mean, before.coefficient),
+            clipped_norm=torch.where(decided, clipped_norm, before.clipped_norm),
+            action=torch.where(is_beyond, left_out, action),
+            factor=factor,
+        )
+        return plan, each
 
     def keep(self, state: dict[str, Tensor]) -> None:
         """Makes the state that `plan` gave the policy's; in place, as CUDA graphs want it."""
@@ -168,14 +189,13 @@ class Policy:
         return f"{type(self).__name__}({', '.join(given)})"
 
 
-class Plan(NamedTuple):
+class PlannedStep(NamedTuple):
     """What a step with a policy does."""
 
     norm: Tensor  # as clip_grad_norm_ returns it
-    totals: Tensor  # for the kernels
+    plan: Tensor  # the ClipPlan for the kernels
     coefficients: Tensor | None  # [n]
-    reported: Tensor  # the totals for a GradReport
-    table: Tensor
+    reported: ClipResult  # for a GradReport
     state: dict[str, Tensor]  # for Policy.keep, once the step is done: one that raises keeps none
 
 
@@ -185,11 +205,11 @@ def plan_with_policy(
     parameters: Callable[[], Sequence[Tensor]],
     scale: Tensor | None,
     skips: bool,
-) -> Plan:
+) -> PlannedStep:
     """Measures, decides, and rewrites gradients if the policy does.
 
     Args:
-        measure: norm, totals and table of a plan with this max_norm.
+        measure: the ClipResult of a plan with this max_norm.
         parameters: those that were measured.
         scale: the loss scale that the gradients carry, or None.
         skips: whether a step can be left out.
@@ -199,32 +219,52 @@ def plan_with_policy(
         ValueError: the policy decided what cannot be done.
     """
     if policy.bound < math.inf:
-        for i, p in enumerate(parameters()):
-            if p.grad is not None and p.grad.is_complex():
-                raise TypeError(
-                    f"{type(policy).__name__}: expected real gradients, which have an order, got "
-                    f"{p.grad.dtype} for parameter {i}"
-                )
+        _check_real(policy, parameters())
     decides = type(policy).decide is not Policy.decide
-    norm, totals, table = measure(math.inf if decides else policy.max_norm)
+    norm, plan, stats = measure(math.inf if decides else policy.max_norm)
     coefficients, state = None, policy.state
     if decides:
-        totals, coefficients, state = policy.plan(totals, table, skips)
-    reported = totals
+        plan, coefficients, state = policy.plan(plan, stats, skips)
+    reported = plan
     if policy.bound < math.inf:
-        # What the clamped norm is, nobody took.
-        beyond = (table[:, 1] > policy.bound).any() & (totals[3] <= _SCALE)
-        reported = totals.clone()
-        reported[2] = torch.where(beyond, math.nan, totals[2])
-        reported[3] = torch.where(beyond, _SCALE, totals[3])
+        largest = TensorStats.of(stats).largest
+        reported = _clamped(ClipPlan.of(plan), (largest > policy.bound).any())
     if type(policy).rewrite is not Policy.rewrite:
         policy.rewrite(parameters(), scale)
-        after = measure(math.inf)[1][0]
-        changed = (after != totals[0]) & (totals[3] <= _SCALE)
-        reported = reported.clone()
-        reported[2] = after * totals[1]
-        reported[3] = torch.where(changed, _SCALE, reported[3])
-    return Plan(norm, totals, coefficients, reported, table, state)
+        after = ClipPlan.of(measure(math.inf)[1]).norm
+        reported = _rewritten(ClipPlan.of(reported), ClipPlan.of(plan), after)
+    return PlannedStep(norm, plan, coefficients, ClipResult(norm, reported, stats), state)
+
+
+def _check_real(policy: Policy, parameters: Sequence[Tensor]) -> None:
+    for i, p in enumerate(parameters):
+        if p.grad is not None and p.grad.is_complex():
+            raise TypeError(
+                f"{type(policy).__name__}: expected real gradients, which have an order, got "
+                f"{p.grad.dtype} for parameter {i}"
+            )
+
+
+def _clamped(plan: ClipPlan[Tensor], clamps: Tensor) -> Tensor:
+    """The plan to report where elements are clamped: nobody measures the norm after that."""
+    clamps = clamps & (plan.action <= Action.SCALE)
+    return ClipPlan.pack(
+        plan._replace(
+            clipped_norm=torch.where(clamps, math.nan, plan.clipped_norm),
+            action=torch.where(clamps, float(Action.SCALE), plan.action),
+        )
+    )
+
+
+def _rewritten(reported: ClipPlan[Tensor], plan: ClipPlan[Tensor], after: Tensor) -> Tensor:
+    """The plan to report where gradients were rewritten, and have this norm now."""
+    changed = (after != plan.norm) & (plan.action <= Action.SCALE)
+    return ClipPlan.pack(
+        reported._replace(
+            clipped_norm=after * plan.coefficient,
+            action=torch.where(changed, float(Action.SCALE), reported.action),
+        )
+    )
 
 
 def _fitted(old: Tensor, fresh: Tensor) -> Tensor:

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from gradfuse._codes import Action
+from gradfuse._records import ClipPlan, TensorStats
+
 __all__ = ["GradReport", "ParameterGrad"]
 
 
@@ -31,34 +34,28 @@ class GradReport:
         policy: repr of the gradfuse.policies.Policy that decided, or None.
     """
 
-    SKIP = 4.0  # the totals' action of a step that is to change nothing
-
     def __init__(
         self,
         names: list[str],
-        norm: Tensor,
-        totals: Tensor,
-        table: Tensor,
+        result: tuple[Tensor, Tensor, Tensor],
         max_norm: float,
         norm_type: float,
         nonfinite: str,
         policy: str | None = None,
     ) -> None:
         self._names = names
-        self._norm = norm
-        self._totals = totals
-        self._table = table
+        self._norm, self._plan, self._stats = result
         self.max_norm = max_norm
         self.norm_type = norm_type
         self.nonfinite = nonfinite
         self.policy = policy
-        self._values: list[float] | None = None
+        self._values: ClipPlan[float] | None = None
         self._rows: list[ParameterGrad] | None = None
 
-    def _total(self, index: int) -> float:
+    def _read(self) -> ClipPlan[float]:
         if self._values is None:
-            self._values = self._totals.tolist()
-        return self._values[index]
+            self._values = ClipPlan.read(self._plan)
+        return self._values
 
     @property
     def norm_tensor(self) -> Tensor:
@@ -68,44 +65,44 @@ class GradReport:
     @property
     def total_norm(self) -> float:
         """Norm of all gradients before clipping, in float64."""
-        return self._total(0)
+        return self._read().norm
 
     @property
     def coefficient(self) -> float:
         """What the gradients were multiplied by; 1.0 if they were left alone. Where each had its
         own factor, the ratio of the norms; 1.0 where elements or units were clipped."""
-        return self._total(1)
+        return self._read().coefficient
 
     @property
     def clipped_norm(self) -> float:
         """Norm of all gradients after clipping; NaN where elements were clamped."""
-        return self._total(2)
+        return self._read().clipped_norm
 
     @property
     def clipped(self) -> bool:
         """Whether the gradients were changed, or read as if they were."""
-        return self._total(3) in (1.0, 2.0)
+        return self._read().action in (Action.SCALE, Action.ZERO)
 
     @property
     def void(self) -> bool:
         """Whether a non-finite gradient made nonfinite="zero" set all gradients to 0."""
-        return self._total(3) == 2.0
+        return self._read().action == Action.ZERO
 
     @property
     def skipped(self) -> bool:
         """Whether an optimizer's step changed nothing, for a non-finite gradient or a policy."""
-        return self._total(3) == self.SKIP
+        return self._read().action == Action.SKIP
 
     @property
     def parameters(self) -> list[ParameterGrad]:
         """A row for every parameter that had a gradient, in the order they were given."""
         if self._rows is None:
             self._rows = [
-                ParameterGrad(name, norm, largest, int(nonfinite), int(zeros), int(numel))
-                for name, (norm, largest, nonfinite, zeros, numel) in zip(
-                    self._names, self._table.tolist(), strict=True
+                ParameterGrad(
+                    name, row.norm, row.largest, int(row.nonfinite), int(row.zeros), int(row.numel)
                 )
-                if numel >= 0
+                for name, row in zip(self._names, TensorStats.read(self._stats), strict=True)
+                if row.numel >= 0
             ]
         return self._rows
 

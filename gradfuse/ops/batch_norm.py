@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,18 +10,20 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from gradfuse import _native, reference
+from gradfuse._codes import Activation
 from gradfuse._native import define_op
+from gradfuse._records import BatchNormCall, BatchNormOptions, BatchNormSaved
 from gradfuse.reference import MASKED, OUTPUT_SAVED
 
 __all__ = ["ACTIVATIONS", "batch_norm_act", "check_activation", "recomputing"]
 
 ACTIVATIONS = tuple(name for name in reference.ACTIVATIONS if name is not None)
-_CODES = {name: code for code, name in enumerate(reference.ACTIVATIONS)}
+_CODES = dict(zip(reference.ACTIVATIONS, Activation, strict=True))
 _OP = "batch_norm_act"
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def check_activation(op: str, activation: str | None) -> int:
+def check_activation(op: str, activation: str | None) -> Activation:
     """The activation's code; ValueError if there is no such activation."""
     try:
         return _CODES[activation]
@@ -112,23 +115,12 @@ def batch_norm_act(
     Source: Ioffe, Szegedy 2015, "Batch Normalization", algorithms 1 and 2; He, Zhang, Ren, Sun
     2016, "Identity Mappings in Deep Residual Networks", figure 4(a).
     """
-    code = check_activation(_OP, activation)
-    if save != "bitmask" and save != "output":
-        raise ValueError(f"{_OP}: save must be 'bitmask' or 'output', got {save!r}")
-    if save == "output" and activation == "leaky_relu" and negative_slope < 0.0:
-        raise ValueError(
-            f"{_OP}: negative_slope must be >= 0 with save='output', which tells the sign of the "
-            f"input no more, got {negative_slope}"
-        )
-    if momentum is None:
-        raise TypeError(f"{_OP}: momentum must be a number or a Tensor of one, got None")
+    code = _check_options(activation, save, negative_slope, momentum)
     if training and running_mean is not None and recomputing():
         running_mean = running_var = None
     if residual is not None and residual is not input:
-        if not isinstance(residual, Tensor):
-            raise TypeError(f"{_OP}: residual must be a Tensor, got {type(residual).__name__}")
-        if not isinstance(input, Tensor):
-            raise TypeError(f"{_OP}: input must be a Tensor, got {type(input).__name__}")
+        _check_tensor("residual", residual)
+        _check_tensor("input", input)
         if residual.dtype != input.dtype or residual.shape != input.shape:
             dtype, shape = _sum_of(residual, input)
             if shape != input.shape:
@@ -139,12 +131,13 @@ def batch_norm_act(
                 return reference.activate(normalised + residual, activation, negative_slope)
             input = input.to(dtype)
             residual = residual.to(dtype).expand(shape)
-    masked = save == "bitmask" and activation in MASKED
+    wants_mask = save == "bitmask" and activation in MASKED
+    arguments = (
+        input, residual, weight, bias, running_mean, running_var, training, momentum, eps, code,
+        negative_slope,
+    )  # fmt: skip
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return _through_library(
-            input, residual, weight, bias, running_mean, running_var, training, momentum, eps,
-            code, negative_slope, masked,
-        )  # fmt: skip
+        return _through_library(BatchNormCall(*arguments, wants_mask))
     if _transformed() or type(input) not in _PLAIN or input.device.type not in ("cpu", "cuda"):
         _check_transformed(input, running_mean, training, eps)
         return reference.batch_norm_act(
@@ -158,16 +151,31 @@ def batch_norm_act(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        result: Tensor = _BatchNormAct.apply(
-            input, residual, weight, bias, running_mean, running_var, training, momentum, eps,
-            code, negative_slope, masked,
-        )  # fmt: skip
+        result: Tensor = _BatchNormAct.apply(*arguments, wants_mask)
         return result
-    output: Tensor = _native.backend.batch_norm_forward(
-        input, residual, weight, bias, running_mean, running_var, training, momentum, eps, code,
-        negative_slope, False,
-    )[0]  # fmt: skip
-    return output
+    return _native.backend.batch_norm_forward(BatchNormCall(*arguments, False))[0]
+
+
+def _check_options(
+    activation: str | None, save: str, negative_slope: float, momentum: float | Tensor
+) -> Activation:
+    """The activation's code; an error if an option is out of range."""
+    code = check_activation(_OP, activation)
+    if save != "bitmask" and save != "output":
+        raise ValueError(f"{_OP}: save must be 'bitmask' or 'output', got {save!r}")
+    if save == "output" and activation == "leaky_relu" and negative_slope < 0.0:
+        raise ValueError(
+            f"{_OP}: negative_slope must be >= 0 with save='output', which tells the sign of the "
+            f"input no more, got {negative_slope}"
+        )
+    if momentum is None:
+        raise TypeError(f"{_OP}: momentum must be a number or a Tensor of one, got None")
+    return code
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{_OP}: {name} must be a Tensor, got {type(value).__name__}")
 
 
 def _sum_of(residual: Tensor, input: Tensor) -> tuple[torch.dtype, torch.Size]:
@@ -193,80 +201,65 @@ def _sum_of(residual: Tensor, input: Tensor) -> tuple[torch.dtype, torch.Size]:
 def _check_transformed(
     input: Tensor, running_mean: Tensor | None, training: bool, eps: float
 ) -> None:
-    if not isinstance(input, Tensor):
-        raise TypeError(f"{_OP}: input must be a Tensor, got {type(input).__name__}")
-    if running_mean is None and not training:
-        raise ValueError(
-            f"{_OP}: running_mean and running_var must be given when not training, got None"
-        )
+    _check_tensor("input", input)
+    _check_statistics(running_mean, training)
     if not eps >= 0.0:
         raise ValueError(f"{_OP}: eps must be >= 0, got {eps}")
 
 
-def _reads(code: int, training: bool, weight_gradient: bool, masked: bool) -> tuple[bool, ...]:
-    """Whether the backward reads (input, residual, output)."""
-    name = reference.ACTIVATIONS[code]
-    from_output = name in OUTPUT_SAVED or (name in MASKED and not masked)
-    again = name is not None and name not in MASKED and not from_output
-    return training or weight_gradient or again, again, from_output
+def _check_statistics(running_mean: Tensor | None, training: bool) -> None:
+    if running_mean is None and not training:
+        raise ValueError(
+            f"{_OP}: running_mean and running_var must be given when not training, got None"
+        )
+
+
+def _save_for_backward(
+    ctx: Any, call: BatchNormCall, output: Tensor, mask: Tensor, stats: Tensor
+) -> None:
+    """Keeps what the backward reads, of the Function's call and of the registered op's alike."""
+    name = reference.ACTIVATIONS[call.activation]
+    from_output = name in OUTPUT_SAVED or (name in MASKED and not call.wants_mask)
+    from_input = name is not None and name not in MASKED and not from_output  # computes it again
+    wants_weight = ctx.needs_input_grad[2]
+    ctx.set_materialize_grads(False)
+    ctx.options = BatchNormOptions(
+        not output.is_contiguous(), call.training, call.eps, call.activation, call.negative_slope
+    )
+    saved = BatchNormSaved(
+        call.input if call.training or wants_weight or from_input else None,
+        call.residual if from_input else None,
+        output if from_output else None,
+        mask if call.wants_mask else None,
+        call.weight,
+        call.bias,
+        stats,
+    )
+    ctx.save_for_backward(*saved)
 
 
 class _BatchNormAct(torch.autograd.Function):
+    """The eager call. Its arguments are the fields of a BatchNormCall: autograd sees no tensors
+    inside one. setup_context would do, but torch binds defaults by `inspect` at each call then."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        training: bool,
-        momentum: float | Tensor,
-        eps: float,
-        code: int,
-        negative_slope: float,
-        masked: bool,
-    ) -> Tensor:
-        output: Tensor
-        output, mask, stats = _native.backend.batch_norm_forward(
-            input, residual, weight, bias, running_mean, running_var, training, momentum, eps,
-            code, negative_slope, masked,
-        )  # fmt: skip
-        ctx.set_materialize_grads(False)
-        ctx.options = training, eps, code, negative_slope
-        ctx.channels_last = not output.is_contiguous()
-        reads_input, reads_residual, reads_output = _reads(
-            code, training, ctx.needs_input_grad[2], masked
-        )
-        ctx.save_for_backward(
-            input if reads_input else None,
-            residual if reads_residual else None,
-            output if reads_output else None,
-            mask if masked else None,
-            weight,
-            bias,
-            stats,
-        )
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        call = BatchNormCall._make(arguments)
+        output, mask, stats = _native.backend.batch_norm_forward(call)
+        _save_for_backward(ctx, call, output, mask, stats)
         return output
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
-            return (None,) * 12
+            return (None,) * len(BatchNormCall._fields)
         wanted = ctx.needs_input_grad[:4]
-        saved = ctx.saved_tensors
+        saved = BatchNormSaved._make(ctx.saved_tensors)
         if torch.is_grad_enabled() or type(grad_output) not in _PLAIN or _is_batched(grad_output):
-            grads = _differentiable_backward(
-                grad_output, saved, ctx.channels_last, ctx.options, wanted
-            )
+            grads = _differentiable_backward(grad_output, saved, ctx.options, wanted)
         else:
-            wants_input, wants_residual, wants_weight, wants_bias = wanted
-            grads = _native.backend.batch_norm_backward(
-                grad_output, *saved, ctx.channels_last, *ctx.options, wants_input, wants_residual,
-                wants_weight, wants_bias,
-            )  # fmt: skip
-        return (*grads, *(None,) * 8)
+            grads = _native.backend.batch_norm_backward(grad_output, saved, ctx.options, wanted)
+        return (*grads, *(None,) * (len(BatchNormCall._fields) - 4))
 
 
 def _activation_backward(
@@ -292,36 +285,19 @@ def _activation_backward(
 
 
 def _differentiable_backward(
-    grad_output: Tensor,
-    saved: tuple[Any, ...],
-    channels_last: bool,
-    options: tuple[bool, float, int, float],
-    wanted: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
+    grad_output: Tensor, saved: BatchNormSaved, options: BatchNormOptions, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients through torch's own backward ops, so that they can be differentiated again."""
-    input, residual, output, mask, weight, bias, stats = saved
-    training, eps, code, negative_slope = options
-    name = reference.ACTIVATIONS[code]
+    name = reference.ACTIVATIONS[options.activation]
     dtype = grad_output.dtype
     wide = torch.promote_types(dtype, torch.float32)
-    g = grad_output.to(wide)
-    mean, invstd, var = stats.to(wide)
+    weight, bias = saved.weight, saved.bias
+    mean, invstd, var = saved.stats.to(wide)
     w = None if weight is None else weight.to(wide)
-    x = None if input is None else input.to(wide)
+    x = None if saved.input is None else saved.input.to(wide)
+    g = grad_output.to(wide)
     if name is not None:
-        if mask is not None and mask.numel():
-            flat = g * negative_slope if name == "leaky_relu" else torch.zeros_like(g)
-            g = torch.where(reference.unpack_mask(mask, g, channels_last), g, flat)
-        elif output is not None:
-            g = _activation_backward(g, output.to(wide), name, negative_slope, True)
-        elif x is not None and x.numel():
-            b = None if bias is None else bias.to(wide)
-            if training:
-                z = torch.nn.functional.batch_norm(x, None, None, w, b, True, 0.0, eps)
-            else:
-                z = torch.nn.functional.batch_norm(x, mean, var, w, b, False, 0.0, eps)
-            z = z if residual is None else z + residual
-            g = _activation_backward(g, z, name, negative_slope, False)
+        g = _before_activation(g, x, w, saved, options, name)
     if x is None or not x.numel():  # torch's divides by the number of elements
         scale = invstd if w is None else invstd * w
         grad_input = g * scale.reshape(-1, *[1] * (g.ndim - 2))
@@ -329,7 +305,7 @@ def _differentiable_backward(
         grad_bias = g.sum([d for d in range(g.ndim) if d != 1])
     else:
         grad_input, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            g, x, w, mean, var, mean, invstd, training, eps, [True, True, True]
+            g, x, w, mean, var, mean, invstd, options.training, options.eps, [True, True, True]
         )
     grad_residual = grad_output if name is None else g.to(dtype)
     return (
@@ -340,8 +316,32 @@ def _differentiable_backward(
     )
 
 
+def _before_activation(
+    g: Tensor,
+    x: Tensor | None,
+    w: Tensor | None,
+    saved: BatchNormSaved,
+    options: BatchNormOptions,
+    name: str,
+) -> Tensor:
+    """The gradient g of act(z) as that of z, from whatever was saved; x, w: saved ones, widened."""
+    if saved.mask is not None and saved.mask.numel():
+        flat = g * options.negative_slope if name == "leaky_relu" else torch.zeros_like(g)
+        return torch.where(reference.unpack_mask(saved.mask, g, options.channels_last), g, flat)
+    if saved.output is not None:
+        output = saved.output.to(g.dtype)
+        return _activation_backward(g, output, name, options.negative_slope, True)
+    if x is None or not x.numel():
+        return g
+    b = None if saved.bias is None else saved.bias.to(g.dtype)
+    mean, _, var = (None,) * 3 if options.training else saved.stats.to(g.dtype)
+    z = torch.nn.functional.batch_norm(x, mean, var, w, b, options.training, 0.0, options.eps)
+    z = z if saved.residual is None else z + saved.residual
+    return _activation_backward(g, z, name, options.negative_slope, False)
+
+
 def _check_updated(input: Tensor, running_mean: Tensor | None, running_var: Tensor | None) -> None:
-    """What the op cannot check of the running statistics, as it is not given them."""
+    """Checks the running statistics, which the registered op is not given."""
     if (running_mean is None) != (running_var is None):
         raise ValueError(
             f"{_OP}: running_mean and running_var must come together, got only "
@@ -355,58 +355,42 @@ def _check_updated(input: Tensor, running_mean: Tensor | None, running_var: Tens
             )
 
 
-def _through_library(
-    input: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float | Tensor,
-    eps: float,
-    code: int,
-    negative_slope: float,
-    masked: bool,
-) -> Tensor:
-    """The call as an op without side effects, and the update of the running statistics apart."""
-    if training:
-        _check_updated(input, running_mean, running_var)
-    given = (None, None) if training else (running_mean, running_var)
+def _through_library(call: BatchNormCall) -> Tensor:
+    """The call as an op without side effects; the running statistics are updated apart from it."""
+    means, variances = call.running_mean, call.running_var
+    if call.training:
+        _check_updated(call.input, means, variances)
     output: Tensor
     output, _, stats = torch.ops.gradfuse.batch_norm_act(
-        input, residual, weight, bias, *given, training, eps, code, negative_slope, masked
-    )
-    if training and input.numel():
+        call.input, call.residual, call.weight, call.bias,
+        *((None, None) if call.training else (means, variances)),
+        call.training, call.eps, call.activation, call.negative_slope, call.wants_mask,
+    )  # fmt: skip
+    if call.training and call.input.numel():
         with torch.no_grad():
-            for running, now in ((running_mean, stats[0]), (running_var, stats[2])):
+            for running, now in ((means, stats[0]), (variances, stats[2])):
                 if running is not None:
-                    running.copy_((1.0 - momentum) * running.double() + momentum * now)
+                    running.copy_((1.0 - call.momentum) * running.double() + call.momentum * now)
     return output
 
 
-def _fake_forward(
-    input: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    eps: float,
-    code: int,
-    negative_slope: float,
-    masked: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if running_mean is None and not training:
-        raise ValueError(
-            f"{_OP}: running_mean and running_var must be given when not training, got None"
-        )
+_LIBRARY_FIELDS = [name for name in BatchNormCall._fields if name != "momentum"]
+
+
+def _call_of(inputs: Sequence[Any]) -> BatchNormCall:
+    """The call that the registered op's inputs stand for; it updates no running statistics."""
+    return BatchNormCall(momentum=0.0, **dict(zip(_LIBRARY_FIELDS, inputs, strict=True)))
+
+
+def _fake_forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = _call_of(inputs)
+    input = call.input
+    _check_statistics(call.running_mean, call.training)
     n, c = input.shape[:2]
     positions = input.shape[2:].numel()
     output = reference.output_like(input)
     mask_shape = [0]
-    if masked and input.numel():
+    if call.wants_mask and input.numel():
         if c == 1:
             mask_shape = [1, (n * positions + 7) // 8]
         elif positions == 1 or not output.is_contiguous():
@@ -420,90 +404,63 @@ def _fake_forward(
     )
 
 
-def _library_forward(
-    input: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    eps: float,
-    code: int,
-    negative_slope: float,
-    masked: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    result: tuple[Tensor, Tensor, Tensor] = _native.backend.batch_norm_forward(
-        input, residual, weight, bias, running_mean, running_var, training, 0.0, eps, code,
-        negative_slope, masked,
-    )  # fmt: skip
-    return result
+def _library_forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _native.backend.batch_norm_forward(_call_of(inputs))
 
 
-def _library_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    *inputs, wanted = arguments
-    grads = _native.backend.batch_norm_backward(*inputs, *wanted)
-    grad_output = inputs[0]
+def _backward_of(inputs: Sequence[Any]) -> tuple[Tensor, BatchNormSaved, BatchNormOptions]:
+    """The registered backward's inputs, less the last."""
+    grad_output, *rest = inputs
+    tensors = len(BatchNormSaved._fields)
+    return grad_output, BatchNormSaved(*rest[:tensors]), BatchNormOptions(*rest[tensors:])
+
+
+def _library_backward(*inputs: Any) -> tuple[Tensor, ...]:
+    *given, wanted = inputs
+    grad_output, saved, options = _backward_of(given)
+    grads = _native.backend.batch_norm_backward(grad_output, saved, options, wanted)
     return tuple(grad_output.new_empty(0) if g is None else g for g in grads)
 
 
-def _fake_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    grad_output, _, _, _, _, weight, bias, _, channels_last, *_, wanted = arguments
+def _fake_backward(*inputs: Any) -> tuple[Tensor, ...]:
+    *given, wanted = inputs
+    grad_output, saved, options = _backward_of(given)
     like = (
         grad_output.movedim(1, -1).contiguous().movedim(-1, 1)
-        if channels_last
+        if options.channels_last
         else grad_output.contiguous()
     )
     c = grad_output.shape[1]
     shapes = (
         torch.empty_like(like),
         torch.empty_like(like),
-        (grad_output if weight is None else weight).new_empty(c),
-        (grad_output if bias is None else bias).new_empty(c),
+        (grad_output if saved.weight is None else saved.weight).new_empty(c),
+        (grad_output if saved.bias is None else saved.bias).new_empty(c),
     )
     return tuple(s if w else grad_output.new_empty(0) for s, w in zip(shapes, wanted, strict=True))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, residual, weight, bias, _, _, training, eps, code, negative_slope, masked = inputs
-    out, mask, stats = output
-    ctx.options = training, eps, code, negative_slope
-    ctx.channels_last = not out.is_contiguous()
-    reads_input, reads_residual, reads_output = _reads(
-        code, training, ctx.needs_input_grad[2], masked
-    )
-    ctx.mark_non_differentiable(mask, stats)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        input if reads_input else None,
-        residual if reads_residual else None,
-        out if reads_output else None,
-        mask if masked else None,
-        weight,
-        bias,
-        stats,
-    )
+    ctx.mark_non_differentiable(*output[1:])
+    _save_for_backward(ctx, _call_of(inputs), *output)
 
 
 def _library_gradient(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_output is None:
-        return (None,) * 11
-    wanted = ctx.needs_input_grad[:4]
+        return (None,) * len(_LIBRARY_FIELDS)
+    wanted, saved = ctx.needs_input_grad[:4], BatchNormSaved._make(ctx.saved_tensors)
+    grads: tuple[Tensor | None, ...]
     if torch.is_grad_enabled():
-        grads = _differentiable_backward(
-            grad_output, ctx.saved_tensors, ctx.channels_last, ctx.options, wanted
-        )
+        grads = _differentiable_backward(grad_output, saved, ctx.options, wanted)
     else:
         # An op's results must not be its arguments, as an identity's residual gradient would be.
-        is_identity = reference.ACTIVATIONS[ctx.options[2]] is None
+        is_identity = ctx.options.activation == Activation.NONE
         asked = [wanted[0], wanted[1] and not is_identity, wanted[2], wanted[3]]
-        found = torch.ops.gradfuse.batch_norm_act_backward(
-            grad_output, *ctx.saved_tensors, ctx.channels_last, *ctx.options, asked
-        )
+        found = torch.ops.gradfuse.batch_norm_act_backward(grad_output, *saved, *ctx.options, asked)
         grads = tuple(g if a else None for g, a in zip(found, asked, strict=True))
         if wanted[1] and is_identity:
             grads = (grads[0], grad_output, *grads[2:])
-    return (*grads, *(None,) * 7)
+    return (*grads, *(None,) * (len(_LIBRARY_FIELDS) - 4))
 
 
 define_op(

@@ -1,14 +1,17 @@
-"""What the clips ask of their arguments."""
+"""Checks of arguments that the clips, the policies and the optimizers share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from torch import Tensor
 
+from gradfuse._codes import NonFinite
+
 __all__ = [
-    "NONFINITE",
+    "CLIP_NONFINITE",
+    "STEP_NONFINITE",
     "as_sequence",
     "check_nonfinite",
     "check_nonnegative",
@@ -19,7 +22,17 @@ __all__ = [
 
 T = TypeVar("T")
 
-NONFINITE = {"propagate": 0, "error": 1, "zero": 2}
+# What `nonfinite` may be, of a clip and of an optimizer's step.
+CLIP_NONFINITE = {
+    "propagate": NonFinite.PROPAGATE,
+    "error": NonFinite.ERROR,
+    "zero": NonFinite.ZERO,
+}
+STEP_NONFINITE = {
+    "skip": NonFinite.SKIP,
+    "error": NonFinite.ERROR,
+    "propagate": NonFinite.PROPAGATE,
+}
 
 
 def check_nonnegative(op: str, name: str, value: float) -> float:
@@ -38,13 +51,12 @@ def check_norm_type(op: str, norm_type: float) -> float:
     return norm_type
 
 
-def check_nonfinite(op: str, nonfinite: str) -> int:
-    """The policy's code; ValueError if there is no such policy."""
-    if nonfinite not in NONFINITE:
-        raise ValueError(
-            f"{op}: nonfinite must be 'propagate', 'error' or 'zero', got {nonfinite!r}"
-        )
-    return NONFINITE[nonfinite]
+def check_nonfinite(op: str, nonfinite: str, known: Mapping[str, NonFinite]) -> NonFinite:
+    """known[nonfinite]; ValueError if it is not among them."""
+    if nonfinite not in known:
+        *names, last = map(repr, known)
+        raise ValueError(f"{op}: nonfinite must be {', '.join(names)} or {last}, got {nonfinite!r}")
+    return known[nonfinite]
 
 
 def iterator_of(op: str, items: Iterable[T]) -> Iterator[T]:
@@ -57,7 +69,7 @@ def iterator_of(op: str, items: Iterable[T]) -> Iterator[T]:
 
 
 def as_sequence(op: str, parameters: Tensor | Iterable[Tensor]) -> Sequence[Tensor]:
-    """The parameters as what can be walked twice."""
+    """The parameters as a sequence: an iterator could be walked only once."""
     if isinstance(parameters, Tensor):
         return [parameters]
     if isinstance(parameters, (list, tuple)):

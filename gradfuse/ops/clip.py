@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from gradfuse import _native
+from gradfuse._codes import NonFinite
 from gradfuse._native import define_op
+from gradfuse._records import ClipPlan, ClipResult, TensorStats
 from gradfuse.ops.checks import (
-    NONFINITE,
+    CLIP_NONFINITE,
     as_sequence,
     check_nonfinite,
     check_nonnegative,
@@ -55,13 +57,12 @@ def get_total_norm(
     vector".
     """
     norm_type = check_norm_type("get_total_norm", norm_type)
-    policy = NONFINITE["error" if error_if_nonfinite else "propagate"]
+    code = NonFinite.ERROR if error_if_nonfinite else NonFinite.PROPAGATE
     tensors = as_sequence("get_total_norm", tensors)
     if torch.compiler.is_compiling():
-        norm: Tensor = torch.ops.gradfuse.grad_stats(list(tensors), norm_type, policy)[0]
+        norm: Tensor = torch.ops.gradfuse.grad_stats(list(tensors), norm_type, code)[0]
         return norm
-    norm = _native.backend.stats(tensors, False, norm_type, policy)[0]
-    return norm
+    return _native.backend.stats(tensors, False, norm_type, code)[0]
 
 
 def clip_grad_norm_(
@@ -104,25 +105,24 @@ def clip_grad_norm_(
     op = "clip_grad_norm_"
     max_norm = check_nonnegative(op, "max_norm", max_norm)
     norm_type = check_norm_type(op, norm_type)
-    policy = check_nonfinite(op, nonfinite)
+    code = check_nonfinite(op, nonfinite, CLIP_NONFINITE)
     if error_if_nonfinite:
         if nonfinite == "zero":
             raise ValueError(
                 f"{op}: error_if_nonfinite contradicts nonfinite='zero'; pass only one"
             )
-        policy = NONFINITE["error"]
+        code = NonFinite.ERROR
     is_generator = isinstance(parameters, types.GeneratorType)
     parameters = as_sequence(op, parameters)
     if is_generator and not parameters:
         warnings.warn(
             "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2
         )
-    norm: Tensor
     if torch.compiler.is_compiling():
-        norm = torch.ops.gradfuse.clip_grads_(grads_of(parameters), max_norm, norm_type, policy)[0]
+        grads = grads_of(parameters)
+        norm: Tensor = torch.ops.gradfuse.clip_grads_(grads, max_norm, norm_type, code)[0]
         return norm
-    norm = _native.backend.clip_(parameters, True, max_norm, norm_type, policy)[0]
-    return norm
+    return _native.backend.clip_(parameters, True, max_norm, norm_type, code)[0]
 
 
 def clip_grads_with_norm_(
@@ -184,13 +184,13 @@ def clip_grad_value_(
         _native.backend.clamp_(parameters, True, clip_value)
 
 
-def _fake_result(grads: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_result(grads: list[Tensor]) -> ClipResult:
     device = grads[0].device if grads else torch.device("cpu")
     wide = any(g.dtype in (torch.float64, torch.complex128) for g in grads)
-    return (
+    return ClipResult(
         torch.empty((), dtype=torch.float64 if wide else torch.float32, device=device),
-        torch.empty(8, dtype=torch.float64, device=device),
-        torch.empty(len(grads), 5, dtype=torch.float64, device=device),
+        torch.empty(len(ClipPlan._fields), dtype=torch.float64, device=device),
+        torch.empty(len(grads), len(TensorStats._fields), dtype=torch.float64, device=device),
     )
 
 

@@ -8,9 +8,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from gradfuse._codes import Rule, Slot
+from gradfuse._records import AdamWGroup
 from gradfuse.optim.base import Clip, ClippedOptimizer
 
 __all__ = ["AdamW"]
+
+_STATE = Slot.EXP_AVG | Slot.EXP_AVG_SQ | Slot.MASTER_PARAM | Slot.STEP
+_AMSGRAD_STATE = _STATE | Slot.MAX_EXP_AVG_SQ
 
 
 class AdamW(ClippedOptimizer, torch.optim.AdamW):
@@ -43,8 +48,7 @@ class AdamW(ClippedOptimizer, torch.optim.AdamW):
     algorithm 2 (update_clip).
     """
 
-    _rule = 0
-    _names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_param", "step")
+    _rule = Rule.ADAMW
 
     def __init__(
         self,
@@ -69,12 +73,11 @@ class AdamW(ClippedOptimizer, torch.optim.AdamW):
         self._update_clip = update_clip
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize)
 
-    def _options(self, group: dict[str, Any], lr: float | Tensor) -> tuple[Any, ...]:
+    def _group(self, group: dict[str, Any], lr: float | Tensor) -> AdamWGroup:
         beta1, beta2 = group["betas"]
-        return (
-            lr, group["maximize"], float(beta1), float(beta2), group["eps"],
-            group["weight_decay"],
-        )  # fmt: skip
+        return AdamWGroup(
+            lr, group["maximize"], float(beta1), float(beta2), group["eps"], group["weight_decay"]
+        )
 
-    def _needed(self, group: dict[str, Any]) -> int:
-        return 0b11011 | bool(group["amsgrad"]) << 2
+    def _needed(self, group: dict[str, Any]) -> Slot:
+        return _AMSGRAD_STATE if group["amsgrad"] else _STATE

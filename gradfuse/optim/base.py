@@ -1,31 +1,26 @@
-"""Optimizers that unscale, clip, check and update in one pass.
-
-torch.optim's AdamW and SGD with gradient clipping inside the step. The gradients are read once for
-their norm and once by the update, which multiplies by the coefficient on its way. They are not
-written: clip and AdamW move 8 values per element where torch's two calls move 10, or 12 with a
-GradScaler.
-"""
+"""What gradfuse's optimizers share: a step that measures, decides and updates."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
 from gradfuse import _native
+from gradfuse._codes import STATE_NAMES, Action, Rule, Slot
+from gradfuse._records import AdamWGroup, ClipPlan, SGDGroup, StepOptions
 from gradfuse.clipping.policy import Policy, plan_with_policy
 from gradfuse.clipping.report import GradReport
-from gradfuse.ops.checks import check_nonnegative
+from gradfuse.ops.checks import STEP_NONFINITE, check_nonfinite, check_nonnegative
 from gradfuse.ops.clip import clip_grad_value_
 
-__all__ = ["Clip", "ClippedOptimizer", "as_number"]
+__all__ = ["Clip", "ClippedOptimizer", "as_number", "parameter_names"]
 
 Clip: TypeAlias = "float | Policy | None"
 
-_NONFINITE = {"propagate": 0, "error": 1, "skip": 3}
 _OWN = "gradfuse"  # key of what torch's optimizers do not have in a state_dict
 _SETTINGS = ("_nonfinite", "_materialize", "_master", "_stochastic", "_update_clip", "_clip")
 
@@ -34,18 +29,14 @@ class ClippedOptimizer(torch.optim.Optimizer):
     """What the optimizers share: a step that measures, decides and updates."""
 
     _step_supports_amp_scaling = True  # GradScaler hands its scale over instead of unscaling
-    _check_is_left = False  # by our GradScaler, during a step: what is not finite skips it
-    _rule: ClassVar[int]
-    _names: ClassVar[tuple[str, ...]]  # of the state's tensors, by the native slots
+    _leaves_check = False  # by our GradScaler, during a step: what is not finite skips it
+    _rule: ClassVar[Rule]
 
     def _configure(
         self, clip: Clip, nonfinite: str, materialize: bool, master: bool, stochastic: bool
     ) -> None:
         op = type(self).__name__
-        if nonfinite not in _NONFINITE:
-            raise ValueError(
-                f"{op}: nonfinite must be 'skip', 'error' or 'propagate', got {nonfinite!r}"
-            )
+        check_nonfinite(op, nonfinite, STEP_NONFINITE)
         if master and stochastic:
             raise ValueError(
                 f"{op}: expected master_weights or stochastic_rounding, got both: with master "
@@ -65,7 +56,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
         self._skipped = 0  # steps skipped so far, but for those in _skipped_on
         self._skipped_on: Tensor | None = None  # counted on the device, without waiting for it
         self._parameter_names: list[str] = []
-        self._held = _native.backend.Stepper(self._rule)
+        self._stepper = _native.backend.Stepper(self._rule)
 
     @property
     def clip(self) -> Clip:
@@ -125,93 +116,100 @@ class ClippedOptimizer(torch.optim.Optimizer):
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if not isinstance(found_inf, Tensor):  # torch's 0 where there are no gradients
             found_inf = None
-        code = _NONFINITE["skip" if self._check_is_left else self._nonfinite]
-        clip, totals, bound = self._clip, None, math.inf
-        groups = [self._options(group, as_number(group["lr"])) for group in self.param_groups]
-        options = self._update_clip, self._stochastic, self._materialize
+        code = STEP_NONFINITE["skip" if self._leaves_check else self._nonfinite]
+        groups = [self._group(group, as_number(group["lr"])) for group in self.param_groups]
+        clip = self._clip
         if isinstance(clip, Policy):
-            plan = plan_with_policy(
-                clip,
-                lambda max_norm: self._held.measure(max_norm, code, scale, found_inf),
-                self._held.parameters,
-                scale,
-                skips=True,
-            )
-            totals, bound = plan.totals, clip.bound
-            self._reported(plan.norm, plan.reported, plan.table, clip.max_norm, repr(clip))
-            self._held.update(groups, totals, plan.coefficients, bound, *options)
-            clip.keep(plan.state)
+            self._step_with_policy(clip, groups, code, scale, found_inf)
         elif clip is not None or code or scale is not None or found_inf is not None:
             max_norm = math.inf if clip is None else clip
-            norm, totals, table = self._held.step(
-                groups, max_norm, code, scale, found_inf, *options
+            result = self._stepper.step(
+                groups, max_norm, code, scale, found_inf, self._options(math.inf)
             )
-            self._reported(norm, totals, table, max_norm, None)
+            self._report = self._report_of(result, max_norm, None)
+            self._count(result[1])
         else:
-            self._held.update(groups, None, None, bound, *options)
-        if self._materialize and bound < math.inf:
-            clip_grad_value_(self._held.parameters(), bound)
-        if totals is not None:
-            self._count(totals)
+            self._stepper.update(groups, None, None, self._options(math.inf))
 
-    def _reported(
-        self, norm: Tensor, totals: Tensor, table: Tensor, max_norm: float, policy: str | None
+    def _step_with_policy(
+        self,
+        policy: Policy,
+        groups: Sequence[AdamWGroup] | Sequence[SGDGroup],
+        code: int,
+        scale: Tensor | None,
+        found_inf: Tensor | None,
     ) -> None:
-        self._report = GradReport(
-            self._parameter_names, norm, totals, table, max_norm, 2.0, self._nonfinite, policy
+        step = plan_with_policy(
+            policy,
+            lambda max_norm: self._stepper.measure(max_norm, code, scale, found_inf),
+            self._stepper.parameters,
+            scale,
+            skips=True,
         )
+        self._report = self._report_of(step.reported, policy.max_norm, repr(policy))
+        self._stepper.update(groups, step.plan, step.coefficients, self._options(policy.bound))
+        policy.keep(step.state)
+        if self._materialize and policy.bound < math.inf:
+            clip_grad_value_(self._stepper.parameters(), policy.bound)
+        self._count(step.plan)
 
-    def _count(self, totals: Tensor) -> None:
+    def _options(self, bound: float) -> StepOptions:
+        return StepOptions(bound, self._update_clip, self._stochastic, self._materialize)
+
+    def _report_of(
+        self, result: tuple[Tensor, Tensor, Tensor], max_norm: float, policy: str | None
+    ) -> GradReport:
+        return GradReport(self._parameter_names, result, max_norm, 2.0, self._nonfinite, policy)
+
+    def _count(self, plan: Tensor) -> None:
+        """Counts a step that was left out; on a device without waiting for it."""
         if self._skipped_on is not None:
-            self._skipped_on += totals[3].eq(GradReport.SKIP).to(self._skipped_on)
+            self._skipped_on += ClipPlan.of(plan).action.eq(Action.SKIP).to(self._skipped_on)
         elif self._report is not None:
             self._skipped += self._report.skipped
 
-    def _options(self, group: dict[str, Any], lr: float | Tensor) -> tuple[Any, ...]:
-        """(lr, maximize, then the rule's numbers) as the native update takes them."""
+    def _group(self, group: dict[str, Any], lr: float | Tensor) -> Any:
+        """A parameter group as the native update takes it."""
         raise NotImplementedError
 
-    def _needed(self, group: dict[str, Any]) -> int:
-        """Which of _names a parameter of the group needs, as bits."""
+    def _needed(self, group: dict[str, Any]) -> Slot:
+        """The state that a parameter of the group needs."""
         raise NotImplementedError
 
     def _refresh(self) -> None:
-        """Makes what the native side holds that of param_groups and state, if it is not."""
+        """Binds the parameters and their state anew, if param_groups or state have changed."""
         needs = [self._needed(group) for group in self.param_groups]
-        if self._held.holds(self.param_groups, self.state, needs):
+        if self._stepper.is_current(self.param_groups, self.state, needs):
             return
-        names: list[str] = []
         for group, need in zip(self.param_groups, needs, strict=True):
-            given = group.get("param_names")
-            for i, p in enumerate(group["params"]):
-                names.append(given[i] if given else str(len(names)))
+            for p in group["params"]:
                 if p.grad is not None and need:
                     self._complete(p, self.state[p], need)
                 if self._skipped_on is None and p.device.type != "cpu":
                     self._skipped_on = torch.zeros((), dtype=torch.int64, device=p.device)
-        self._parameter_names = names
-        self._held.hold(self.param_groups, self.state, needs)
+        self._parameter_names = parameter_names(self.param_groups)
+        self._stepper.bind(self.param_groups, self.state, needs)
 
-    def _complete(self, p: Tensor, state: dict[str, Any], need: int) -> None:
+    def _complete(self, p: Tensor, state: dict[str, Any], need: Slot) -> None:
         """Gives a parameter the state it needs, in the type, device and layout of the kernels."""
-        wide = self._master and p.dtype in (torch.float16, torch.bfloat16)
-        dtype = torch.float32 if wide else p.dtype
-        begun = False
-        for slot, name in enumerate(self._names):
+        is_wide = self._master and p.dtype in (torch.float16, torch.bfloat16)
+        dtype = torch.float32 if is_wide else p.dtype
+        has_moments = False
+        for slot, name in STATE_NAMES[self._rule].items():
             old = state.get(name)
-            if name == "step":
-                if need >> slot & 1:
-                    taken = 1.0 if begun else 0.0
-                    step = torch.as_tensor(taken if old is None else old, dtype=torch.float32)
+            if slot == Slot.STEP:
+                if slot in need:
+                    taken = (1.0 if has_moments else 0.0) if old is None else old
+                    step = torch.as_tensor(taken, dtype=torch.float32)
                     state[name] = step.reshape(()).to(p.device)
-            elif name == "master_param":
-                if wide:
+            elif slot == Slot.MASTER_PARAM:
+                if is_wide:
                     like = p if old is None else old
                     state[name] = _laid_out(like.to(torch.float32, copy=old is None), p)
             elif isinstance(old, Tensor):
                 state[name] = _laid_out(old.to(dtype=dtype, device=p.device), p)
-                begun = True
-            elif need >> slot & 1:
+                has_moments = True
+            elif slot in need:
                 state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
 
     def state_dict(self) -> dict[str, Any]:
@@ -226,7 +224,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the state of this optimizer or of torch's."""
         super().load_state_dict(state_dict)
-        # torch casts the state to the parameter's dtype. A float32 master is there for not being.
+        # torch casts the state to the parameter's dtype, which would round a float32 master.
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         held = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(saved, held, strict=True):
@@ -245,7 +243,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
         return {**super().__getstate__(), **own, "_skipped": self.skipped_steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "_held" not in self.__dict__:  # unpickled or copied
+        if "_stepper" not in self.__dict__:  # unpickled or copied
             self._reset()
         super().__setstate__(state)
 
@@ -260,6 +258,16 @@ def _laid_out(t: Tensor, like: Tensor) -> Tensor:
 
 def _strides(like: Tensor) -> tuple[int, ...]:
     return torch.empty_like(like, device="meta", memory_format=torch.preserve_format).stride()
+
+
+def parameter_names(groups: Sequence[dict[str, Any]]) -> list[str]:
+    """The names that the groups were made with, else "0", "1", ..."""
+    names: list[str] = []
+    for group in groups:
+        given = group.get("param_names")
+        for i, _ in enumerate(group["params"]):
+            names.append(given[i] if given else str(len(names)))
+    return names
 
 
 def as_number(value: float | Tensor) -> float | Tensor:

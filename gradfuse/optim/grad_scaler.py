@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
+from gradfuse._records import TensorStats
 from gradfuse.clipping.report import GradReport
 from gradfuse.optim.adamw import AdamW
 from gradfuse.optim.base import ClippedOptimizer
@@ -60,13 +61,13 @@ class GradScaler(torch.amp.GradScaler):
                 self._record(optimizer, before)
             return result
         finally:
-            self._stepping, self._left, optimizer._check_is_left = None, False, False
+            self._stepping, self._left, optimizer._leaves_check = None, False, False
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[Any, Tensor]:
         if self._stepping is not optimizer or not _has_gradients(optimizer):
             checked: dict[Any, Tensor] = super()._check_inf_per_device(optimizer)
             return checked
-        self._left = optimizer._check_is_left = True
+        self._left = optimizer._leaves_check = True
         scale = self._get_scale_async()
         assert scale is not None
         return self._put(optimizer, torch.zeros_like(scale))
@@ -77,7 +78,7 @@ class GradScaler(torch.amp.GradScaler):
         if report is None or report is before:
             super()._check_inf_per_device(optimizer)
         else:
-            self._put(optimizer, report._table[:, 2].any().float())
+            self._put(optimizer, TensorStats.of(report._stats).nonfinite.any().float())
 
     def _put(self, optimizer: Any, found_inf: Tensor) -> dict[Any, Tensor]:
         found = {found_inf.device: found_inf}
@@ -88,7 +89,7 @@ class GradScaler(torch.amp.GradScaler):
 def _checks_itself(optimizer: Any) -> bool:
     """Whether the step is gradfuse's own and begins with the gradients that the scaler has."""
     cls = type(optimizer)
-    if not hasattr(cls, "_check_is_left"):
+    if not hasattr(cls, "_leaves_check"):
         return False
     # Classes that are stepped have their step wrapped by torch, and put into themselves.
     own = next(c for c in cls.__mro__ if "step" in vars(c)) in _OWN

@@ -8,9 +8,16 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from gradfuse._codes import Rule, Slot
+from gradfuse._records import SGDGroup
 from gradfuse.optim.base import Clip, ClippedOptimizer
 
 __all__ = ["SGD"]
+
+_NONE = Slot(0)
+_MOMENTUM = Slot.EXP_AVG | Slot.STEP
+_MASTER = Slot.MASTER_PARAM | Slot.STEP
+_MASTER_AND_MOMENTUM = _MASTER | Slot.EXP_AVG
 
 
 class SGD(ClippedOptimizer, torch.optim.SGD):
@@ -32,8 +39,7 @@ class SGD(ClippedOptimizer, torch.optim.SGD):
     in deep learning".
     """
 
-    _rule = 1
-    _names = ("momentum_buffer", "", "", "master_param", "step")
+    _rule = Rule.SGD
 
     def __init__(
         self,
@@ -56,15 +62,19 @@ class SGD(ClippedOptimizer, torch.optim.SGD):
         )
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
 
-    def _options(self, group: dict[str, Any], lr: float | Tensor) -> tuple[Any, ...]:
-        return (
-            lr, group["maximize"], group["momentum"], group["dampening"],
-            float(group["weight_decay"]), group["nesterov"],
-        )  # fmt: skip
+    def _group(self, group: dict[str, Any], lr: float | Tensor) -> SGDGroup:
+        return SGDGroup(
+            lr,
+            group["maximize"],
+            group["momentum"],
+            group["dampening"],
+            float(group["weight_decay"]),
+            group["nesterov"],
+        )
 
-    def _needed(self, group: dict[str, Any]) -> int:
+    def _needed(self, group: dict[str, Any]) -> Slot:
         if self._master:
-            return 0b11001 if group["momentum"] else 0b11000
+            return _MASTER_AND_MOMENTUM if group["momentum"] else _MASTER
         if group["momentum"]:
-            return 0b10001
-        return 0b10000 if self._stochastic else 0  # the counter is what the random bits come from
+            return _MOMENTUM
+        return Slot.STEP if self._stochastic else _NONE  # random bits come from the step's number

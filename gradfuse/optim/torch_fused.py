@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from gradfuse import _native
+from gradfuse._codes import Action, Rule, Slot
+from gradfuse._records import ClipPlan
 from gradfuse.clipping.report import GradReport
-from gradfuse.ops.checks import check_nonnegative
+from gradfuse.ops.checks import STEP_NONFINITE, check_nonfinite, check_nonnegative
+from gradfuse.optim.base import parameter_names
 
 __all__ = ["ClipInStep", "clip_in_step"]
 
-_NONFINITE = {"propagate": 0, "error": 1, "skip": 3}
 _CLASSES = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 _ATTRIBUTES = ("grad_scale", "found_inf")  # what torch's kernels divide by, and skip for
 _NO_OPTIONS = ("params", "param_names")
@@ -36,8 +38,8 @@ class ClipInStep:
         self._view = _view_class(type(optimizer))
         self._fresh: list[Tensor] = []  # parameters whose momentum begins with this step,
         self._state = optimizer.state  # in this state, which loading replaces
-        self._empty: dict[Tensor, Any] = {}  # the state, which torch keeps
-        self._held = _native.backend.Stepper(0)
+        self._no_state: dict[Tensor, Any] = {}
+        self._stepper = _native.backend.Stepper(Rule.ADAMW)  # of which only the walk is used
         self._refresh()
         self._hooks = (
             optimizer.register_step_pre_hook(self._begin),
@@ -71,18 +73,15 @@ class ClipInStep:
 
     def _refresh(self) -> None:
         groups = self._optimizer.param_groups
-        needs = [0] * len(groups)
+        needs = [Slot(0)] * len(groups)  # torch keeps the state
         paths = [_path(group) for group in groups]
-        if paths == self._paths and self._held.holds(groups, self._empty, needs):
+        if paths == self._paths and self._stepper.is_current(groups, self._no_state, needs):
             return
-        names: list[str] = []
         for group in groups:
-            given = group.get("param_names")
-            for i, p in enumerate(group["params"]):
+            for p in group["params"]:
                 _prove(self._optimizer, group, p, self._proven)
-                names.append(given[i] if given else str(len(names)))
-        self._names, self._paths = names, paths
-        self._held.hold(groups, self._empty, needs)
+        self._names, self._paths = parameter_names(groups), paths
+        self._stepper.bind(groups, self._no_state, needs)
 
     @torch.no_grad()
     def _begin(
@@ -98,23 +97,22 @@ class ClipInStep:
         self._drop_unbegun()  # of a step that raised, which had no end
         self._refresh()
         scale, found_inf = (getattr(optimizer, name, None) for name in _ATTRIBUTES)
-        norm, totals, table = self._held.measure(
-            self._max_norm, _NONFINITE[self._nonfinite], scale, found_inf
+        result = self._stepper.measure(
+            self._max_norm, STEP_NONFINITE[self._nonfinite], scale, found_inf
         )
-        factor = torch.ldexp(totals[6], totals[7])
+        plan = ClipPlan.of(result[1])
+        factor = torch.ldexp(plan.factor, plan.factor_exponent)
         divisor = factor.reciprocal().float()
         # Beyond float32, which is what torch's kernels divide by.
-        beyond = divisor.isinf() & factor.ne(0.0) & factor.isfinite()
-        totals[3] = torch.where(beyond, GradReport.SKIP, totals[3])
-        skips = totals[3].eq(GradReport.SKIP)
-        self._report = GradReport(
-            self._names, norm, totals, table, self._max_norm, 2.0, self._nonfinite
-        )
+        is_beyond = divisor.isinf() & factor.ne(0.0) & factor.isfinite()
+        plan.action.copy_(torch.where(is_beyond, float(Action.SKIP), plan.action))  # in result
+        skips = plan.action.eq(Action.SKIP)
+        self._report = GradReport(self._names, result, self._max_norm, 2.0, self._nonfinite)
         if self._skipped is None:
-            self._skipped = torch.zeros((), dtype=torch.int64, device=totals.device)
+            self._skipped = torch.zeros((), dtype=torch.int64, device=factor.device)
         self._skipped += skips
         self._fresh, self._state = _without_momentum(optimizer), optimizer.state
-        idle = totals.device.type == "cpu" and float(factor) == 1.0 and not bool(skips)
+        idle = factor.device.type == "cpu" and float(factor) == 1.0 and not bool(skips)
         view = self._view.__new__(self._view)
         view.__dict__ = optimizer.__dict__
         view.grad_scale = None if idle else divisor
@@ -173,10 +171,7 @@ def clip_in_step(
             "clip_in_step: optimizer must be torch.optim.Adam, AdamW or SGD, got "
             + type(optimizer).__name__
         )
-    if nonfinite not in _NONFINITE:
-        raise ValueError(
-            f"clip_in_step: nonfinite must be 'skip', 'error' or 'propagate', got {nonfinite!r}"
-        )
+    check_nonfinite("clip_in_step", nonfinite, STEP_NONFINITE)
     hooks = optimizer._optimizer_step_pre_hooks.values()
     if any(isinstance(getattr(h, "__self__", None), ClipInStep) for h in hooks):
         raise RuntimeError("clip_in_step: this optimizer clips in its step already")

@@ -1,9 +1,51 @@
 """The pure-torch meaning of every op: the fallback without the compiled module, the tests' oracle.
 
-One file per stem. The functions at the end of each have the names and arguments of gradfuse._C.
+One file per stem. This module has the functions and signatures of gradfuse._C.
 """
 
-from gradfuse.reference.adaptive_clip import *  # noqa: F403
-from gradfuse.reference.batch_norm import *  # noqa: F403
-from gradfuse.reference.clip import *  # noqa: F403
-from gradfuse.reference.optim import *  # noqa: F403
+import torch
+
+from gradfuse.reference.adaptive_clip import adaptive_clip_
+from gradfuse.reference.batch_norm import (
+    ACTIVATIONS,
+    MASKED,
+    OUTPUT_SAVED,
+    activate,
+    batch_norm_act,
+    batch_norm_backward,
+    batch_norm_forward,
+    output_like,
+    unpack_mask,
+)
+from gradfuse.reference.clip import ParameterList, clamp_, clip_, scale_, stats
+from gradfuse.reference.optim import Stepper
+
+__all__ = [
+    "ACTIVATIONS",
+    "MASKED",
+    "OUTPUT_SAVED",
+    "ParameterList",
+    "Stepper",
+    "activate",
+    "adaptive_clip_",
+    "batch_norm_act",
+    "batch_norm_backward",
+    "batch_norm_forward",
+    "clamp_",
+    "clip_",
+    "isa",
+    "num_threads",
+    "output_like",
+    "scale_",
+    "stats",
+    "unpack_mask",
+]
+
+
+def isa() -> str:
+    """The instruction set of the kernels: torch's own choice."""
+    return "torch"
+
+
+def num_threads() -> int:
+    return torch.get_num_threads()

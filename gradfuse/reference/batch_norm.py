@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-# By the compiled module's codes.
-ACTIVATIONS = (
-    None,
-    "relu",
-    "relu6",
-    "leaky_relu",
-    "silu",
-    "gelu",
-    "gelu_tanh",
-    "hardswish",
-    "sigmoid",
-    "tanh",
-)
-MASKED = ("relu", "relu6", "leaky_relu")  # one bit tells their derivative
-OUTPUT_SAVED = ("sigmoid", "tanh")
+from gradfuse._codes import Activation
+from gradfuse._records import BatchNormCall, BatchNormOptions, BatchNormSaved
+
+ACTIVATIONS = (None, *(a.name.lower() for a in Activation if a))  # by Activation
+MASKED = ("relu", "relu6", "leaky_relu")  # a bit an element tells their derivative
+OUTPUT_SAVED = ("sigmoid", "tanh")  # whose derivative is computed from their output
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -161,121 +154,115 @@ def _check_memory(name: str, t: Tensor) -> None:
         )
 
 
-def _check_forward(
-    input: Tensor,
-    residual: Tensor | None,
-    vectors: dict[str, Tensor | None],
-    training: bool,
-    momentum: float | Tensor,
-    eps: float,
-) -> None:
-    op = "batch_norm_act"
-    for name, t in {"input": input, "residual": residual, **vectors}.items():
+def _check_forward(call: BatchNormCall) -> None:
+    op, input = "batch_norm_act", call.input
+    vectors = {
+        "weight": call.weight,
+        "bias": call.bias,
+        "running_mean": call.running_mean,
+        "running_var": call.running_var,
+    }
+    for name, t in {"input": input, "residual": call.residual, **vectors}.items():
         if t is not None and not isinstance(t, Tensor):
             raise TypeError(f"{op}: {name} must be a Tensor, got {type(t).__name__}")
     _check_memory("input", input)
     if input.ndim < 2:
         raise ValueError(f"{op}: input must be [N, C, ...], got {list(input.shape)}")
-    if not eps >= 0.0:
-        raise ValueError(f"{op}: eps must be >= 0, got {eps}")
-    if training and eps == 0.0:
+    if not call.eps >= 0.0:
+        raise ValueError(f"{op}: eps must be >= 0, got {call.eps}")
+    if call.training and call.eps == 0.0:
         raise ValueError(f"{op}: eps must be > 0 when training, got 0")
-    if residual is not None:
-        _check_memory("residual", residual)
+    if call.residual is not None:
+        _check_memory("residual", call.residual)
     for name, t in vectors.items():
-        if t is None:
-            continue
-        _check_memory(name, t)
-        if t.device != input.device:
-            raise TypeError(
-                f"{op}: {name} must be on input's device {input.device}, got {t.device}"
-            )
-        if t.shape != (input.shape[1],):
-            raise ValueError(
-                f"{op}: {name} must have one element per channel, [{input.shape[1]}], got "
-                f"{list(t.shape)}"
-            )
-    mean, var = vectors["running_mean"], vectors["running_var"]
-    if (mean is None) != (var is None):
-        raise ValueError(
-            f"{op}: running_mean and running_var must come together, got only "
-            f"{'running_var' if mean is None else 'running_mean'}"
-        )
-    if mean is None and not training:
-        raise ValueError(
-            f"{op}: running_mean and running_var must be given when not training, got None"
-        )
-    if not training:
+        if t is not None:
+            _check_vector(name, t, input)
+    _check_running(call)
+    if not call.training:
         return
-    for t in (mean, var):
-        if t is not None and t.shape[0] > 1 and t.stride(0) == 0:
-            raise RuntimeError(
-                f"{op}: running statistics must have an element per memory location, got an "
-                "expanded tensor; .clone() it first"
-            )
     if input.numel() // max(input.shape[1], 1) == 1:
         raise ValueError(
             "Expected more than 1 value per channel when training, got input size "
             f"{list(input.shape)}"
         )
-    if isinstance(momentum, Tensor) and momentum.numel() != 1:
-        raise ValueError(f"{op}: momentum must be one number, got {list(momentum.shape)}")
+    if isinstance(call.momentum, Tensor) and call.momentum.numel() != 1:
+        raise ValueError(f"{op}: momentum must be one number, got {list(call.momentum.shape)}")
+
+
+def _check_vector(name: str, t: Tensor, input: Tensor) -> None:
+    _check_memory(name, t)
+    if t.device != input.device:
+        raise TypeError(
+            f"batch_norm_act: {name} must be on input's device {input.device}, got {t.device}"
+        )
+    if t.shape != (input.shape[1],):
+        raise ValueError(
+            f"batch_norm_act: {name} must have one element per channel, [{input.shape[1]}], got "
+            f"{list(t.shape)}"
+        )
+
+
+def _check_running(call: BatchNormCall) -> None:
+    op, mean, var = "batch_norm_act", call.running_mean, call.running_var
+    if (mean is None) != (var is None):
+        raise ValueError(
+            f"{op}: running_mean and running_var must come together, got only "
+            f"{'running_var' if mean is None else 'running_mean'}"
+        )
+    if mean is None and not call.training:
+        raise ValueError(
+            f"{op}: running_mean and running_var must be given when not training, got None"
+        )
+    for t in (mean, var) if call.training else ():
+        if t is not None and t.shape[0] > 1 and t.stride(0) == 0:
+            raise RuntimeError(
+                f"{op}: running statistics must have an element per memory location, got an "
+                "expanded tensor; .clone() it first"
+            )
+
+
+def _batch_statistics(x: Tensor, call: BatchNormCall) -> Tensor:
+    """[3, C]: mean, 1 / sqrt(var + eps), unbiased variance. Updates the running statistics."""
+    dims = [d for d in range(x.ndim) if d != 1]
+    count = x.numel() // x.shape[1]
+    mean = x.mean(dims)
+    var = (x - _per_channel(mean, x)).square().mean(dims)
+    stats = torch.stack([mean, (var + call.eps).rsqrt(), var * (count / (count - 1))])
+    m = float(call.momentum)
+    for running, now in ((call.running_mean, mean), (call.running_var, stats[2])):
+        if running is not None:
+            running.copy_((1 - m) * running.double() + m * now)
+    return stats
+
+
+def _running_statistics(call: BatchNormCall) -> Tensor:
+    """[3, C]: mean, 1 / sqrt(var + eps), variance."""
+    assert call.running_mean is not None
+    assert call.running_var is not None
+    mean, var = call.running_mean.double(), call.running_var.double()
+    return torch.stack([mean, (var + call.eps).rsqrt(), var])
 
 
 @torch.no_grad()
-def batch_norm_forward(
-    input: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float | Tensor,
-    eps: float,
-    activation: int,
-    negative_slope: float,
-    wants_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    vectors = {
-        "weight": weight,
-        "bias": bias,
-        "running_mean": running_mean,
-        "running_var": running_var,
-    }
-    _check_forward(input, residual, vectors, training, momentum, eps)
-    name = ACTIVATIONS[activation]
+def batch_norm_forward(call: BatchNormCall) -> tuple[Tensor, Tensor, Tensor]:
+    """(output, mask, stats); the mask is empty where none is wanted."""
+    _check_forward(call)
+    input, name = call.input, ACTIVATIONS[call.activation]
     no_mask = torch.empty(0, dtype=torch.uint8, device=input.device)
     if input.numel() == 0:
         zeros = input.new_zeros(3, input.shape[1], dtype=torch.float64)
         return torch.empty_like(input), no_mask, zeros
     x = input.double()
-    dims = [d for d in range(x.ndim) if d != 1]
-    if training:
-        count = x.numel() // x.shape[1]
-        mean = x.mean(dims)
-        centred = x - _per_channel(mean, x)
-        var = centred.square().mean(dims)
-        stats = torch.stack([mean, (var + eps).rsqrt(), var * (count / (count - 1))])
-        m = float(momentum)
-        for running, now in ((running_mean, mean), (running_var, stats[2])):
-            if running is not None:
-                running.copy_((1 - m) * running.double() + m * now)
-    else:
-        assert running_mean is not None
-        assert running_var is not None
-        mean, var = running_mean.double(), running_var.double()
-        stats = torch.stack([mean, (var + eps).rsqrt(), var])
-        centred = x - _per_channel(mean, x)
-    z = centred * _per_channel(stats[1], x)
-    if weight is not None:
-        z = z * _per_channel(weight.double(), x)
-    if bias is not None:
-        z = z + _per_channel(bias.double(), x)
-    if residual is not None:
-        z = z + residual.double()
-    output = output_like(input).copy_(activate(z, name, negative_slope))
-    if not wants_mask:
+    stats = _batch_statistics(x, call) if call.training else _running_statistics(call)
+    z = (x - _per_channel(stats[0], x)) * _per_channel(stats[1], x)
+    if call.weight is not None:
+        z = z * _per_channel(call.weight.double(), x)
+    if call.bias is not None:
+        z = z + _per_channel(call.bias.double(), x)
+    if call.residual is not None:
+        z = z + call.residual.double()
+    output = output_like(input).copy_(activate(z, name, call.negative_slope))
+    if not call.wants_mask:
         return output, no_mask, stats
     bits = derivative(z.to(input.dtype), name, 0.0) != 0
     return output, pack_mask(bits, _is_channels_last(output)), stats
@@ -283,51 +270,54 @@ def batch_norm_forward(
 
 @torch.no_grad()
 def batch_norm_backward(
-    grad_output: Tensor,
-    input: Tensor | None,
-    residual: Tensor | None,
-    output: Tensor | None,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    stats: Tensor,
-    channels_last: bool,
-    training: bool,
-    eps: float,
-    activation: int,
-    negative_slope: float,
-    wants_input: bool,
-    wants_residual: bool,
-    wants_weight: bool,
-    wants_bias: bool,
+    grad_output: Tensor, saved: BatchNormSaved, options: BatchNormOptions, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    name = ACTIVATIONS[activation]
+    """The gradients of input, residual, weight and bias; None for those not wanted."""
+    name = ACTIVATIONS[options.activation]
+    weight, bias, dtype = saved.weight, saved.bias, grad_output.dtype
     g = grad_output.double()
     dims = [d for d in range(g.ndim) if d != 1]
-    mean, invstd = _per_channel(stats[0], g), _per_channel(stats[1], g)
-    w = torch.ones_like(stats[0]) if weight is None else weight.double()
-    normalised = None if input is None else (input.double() - mean) * invstd
-    if mask is not None and g.numel():
-        flat = g * negative_slope if name == "leaky_relu" else torch.zeros_like(g)
-        g = torch.where(unpack_mask(mask, g, channels_last), g, flat)
-    elif output is not None:
-        slope = derivative(output.double(), name, negative_slope)
-        g = torch.where(slope == 0, torch.zeros_like(g), g * slope)  # not inf * 0
-    elif name is not None and normalised is not None:
-        z = normalised * _per_channel(w, g)
-        for term in (None if bias is None else _per_channel(bias.double(), g), residual):
-            z = z if term is None else z + term
-        g = g * derivative(z, name, negative_slope)
+    mean, invstd = (_per_channel(v, g) for v in saved.stats[:2])
+    w = torch.ones_like(saved.stats[0]) if weight is None else weight.double()
+    normalised = None if saved.input is None else (saved.input.double() - mean) * invstd
+    if name is not None:
+        g = _before_activation(g, normalised, _per_channel(w, g), saved, options, name)
     dot = torch.zeros_like(w) if normalised is None else (g * normalised).sum(dims)
     total = g.sum(dims)
     before = g
-    if training and normalised is not None and g.numel():
+    if options.training and normalised is not None and g.numel():
         count = g.numel() // g.shape[1]
         before = g - _per_channel(total / count, g) - normalised * _per_channel(dot / count, g)
-    grad_residual = grad_output if name is None else g.to(grad_output.dtype)
+    grad_residual = grad_output if name is None else g.to(dtype)
     return (
-        (before * _per_channel(w, g) * invstd).to(grad_output.dtype) if wants_input else None,
-        grad_residual if wants_residual else None,
-        dot.to(grad_output.dtype if weight is None else weight.dtype) if wants_weight else None,
-        total.to(grad_output.dtype if bias is None else bias.dtype) if wants_bias else None,
+        (before * _per_channel(w, g) * invstd).to(dtype) if wanted[0] else None,
+        grad_residual if wanted[1] else None,
+        dot.to(dtype if weight is None else weight.dtype) if wanted[2] else None,
+        total.to(dtype if bias is None else bias.dtype) if wanted[3] else None,
     )
+
+
+def _before_activation(
+    g: Tensor,
+    normalised: Tensor | None,
+    w: Tensor,
+    saved: BatchNormSaved,
+    options: BatchNormOptions,
+    name: str,
+) -> Tensor:
+    """The gradient g of act(z) as that of z, from whatever was saved."""
+    if saved.mask is not None and g.numel():
+        flat = g * options.negative_slope if name == "leaky_relu" else torch.zeros_like(g)
+        return torch.where(unpack_mask(saved.mask, g, options.channels_last), g, flat)
+    if saved.output is not None:
+        slope = derivative(saved.output.double(), name, options.negative_slope)
+        return torch.where(slope == 0, torch.zeros_like(g), g * slope)  # not inf * 0
+    if normalised is None:
+        return g
+    z = normalised * w
+    for term in (
+        None if saved.bias is None else _per_channel(saved.bias.double(), g),
+        saved.residual,
+    ):
+        z = z if term is None else z + term
+    return g * derivative(z, name, options.negative_slope)

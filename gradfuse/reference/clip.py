@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from gradfuse._codes import Action, NonFinite
+from gradfuse._records import ClipPlan, ClipResult, TensorStats
 from gradfuse.reference.gradients import check_gradients, magnitudes, read_tensors
-
-KEEP, SCALE, ZERO, REFUSE, SKIP = range(5)
-PROPAGATE, ERROR, ZERO_GRADIENTS, SKIP_STEP = range(4)
-
-Result = tuple[Tensor, Tensor, Tensor]
 
 
 def scaled_norm(x: Tensor, p: float) -> tuple[float, float]:
@@ -41,12 +39,17 @@ def combine_norms(norms: list[tuple[float, float]], p: float) -> tuple[float, fl
     return top, s * v
 
 
-def clip_plan(
-    norm: tuple[float, float], max_norm: float, policy: int
-) -> tuple[float, list[float], float, int]:
-    """(norm, steps, norm after clipping, action): min(1, max_norm / (norm + 1e-6)).
+class Scaling(NamedTuple):
+    """What a clip multiplies by, and what comes of it."""
 
-    The coefficient is the product of the steps.
+    norm: float
+    steps: list[float]  # the coefficient is their product, which may be too small for float64
+    clipped_norm: float
+    action: Action
+
+
+def scaling_of(norm: tuple[float, float], max_norm: float, nonfinite: int) -> Scaling:
+    """min(1, max_norm / (norm + 1e-6)), for a norm as scaled_norm gives it.
 
     A finite norm <= max_norm leaves the gradients alone.
     """
@@ -54,22 +57,23 @@ def clip_plan(
     wide = s * v
     if math.isfinite(v):
         if wide <= max_norm:
-            return wide, [1.0], wide, KEEP
+            return Scaling(wide, [1.0], wide, Action.KEEP)
         steps = [max_norm / (wide + 1e-6)]
         if not math.isfinite(wide):
             steps = [2.0**-600, max_norm / (s * 2.0**-600) / v]
-        elif steps[0] < 2.0**-1022:  # float64 has no room for it
+        elif steps[0] < 2.0**-1022:
             steps = [2.0**-600, max_norm / ((wide + 1e-6) * 2.0**-600)]
-        return wide, steps, s * steps[0] * (v * steps[-1] if steps[1:] else v), SCALE
-    if policy == ZERO_GRADIENTS:
-        return wide, [0.0], 0.0, ZERO
-    if policy == ERROR:
-        return wide, [1.0], wide, REFUSE
-    if policy == SKIP_STEP:
-        return wide, [1.0], wide, SKIP
+        clipped_norm = s * steps[0] * (v * steps[-1] if steps[1:] else v)
+        return Scaling(wide, steps, clipped_norm, Action.SCALE)
+    if nonfinite == NonFinite.ZERO:
+        return Scaling(wide, [0.0], 0.0, Action.ZERO)
+    if nonfinite == NonFinite.ERROR:
+        return Scaling(wide, [1.0], wide, Action.REFUSE)
+    if nonfinite == NonFinite.SKIP:
+        return Scaling(wide, [1.0], wide, Action.SKIP)
     ratio = max_norm / (wide + 1e-6)
     coefficient = 1.0 if ratio > 1.0 else ratio
-    return wide, [coefficient], wide * coefficient, SCALE
+    return Scaling(wide, [coefficient], wide * coefficient, Action.SCALE)
 
 
 def scale_tensor_(x: Tensor, steps: list[float]) -> None:
@@ -81,91 +85,91 @@ def scale_tensor_(x: Tensor, steps: list[float]) -> None:
     x.copy_(scaled)
 
 
+def _stats_of(grad: Tensor, scale: float) -> TensorStats[float]:
+    s, v = scaled_norm(grad, 2.0)
+    a = magnitudes(grad)
+    return TensorStats(
+        norm=s * v / scale,
+        largest=float(a.max()) / scale if a.numel() else 0.0,
+        nonfinite=float((~a.isfinite()).sum()),
+        zeros=float((a == 0).sum()),
+        numel=float(grad.numel()),
+    )
+
+
+_NO_GRADIENT = TensorStats(norm=0.0, largest=0.0, nonfinite=0.0, zeros=0.0, numel=-1.0)
+
+
 @torch.no_grad()
-def _result(
+def planned(
     op: str,
     tensors: list[Tensor | None],
     grads: list[tuple[int, Tensor]],
     max_norm: float,
     p: float,
-    policy: int,
+    nonfinite: int,
     scale: float = 1.0,
     found_inf: bool = False,
-) -> tuple[Result, list[float], int]:
-    """The result, the steps of the factor and the action.
+) -> tuple[ClipResult, Scaling]:
+    """Measures and plans a clip; nothing is written.
 
-    Norms are of the gradients without their loss scale, which the factor takes off.
+    Norms are of the gradients without their loss scale, which the plan's factor takes off.
     """
     device = grads[0][1].device if grads else torch.device("cpu")
     any_double = any(g.dtype in (torch.float64, torch.complex128) for _, g in grads)
-    table = [[0.0, 0.0, 0.0, 0.0, -1.0] for _ in tensors]
+    rows = [_NO_GRADIENT for _ in tensors]
     for row, g in grads:
-        s, v = scaled_norm(g, 2.0)
-        a = magnitudes(g)
-        table[row] = [
-            s * v / scale,
-            float(a.max()) / scale if a.numel() else 0.0,
-            float((~a.isfinite()).sum()),
-            float((a == 0).sum()),
-            float(g.numel()),
-        ]
+        rows[row] = _stats_of(g, scale)
     norm = combine_norms([scaled_norm(g, p) for _, g in grads], p)
     norm = (norm[0], norm[1] / scale)
-    wide, steps, clipped, action = clip_plan(norm, max_norm, policy)
-    action = SKIP if found_inf else action
-    if action == REFUSE:
+    scaling = scaling_of(norm, max_norm, nonfinite)
+    if found_inf:
+        scaling = scaling._replace(action=Action.SKIP)
+    if scaling.action == Action.REFUSE:
         raise RuntimeError(
-            f"{op}: expected a finite total norm of order {p:g}, got {wide}; nothing was "
+            f"{op}: expected a finite total norm of order {p:g}, got {scaling.norm}; nothing was "
             'written (nonfinite="propagate" or "zero" would go on; a GradReport names the layer)'
         )
-    totals = torch.tensor(
-        [wide, math.prod(steps), clipped, action, norm[1], 0.0, math.prod(steps) / scale, 0.0],
-        dtype=torch.float64,
-        device=device,
+    coefficient = math.prod(scaling.steps)
+    fields = ClipPlan(
+        norm=scaling.norm,
+        coefficient=coefficient,
+        clipped_norm=scaling.clipped_norm,
+        action=float(scaling.action),
+        sum=norm[1],
+        sum_exponent=0.0,
+        factor=coefficient / scale,
+        factor_exponent=0.0,
     )
-    total_norm = totals[0].clone().to(torch.float64 if any_double else torch.float32)
-    rows = torch.tensor(table, dtype=torch.float64, device=device).reshape(-1, 5)
-    return (total_norm, totals, rows), steps, action
+    plan = torch.tensor(fields, dtype=torch.float64, device=device)
+    total_norm = ClipPlan.of(plan).norm.clone().to(torch.float64 if any_double else torch.float32)
+    stats = torch.tensor(rows, dtype=torch.float64, device=device)
+    return ClipResult(total_norm, plan, stats.reshape(-1, len(TensorStats._fields))), scaling
 
 
-def measure(
-    op: str,
-    tensors: list[Tensor | None],
-    grads: list[tuple[int, Tensor]],
-    max_norm: float,
-    p: float,
-    policy: int,
-    scale: float = 1.0,
-    found_inf: bool = False,
-) -> Result:
-    """The norm, the totals of the plan, and the table; nothing is written."""
-    return _result(op, tensors, grads, max_norm, p, policy, scale, found_inf)[0]
-
-
-def _apply(grads: list[tuple[int, Tensor]], steps: list[float], action: int) -> None:
+def _apply(grads: list[tuple[int, Tensor]], scaling: Scaling) -> None:
     for _, g in grads:
-        if action == ZERO:
+        if scaling.action == Action.ZERO:
             g.zero_()
-        elif action == SCALE:
-            scale_tensor_(g, steps)
+        elif scaling.action == Action.SCALE:
+            scale_tensor_(g, scaling.steps)
 
 
-def stats(tensors: Iterable[Tensor], of_grad: bool, norm_type: float, nonfinite: int) -> Result:
+def stats(tensors: Iterable[Tensor], of_grad: bool, norm_type: float, nonfinite: int) -> ClipResult:
     listed = read_tensors("get_total_norm", tensors, of_grad)
     grads = check_gradients("get_total_norm", listed, writes=False)
-    return _result("get_total_norm", listed, grads, math.inf, norm_type, nonfinite)[0]
+    return planned("get_total_norm", listed, grads, math.inf, norm_type, nonfinite)[0]
 
 
 @torch.no_grad()
 def clip_(
     tensors: Iterable[Tensor], of_grad: bool, max_norm: float, norm_type: float, nonfinite: int
-) -> Result:
-    listed = read_tensors("clip_grad_norm_", tensors, of_grad)
-    grads = check_gradients("clip_grad_norm_", listed, writes=True)
-    result, steps, action = _result(
-        "clip_grad_norm_", listed, grads, max_norm, norm_type, nonfinite
-    )
-    _apply(grads, steps, action)
+) -> ClipResult:
+    op = "clip_grad_norm_"
+    listed = read_tensors(op, tensors, of_grad)
+    grads = check_gradients(op, listed, writes=True)
+    result, scaling = planned(op, listed, grads, max_norm, norm_type, nonfinite)
+    _apply(grads, scaling)
     return result
 
 
@@ -178,8 +182,7 @@ def scale_(tensors: Iterable[Tensor], of_grad: bool, max_norm: float, total_norm
             f"{op}: total_norm must be one real number, got {list(total_norm.shape)} of "
             f"{total_norm.dtype} on {total_norm.device}"
         )
-    plan = clip_plan((1.0, float(total_norm)), max_norm, PROPAGATE)
-    _apply(grads, plan[1], plan[3])
+    _apply(grads, scaling_of((1.0, float(total_norm)), max_norm, NonFinite.PROPAGATE))
 
 
 @torch.no_grad()
@@ -197,7 +200,7 @@ def clamp_(tensors: Iterable[Tensor], of_grad: bool, clip_value: float) -> None:
 
 
 class ParameterList:
-    """Parameters held between calls."""
+    """Parameters kept between calls."""
 
     def __init__(self) -> None:
         self._parameters: list[Tensor] = []
@@ -205,24 +208,23 @@ class ParameterList:
     def add(self, parameter: Tensor) -> None:
         self._parameters.append(parameter)
 
-    def clip_(self, max_norm: float, norm_type: float, nonfinite: int) -> Result:
+    def clip_(self, max_norm: float, norm_type: float, nonfinite: int) -> ClipResult:
         return clip_(self._parameters, True, max_norm, norm_type, nonfinite)
 
-    @torch.no_grad()
-    def measure(self, max_norm: float, norm_type: float, nonfinite: int) -> Result:
-        listed = [p.grad for p in self._parameters]
-        grads = check_gradients("GradClipper", listed, writes=True)
-        return measure("GradClipper", listed, grads, max_norm, norm_type, nonfinite)
+    def measure(self, max_norm: float, norm_type: float, nonfinite: int) -> ClipResult:
+        op, listed = "GradClipper", [p.grad for p in self._parameters]
+        grads = check_gradients(op, listed, writes=True)
+        return planned(op, listed, grads, max_norm, norm_type, nonfinite)[0]
 
     @torch.no_grad()
-    def apply_(self, totals: Tensor, coefficients: Tensor | None) -> None:
+    def apply_(self, plan: Tensor, coefficients: Tensor | None) -> None:
         grads = check_gradients("GradClipper", [p.grad for p in self._parameters], writes=True)
-        action, factor = int(totals[3]), float(totals[6])
+        fields = ClipPlan.read(plan)
         for i, g in grads:
-            own = factor if coefficients is None else factor * float(coefficients[i])
-            if action == ZERO:
+            own = fields.factor if coefficients is None else fields.factor * float(coefficients[i])
+            if fields.action == Action.ZERO:
                 g.zero_()
-            elif action in (KEEP, SCALE) and own != 1.0:
+            elif fields.action in (Action.KEEP, Action.SCALE) and own != 1.0:
                 scale_tensor_(g, [own])
 
     def clamp_(self, clip_value: float) -> None:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradfuse.reference import clip as clipping
+from gradfuse._codes import STATE_NAMES, Action, Rule, Slot
+from gradfuse._records import AdamWGroup, ClipPlan, ClipResult, SGDGroup, StepOptions
+from gradfuse.reference.clip import planned
 from gradfuse.reference.gradients import check_gradients
 
-SKIP_POLICY, SKIP = 3, 4
-_NAMES = (
-    ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_param", "step"),
-    ("momentum_buffer", "", "", "master_param", "step"),
-)
-_FIRST, _SECOND, _LARGEST, _MASTER, _STEP = range(5)
+Groups = Sequence[AdamWGroup] | Sequence[SGDGroup]
+State = dict[Slot, Tensor]
+
+_MOMENTS = (Slot.EXP_AVG, Slot.EXP_AVG_SQ, Slot.MAX_EXP_AVG_SQ)
 
 
 def _hashed(x: Tensor) -> Tensor:
@@ -50,21 +51,25 @@ def _put(target: Tensor, value: Tensor, key: int | None, stream: int) -> None:
 
 
 class Stepper:
-    """The parameters of an optimizer and their state. See csrc/stepper.h."""
+    """The parameters of an optimizer and their state. See csrc/ops/stepper.h."""
 
     def __init__(self, rule: int) -> None:
-        self._rule = rule
-        self._names = _NAMES[rule]
-        self._op = ("AdamW.step", "SGD.step")[rule]
-        self._params: list[tuple[Tensor, int]] = []
+        self._rule = Rule(rule)
+        self._names = STATE_NAMES[self._rule]
+        self._op = {Rule.ADAMW: "AdamW.step", Rule.SGD: "SGD.step"}[self._rule]
+        self._params: list[tuple[Tensor, int]] = []  # with the index of its group
         self._needs: list[int] = []
-        self._state: dict[Tensor, Any] = {}
+        self._state: Mapping[Tensor, Any] = {}
         self._tensors: list[Any] = []
 
-    def holds(
-        self, groups: list[dict[str, Any]], state: dict[Tensor, Any], needs: list[int]
+    def is_current(
+        self,
+        groups: Sequence[dict[str, Any]],
+        state: Mapping[Tensor, Any],
+        needs: Sequence[int],
     ) -> bool:
-        listed = [(p, g) for g, group in enumerate(groups) for p in group["params"]]
+        """Whether parameters and state are those that were bound, and no state is missing."""
+        listed = _listed(groups)
         if (
             len(listed) != len(self._params)
             or any(a is not b or g != h for (a, g), (b, h) in zip(listed, self._params))  # noqa: B905
@@ -77,24 +82,28 @@ class Stepper:
             return False  # one was replaced, and may not fit
         return not any(
             p.grad is not None
-            and needs[g] >> slot & 1
-            and slot != _MASTER
+            and needs[g] & slot
+            and slot != Slot.MASTER_PARAM
             and not isinstance(state.get(p, {}).get(name), Tensor)
             for p, g in listed
-            for slot, name in enumerate(self._names)
+            for slot, name in self._names.items()
         )
 
-    def hold(
-        self, groups: list[dict[str, Any]], state: dict[Tensor, Any], needs: list[int]
+    def bind(
+        self,
+        groups: Sequence[dict[str, Any]],
+        state: Mapping[Tensor, Any],
+        needs: Sequence[int],
     ) -> None:
-        self._params = [(p, g) for g, group in enumerate(groups) for p in group["params"]]
+        """Keeps the parameters of the groups, their state, and the Slots that each group needs."""
+        self._params = _listed(groups)
         self._needs = list(needs)
         self._state = state
         self._tensors = self._in_state(state)
 
-    def _in_state(self, state: dict[Tensor, Any]) -> list[Any]:
-        held = [state.get(p, {}) for p, _ in self._params]
-        return [of_one.get(name) for of_one in held for name in self._names]
+    def _in_state(self, state: Mapping[Tensor, Any]) -> list[Any]:
+        kept = [state.get(p, {}) for p, _ in self._params]
+        return [of_one.get(name) for of_one in kept for name in self._names.values()]
 
     def parameters(self) -> list[Tensor]:
         return [p for p, _ in self._params]
@@ -110,63 +119,54 @@ class Stepper:
     @torch.no_grad()
     def measure(
         self, max_norm: float, nonfinite: int, scale: Tensor | None, found_inf: Tensor | None
-    ) -> clipping.Result:
+    ) -> ClipResult:
         listed = self._gradients()
         grads = check_gradients(self._op, listed, writes=False)
         of_scale = 1.0 if scale is None else float(scale)
         bad = found_inf is not None and bool(found_inf)
-        return clipping.measure(
-            self._op, listed, grads, max_norm, 2.0, nonfinite, of_scale, found_inf=bad
-        )
+        return planned(self._op, listed, grads, max_norm, 2.0, nonfinite, of_scale, bad)[0]
 
     def step(
         self,
-        groups: list[tuple[Any, ...]],
+        groups: Groups,
         max_norm: float,
         nonfinite: int,
         scale: Tensor | None,
         found_inf: Tensor | None,
-        update_clip: bool,
-        stochastic_rounding: bool,
-        materialize: bool,
-    ) -> clipping.Result:
+        options: StepOptions,
+    ) -> ClipResult:
         result = self.measure(max_norm, nonfinite, scale, found_inf)
-        self.update(
-            groups, result[1], None, math.inf, update_clip, stochastic_rounding, materialize
-        )
+        self.update(groups, result.plan, None, options)
         return result
 
     @torch.no_grad()
     def update(
         self,
-        groups: list[tuple[Any, ...]],
-        totals: Tensor | None,
+        groups: Groups,
+        plan: Tensor | None,
         coefficients: Tensor | None,
-        bound: float,
-        update_clip: bool,
-        stochastic_rounding: bool,
-        materialize: bool,
+        options: StepOptions,
     ) -> None:
         listed = self._gradients()
-        grads = check_gradients(self._op, listed, writes=materialize)
+        grads = check_gradients(self._op, listed, writes=options.materialize)
         for i, g in grads:
             self._check(i, g)
-        action = clipping.KEEP if totals is None else int(totals[3])
-        if action in (clipping.REFUSE, SKIP):
-            return
-        factor = 1.0 if totals is None else float(totals[6]) * 2.0 ** float(totals[7])
+        factor = 1.0
+        if plan is not None:
+            fields = ClipPlan.read(plan)
+            if fields.action in (Action.REFUSE, Action.SKIP):
+                return
+            factor = fields.factor * 2.0**fields.factor_exponent
         for i, grad in enumerate(listed):
             if grad is None:
                 continue
             own = factor if coefficients is None else factor * float(coefficients[i])
-            wide = _wide(grad)
-            g = torch.view_as_real(grad) if grad.is_complex() else grad
-            g = g.to(torch.float64).mul(own).to(wide)
-            if materialize:
-                (torch.view_as_real(grad) if grad.is_complex() else grad).copy_(g)
-            if not math.isinf(bound):
-                g = g.clamp(-bound, bound)
-            self._update(i, g, groups[self._params[i][1]], update_clip, stochastic_rounding)
+            g = _real(grad).to(torch.float64).mul(own).to(_wide(grad))
+            if options.materialize:
+                _real(grad).copy_(g)
+            if not math.isinf(options.bound):
+                g = g.clamp(-options.bound, options.bound)
+            self._update(i, g, groups[self._params[i][1]], options)
 
     def _check(self, i: int, g: Tensor) -> None:
         p = self._params[i][0]
@@ -181,52 +181,54 @@ class Stepper:
                 f"{self._op}: expected plain dense parameters with an element per memory location, "
                 f"got another kind for parameter {i}"
             )
-        for name, t in zip(self._names, self._slots(i), strict=True):
-            if t is None:
-                continue
+        for slot, t in self._state_of(i).items():
             short = p.dtype in (torch.float16, torch.bfloat16)
             types = {p.dtype, torch.float32} if short else {p.dtype}
-            if name in ("master_param", "step"):
+            if slot in (Slot.MASTER_PARAM, Slot.STEP):
                 types = {torch.float32}
-            shape = torch.Size() if name == "step" else p.shape
+            shape = torch.Size() if slot == Slot.STEP else p.shape
             if t.dtype not in types or t.shape != shape:
                 raise ValueError(
-                    f"{self._op}: expected state {name} of {list(shape)} in the type of its "
-                    f"parameter or float32, got {list(t.shape)} of {t.dtype} for parameter {i}"
+                    f"{self._op}: expected state {self._names[slot]} of {list(shape)} in the type "
+                    f"of its parameter or float32, got {list(t.shape)} of {t.dtype} for parameter "
+                    f"{i}"
                 )
 
-    def _slots(self, i: int) -> list[Tensor | None]:
+    def _state_of(self, i: int) -> State:
+        """The tensors of a parameter's state that its group needs."""
         p, group = self._params[i]
-        held = self._state.get(p, {}) if p in self._state else {}
-        return [
-            held.get(name) if self._needs[group] >> slot & 1 else None
-            for slot, name in enumerate(self._names)
-        ]
+        kept = self._state.get(p, {})
+        found = {
+            slot: kept.get(name) for slot, name in self._names.items() if self._needs[group] & slot
+        }
+        return {slot: t for slot, t in found.items() if t is not None}
 
     def _update(
-        self, i: int, g: Tensor, options: tuple[Any, ...], update_clip: bool, stochastic: bool
+        self, i: int, g: Tensor, group: AdamWGroup | SGDGroup, options: StepOptions
     ) -> None:
-        p, slots = self._params[i][0], self._slots(i)
-        master, step = slots[_MASTER], slots[_STEP]
-        taken = float(step) if step is not None else 0.0
-        key = _key(i, taken) if stochastic else None
-        real = [None if t is None else _real(t) for t in slots[:_MASTER]]
-        lr, maximize, *numbers = float(options[0]), options[1], *options[2:]
-        g = -g if maximize else g
-        value = _real(p if master is None else master).to(g.dtype)
-        if self._rule == 0:
-            new = _adamw(value, g, real, lr, taken + 1.0, numbers, update_clip)
+        p, state = self._params[i][0], self._state_of(i)
+        master, step = state.get(Slot.MASTER_PARAM), state.get(Slot.STEP)
+        taken = 0.0 if step is None else float(step)
+        key = _key(i, taken) if options.stochastic_rounding else None
+        moments = {slot: _real(state[slot]) for slot in _MOMENTS if slot in state}
+        g = -g if group.maximize else g
+        x = _real(p if master is None else master).to(g.dtype)
+        if isinstance(group, AdamWGroup):
+            x, new = _adamw(x, g, moments, group, taken + 1.0, options.update_clip)
         else:
-            new = _sgd(value, g, real, lr, taken == 0.0, numbers)
-        for stream, (target, state) in enumerate(zip(real, new[1:], strict=False), 1):
-            if target is not None and state is not None:
-                _put(target, state, key, stream)
-        assert new[0] is not None
+            x, new = _sgd(x, g, moments, group, taken == 0.0)
+        for stream, slot in enumerate(_MOMENTS, 1):
+            if slot in new:
+                _put(moments[slot], new[slot], key, stream)
         if master is not None:
-            _real(master).copy_(new[0])
-        _put(_real(p), new[0], key, 0)
+            _real(master).copy_(x)
+        _put(_real(p), x, key, 0)
         if step is not None:
             step += 1.0
+
+
+def _listed(groups: Sequence[dict[str, Any]]) -> list[tuple[Tensor, int]]:
+    return [(p, g) for g, group in enumerate(groups) for p in group["params"]]
 
 
 def _wide(t: Tensor) -> torch.dtype:
@@ -239,44 +241,37 @@ def _real(t: Tensor) -> Tensor:
 
 
 def _adamw(
-    x: Tensor,
-    g: Tensor,
-    state: list[Tensor | None],
-    lr: float,
-    step: float,
-    numbers: list[float],
-    update_clip: bool,
-) -> tuple[Tensor | None, ...]:
-    """(parameter, first moment, second moment, largest second moment) after the step."""
-    beta1, beta2, eps, weight_decay = numbers
-    first, second, largest = state
-    assert first is not None
-    assert second is not None
-    correction1, correction2 = 1.0 - beta1**step, 1.0 - beta2**step
-    m = first.to(g.dtype).lerp(g, 1.0 - beta1)
-    v = second.to(g.dtype) * beta2 + g * g * (1.0 - beta2)
+    x: Tensor, g: Tensor, state: State, group: AdamWGroup, step: float, update_clip: bool
+) -> tuple[Tensor, State]:
+    """The parameter and its moments after the step."""
+    lr = float(group.lr)
+    bias_correction1, bias_correction2 = 1.0 - group.beta1**step, 1.0 - group.beta2**step
+    exp_avg = state[Slot.EXP_AVG].to(g.dtype).lerp(g, 1.0 - group.beta1)
+    exp_avg_sq = state[Slot.EXP_AVG_SQ].to(g.dtype) * group.beta2 + g * g * (1.0 - group.beta2)
+    new = {Slot.EXP_AVG: exp_avg, Slot.EXP_AVG_SQ: exp_avg_sq}
     if update_clip and g.numel():
-        ratio = float((g * g / (v / correction2).clamp(min=eps * eps)).double().mean())
+        least = group.eps * group.eps
+        ratio = float((g * g / (exp_avg_sq / bias_correction2).clamp(min=least)).double().mean())
         lr /= max(1.0, math.sqrt(ratio))
-    top = None if largest is None else torch.maximum(largest.to(g.dtype), v)
-    root = (v if top is None else top).sqrt() / math.sqrt(correction2)
-    return x * (1.0 - lr * weight_decay) - lr / correction1 * m / (root + eps), m, v, top
+    denominator = exp_avg_sq
+    if Slot.MAX_EXP_AVG_SQ in state:
+        denominator = torch.maximum(state[Slot.MAX_EXP_AVG_SQ].to(g.dtype), exp_avg_sq)
+        new[Slot.MAX_EXP_AVG_SQ] = denominator
+    denominator = denominator.sqrt() / math.sqrt(bias_correction2) + group.eps
+    return x * (1.0 - lr * group.weight_decay) - lr / bias_correction1 * exp_avg / denominator, new
 
 
 def _sgd(
-    x: Tensor,
-    g: Tensor,
-    state: list[Tensor | None],
-    lr: float,
-    is_first: bool,
-    numbers: list[float],
-) -> tuple[Tensor | None, ...]:
-    """(parameter, momentum buffer) after the step."""
-    momentum, dampening, weight_decay, nesterov = numbers
-    if weight_decay:
-        g = g + x * weight_decay
-    buffer = state[0]
-    if buffer is None:
-        return x - g * lr, None
-    b = buffer.to(g.dtype) * momentum + g * (1.0 if is_first else 1.0 - dampening)
-    return x - (g + b * momentum if nesterov else b) * lr, b
+    x: Tensor, g: Tensor, state: State, group: SGDGroup, is_first: bool
+) -> tuple[Tensor, State]:
+    """The parameter and its momentum buffer after the step."""
+    lr = float(group.lr)
+    if group.weight_decay:
+        g = g + x * group.weight_decay
+    if Slot.EXP_AVG not in state:
+        return x - g * lr, {}
+    dampening = 0.0 if is_first else group.dampening
+    buffer = state[Slot.EXP_AVG].to(g.dtype) * group.momentum + g * (1.0 - dampening)
+    return x - (g + buffer * group.momentum if group.nesterov else buffer) * lr, {
+        Slot.EXP_AVG: buffer
+    }

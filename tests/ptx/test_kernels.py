@@ -25,7 +25,7 @@ STEPS = {
     "norm inf": lambda p: gradfuse.clip_grad_norm_(p, 0.1, math.inf),
     "norm 3": lambda p: gradfuse.clip_grad_norm_(p, 0.5, 3.0),
     "quiet": lambda p: gradfuse.clip_grad_norm_(p, 1e9),
-    "report": lambda p: gradfuse.GradClipper(p, 0.5).clip_()._table,
+    "report": lambda p: gradfuse.GradClipper(p, 0.5).clip_()._stats,
     "given norm": lambda p: gradfuse.clip_grads_with_norm_(p, 1.0, torch.tensor(7.0)),
     "value": lambda p: gradfuse.clip_grad_value_([q for q in p if not q.is_complex()], 0.25),
     "adaptive": lambda p: gradfuse.adaptive_clip_grad_(p, 0.05),

@@ -1,0 +1,75 @@
+"""The enums that Python and the kernels share, each once. A test compares them with csrc's."""
+
+from __future__ import annotations
+
+from enum import IntEnum, IntFlag
+
+__all__ = ["STATE_NAMES", "Action", "Activation", "NonFinite", "Rule", "Slot"]
+
+
+class NonFinite(IntEnum):
+    """What a NaN or inf gradient does."""
+
+    PROPAGATE = 0
+    ERROR = 1
+    ZERO = 2
+    SKIP = 3
+
+
+class Action(IntEnum):
+    """What a clip plan does to the gradients."""
+
+    KEEP = 0
+    SCALE = 1
+    ZERO = 2
+    REFUSE = 3
+    SKIP = 4
+
+
+class Rule(IntEnum):
+    """The update of an optimizer."""
+
+    ADAMW = 0
+    SGD = 1
+
+
+class Activation(IntEnum):
+    """The activation after a batch norm."""
+
+    NONE = 0
+    RELU = 1
+    RELU6 = 2
+    LEAKY_RELU = 3
+    SILU = 4
+    GELU = 5
+    GELU_TANH = 6
+    HARDSWISH = 7
+    SIGMOID = 8
+    TANH = 9
+
+
+class Slot(IntFlag):
+    """The tensors of a parameter's state. SGD keeps its momentum_buffer in EXP_AVG."""
+
+    EXP_AVG = 1
+    EXP_AVG_SQ = 2
+    MAX_EXP_AVG_SQ = 4
+    MASTER_PARAM = 8
+    STEP = 16
+
+
+# The keys of an optimizer's state, as torch's have them; master_param is gradfuse's own.
+STATE_NAMES = {
+    Rule.ADAMW: {
+        Slot.EXP_AVG: "exp_avg",
+        Slot.EXP_AVG_SQ: "exp_avg_sq",
+        Slot.MAX_EXP_AVG_SQ: "max_exp_avg_sq",
+        Slot.MASTER_PARAM: "master_param",
+        Slot.STEP: "step",
+    },
+    Rule.SGD: {
+        Slot.EXP_AVG: "momentum_buffer",
+        Slot.MASTER_PARAM: "master_param",
+        Slot.STEP: "step",
+    },
+}

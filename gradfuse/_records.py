@@ -1,0 +1,156 @@
+"""What Python and the kernels hand each other, by name instead of by position.
+
+The kernels take and return these as plain tuples and tensors of the same order.
+"""
+
+from __future__ import annotations
+
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+from typing_extensions import NamedTuple  # typing's is not generic in Python 3.10
+
+__all__ = [
+    "AdamWGroup",
+    "BatchNormCall",
+    "BatchNormOptions",
+    "BatchNormSaved",
+    "ClipPlan",
+    "ClipResult",
+    "SGDGroup",
+    "StepOptions",
+    "TensorStats",
+]
+
+T = TypeVar("T", Tensor, float)
+
+
+class ClipPlan(NamedTuple, Generic[T]):
+    """What a clip does to all gradients: 0-d Tensors, or floats once they are read.
+
+    The kernels keep it as a float64 Tensor [8]. `sum` and `factor` have exponents of their own,
+    because they may lie beyond float64.
+    """
+
+    norm: T  # before clipping
+    coefficient: T  # what the gradients are multiplied by
+    clipped_norm: T
+    action: T  # an Action
+    sum: T  # sum * 2**(p * sum_exponent): the p-th powers' sum; for p = inf the largest magnitude
+    sum_exponent: T
+    factor: T  # factor * 2**factor_exponent: the coefficient, divided by the loss scale
+    factor_exponent: T
+
+    @classmethod
+    def of(cls, plan: Tensor) -> ClipPlan[Tensor]:
+        """The fields of a [8] Tensor, as 0-d views."""
+        return ClipPlan(*plan.unbind())
+
+    @classmethod
+    def read(cls, plan: Tensor) -> ClipPlan[float]:
+        """The fields of a [8] Tensor, as floats. On CUDA this waits."""
+        return ClipPlan(*plan.tolist())
+
+    @staticmethod
+    def pack(plan: ClipPlan[Tensor]) -> Tensor:
+        """The [8] Tensor of these fields."""
+        return torch.stack(plan)
+
+
+class TensorStats(NamedTuple, Generic[T]):
+    """What a clip saw of each gradient: columns [n] of a float64 Tensor [n, 5], or one row read."""
+
+    norm: T  # L2
+    largest: T  # largest magnitude; NaN if any is
+    nonfinite: T  # count of NaN and inf
+    zeros: T  # count of exact zeros
+    numel: T  # -1 in a row without gradient
+
+    @classmethod
+    def of(cls, stats: Tensor) -> TensorStats[Tensor]:
+        """The columns of a [n, 5] Tensor, as views."""
+        return TensorStats(*stats.unbind(1))
+
+    @classmethod
+    def read(cls, stats: Tensor) -> list[TensorStats[float]]:
+        """The rows of a [n, 5] Tensor, as floats. On CUDA this waits."""
+        return [TensorStats(*row) for row in stats.tolist()]
+
+
+class ClipResult(NamedTuple):
+    """What a clip returns."""
+
+    norm: Tensor  # [], float32, or float64 if any gradient is; inf where that cannot hold it
+    plan: Tensor  # [8], see ClipPlan
+    stats: Tensor  # [n, 5], see TensorStats
+
+
+class BatchNormCall(NamedTuple):
+    """The arguments of a batch norm's forward."""
+
+    input: Tensor  # [N, C, ...]
+    residual: Tensor | None  # of input's shape and dtype
+    weight: Tensor | None  # [C]
+    bias: Tensor | None  # [C]
+    running_mean: Tensor | None  # [C]
+    running_var: Tensor | None  # [C]
+    training: bool
+    momentum: float | Tensor
+    eps: float
+    activation: int  # an Activation
+    negative_slope: float
+    wants_mask: bool
+
+
+class BatchNormSaved(NamedTuple):
+    """The tensors that a batch norm keeps for its backward; None for those it does not read."""
+
+    input: Tensor | None
+    residual: Tensor | None
+    output: Tensor | None
+    mask: Tensor | None  # uint8, a bit an element
+    weight: Tensor | None
+    bias: Tensor | None
+    stats: Tensor  # [3, C] float64: mean, 1 / sqrt(var + eps), unbiased variance
+
+
+class BatchNormOptions(NamedTuple):
+    """What a batch norm's backward must know of its forward, beside tensors."""
+
+    channels_last: bool  # of the output
+    training: bool
+    eps: float
+    activation: int  # an Activation
+    negative_slope: float
+
+
+class StepOptions(NamedTuple):
+    """What all parameters of an optimizer's step have in common."""
+
+    bound: float  # largest magnitude of a gradient's element; inf for none
+    update_clip: bool
+    stochastic_rounding: bool
+    materialize: bool  # write the clipped gradients
+
+
+class AdamWGroup(NamedTuple):
+    """A parameter group of AdamW."""
+
+    lr: float | Tensor
+    maximize: bool
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+
+
+class SGDGroup(NamedTuple):
+    """A parameter group of SGD."""
+
+    lr: float | Tensor
+    maximize: bool
+    momentum: float
+    dampening: float
+    weight_decay: float
+    nesterov: bool
