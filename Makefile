@@ -9,7 +9,7 @@ PY = $(VENV)/bin/python
 PYTEST = OMP_WAIT_POLICY=passive $(abspath $(PY)) -m pytest -q -n logical --maxprocesses 8 --dist loadfile
 CPP = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: demo test build bench lint format pytest pytest-native pytest-reference \
+.PHONY: demo test build bench stub lint format pytest pytest-native pytest-reference \
 	pytest-isa pytest-ptx traffic sanitize gpu-check clean
 
 demo: build
@@ -25,7 +25,7 @@ build: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q "$(TORCH)" numpy "setuptools>=77" wheel ninja pybind11
-	$(PY) -m pip install -q --no-build-isolation -e ".[demo,test,lint]"
+	$(PY) -m pip install -q --no-build-isolation -e ".[demo,test,lint,docs]"
 	touch $@
 
 bench: build
@@ -33,7 +33,22 @@ bench: build
 	$(PY) -m gradfuse bench-batch-norm
 	$(PY) -m gradfuse bench-step
 
-lint: build
+# The signatures of the compiled module, from its bindings. The values of its attributes differ
+# between machines, and the spelling of numbers between versions of pybind11.
+STUB = build/stubs/gradfuse/_C.pyi
+$(STUB): build
+	$(PY) -m pybind11_stubgen gradfuse._C -o build/stubs
+	sed -i -E 's/^(\w+: str) = .*/\1/; s/^codes: dict = .*/codes: dict[str, dict[str, int]]/; \
+		s/typing.SupportsFloat \| typing.SupportsIndex/float/g; \
+		s/typing.SupportsInt \| typing.SupportsIndex/int/g' $@
+	$(PY) -m ruff check -q --fix --select I,F,UP $@
+	$(PY) -m ruff format -q $@
+
+stub: $(STUB)
+	cp $(STUB) gradfuse/_C.pyi
+
+lint: build $(STUB)
+	diff -u gradfuse/_C.pyi $(STUB) # make stub brings it up to date
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
@@ -72,9 +87,9 @@ pytest-isa: build
 pytest-ptx: build
 	GRADFUSE_PTX=all $(PYTEST) -k ptx
 
-# What the CUDA kernels move and take, counted by the emulator and by ptxas: the README's tables.
+# What the CUDA kernels move and take, counted by the emulator and by ptxas, into the tables of a page.
 traffic: build
-	PYTHONPATH=tests:. $(PY) -m ptx.traffic
+	PYTHONPATH=tests:. $(PY) -m ptx.traffic --into docs/cuda.md
 
 # The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own.
 SANITIZED = build/sanitize
@@ -100,3 +115,23 @@ gpu-check:
 
 clean:
 	rm -rf build *.egg-info gradfuse/_C*.so
+
+.PHONY: docs wheel
+
+# The pages and the reference, into build/site; a warning is an error.
+docs: build
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build -q --strict
+
+# A wheel, and a fresh environment that has it and no compiler: torch and what torch needs come from
+# $(VENV) by a path, whose .pth files Python does not read, so that the checkout stays out of sight.
+# The build goes on from the objects of `build`, so that it only links. What an older layout left in
+# build/lib would be packed too.
+WHEEL_ENV = build/wheel-env
+wheel: build
+	rm -rf dist build/lib.* build/bdist.* $(WHEEL_ENV)
+	$(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .
+	$(PY) -m venv --without-pip $(WHEEL_ENV)
+	$(PY) -m pip --python $(WHEEL_ENV)/bin/python install -q --no-deps dist/*.whl
+	$(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$($(WHEEL_ENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/torch.pth
+	env -i PATH=$(abspath $(WHEEL_ENV))/bin $(WHEEL_ENV)/bin/python tests/smoke.py $(WHEEL_ENV)

@@ -8,7 +8,9 @@ Environment:
 """
 
 import os
+import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -65,7 +67,76 @@ def compiler_version():
     return subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
 
 
+def jobs():
+    return ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+
+
+class Kernels:
+    """The kernels: they know nothing of torch, so that their objects serve every version of it.
+
+    csrc/cpu/simd/unit.cpp is compiled for each op and instruction set, csrc/cuda/*.cu by nvcc.
+    """
+
+    ISAS = {"baseline": 16, "avx2": 32, "avx512": 64}  # bytes of a vector
+
+    def __init__(self, cxx, nvcc=None, arch_flags=()):
+        self.cxx = cxx  # flags
+        self.nvcc = nvcc  # path, or None for a CPU build
+        self.arch_flags = arch_flags
+        self.folder = ROOT / "build" / f"kernels{flavour()}"
+
+    def edges(self):
+        """(object, rule, source, further flags) of each object."""
+        unit = ROOT / "csrc" / "cpu" / "simd" / "unit.cpp"
+        x86 = platform.machine().lower() in ("x86_64", "amd64")
+        for header in sorted((ROOT / "csrc" / "cpu").glob("*_kernels.h")):
+            for isa in self.ISAS if x86 else ["baseline"]:
+                name = f"{header.stem.removesuffix('_kernels')}_{isa}.o"
+                flags = [f'-DGRADFUSE_KERNELS="{header}"', f"-DGRADFUSE_ISA={isa}"]
+                yield name, "cxx", unit, [*flags, f"-DGRADFUSE_VEC_BYTES={self.ISAS[isa]}"]
+        if self.nvcc:
+            for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+                yield f"{source.stem}.cuda.o", "nvcc", source, []
+
+    def build(self):
+        """Compiles what has changed, and returns the objects."""
+        host = ["-std=c++17", "-fPIC", *self.cxx]
+        device = ["-std=c++17", "-O3", "--threads=2", "--expt-relaxed-constexpr"]
+        device += ["-Xcompiler=-fPIC,-fvisibility=hidden", "-DGRADFUSE_CUDA", *self.arch_flags]
+        compile_cxx = f"{os.environ.get('CXX', 'c++')} -MMD -MF $out.d {shell(host)}"
+        compile_cuda = f"{self.nvcc} -MD -MF $out.d {shell(device)}"
+        lines = []
+        for rule, command in (("cxx", compile_cxx), ("nvcc", compile_cuda)):
+            lines += [f"rule {rule}", f"  command = {command} $flags -c $in -o $out"]
+            lines += ["  depfile = $out.d", "  deps = gcc", ""]
+        objects = []
+        for name, rule, source, flags in self.edges():
+            lines += [f"build {name}: {rule} {escaped(source)}", f"  flags = {shell(flags)}"]
+            objects.append(str(self.folder / name))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "build.ninja").write_text("\n".join([*lines, ""]))
+        subprocess.run(
+            [sys.executable, "-m", "ninja", "-C", str(self.folder), "--quiet", *jobs()], check=True
+        )
+        return objects
+
+
+def shell(flags):
+    """Flags as a line of a ninja file."""
+    return shlex.join(flags).replace("$", "$$")
+
+
+def escaped(path):
+    """A path as ninja reads it."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+def flavour():
+    return "-sanitize" if os.environ.get("GRADFUSE_SANITIZE") == "1" else ""
+
+
 def extension():
+    """The extension without its kernels, and the kernels."""
     import torch
     from torch.utils import cpp_extension
 
@@ -79,44 +150,41 @@ def extension():
     if cuda:
         cpp_extension.CUDA_HOME = toolkit
     archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS) if cuda else ""
-    sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp"))
+    cxx = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+    link = []
+    if flavour():
+        sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+        cxx += [*sanitize, "-g", "-O1", "-fno-omit-frame-pointer"]
+        link += sanitize
+    nvcc = os.path.join(toolkit, "bin", "nvcc") if cuda else None
+    kernels = Kernels(cxx, nvcc, cpp_extension._get_cuda_arch_flags() if cuda else [])
+    # OpenMP is compiled in but not linked: its symbols then resolve to the runtime that torch
+    # loaded, so that both share one thread pool. That runtime is GCC's; code of other compilers
+    # cannot call it, and runs on one thread.
+    if "Free Software Foundation" in compiler_version():
+        cxx = [*cxx, "-fopenmp"]
     macros = [
         ("GRADFUSE_TORCH_VERSION", f'"{torch.__version__}"'),
         ("GRADFUSE_CUDA_VERSION", f'"{torch.version.cuda if cuda else ""}"'),
         ("GRADFUSE_CUDA_ARCHS", f'"{archs}"'),
     ]
-    cxx = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
-    # OpenMP is compiled in but not linked: its symbols then resolve to the runtime that torch
-    # loaded, so that both share one thread pool. That runtime is of GCC; code of others cannot
-    # call it, and runs on one thread.
-    if "Free Software Foundation" in compiler_version():
-        cxx.append("-fopenmp")
-    link = []
-    if os.environ.get("GRADFUSE_SANITIZE") == "1":
-        sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-        cxx += [*sanitize, "-g", "-O1", "-fno-omit-frame-pointer"]
-        link += sanitize
     if cuda:
-        sources += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cu"))
         macros.append(("GRADFUSE_CUDA", "1"))
-        nvcc = ["-O3", "--threads=2", "--expt-relaxed-constexpr"]
-        return cpp_extension.CUDAExtension(
+    make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
+    sources = sorted((ROOT / "csrc").rglob("*.cpp"))
+    return (
+        make(
             "gradfuse._C",
-            sources,
+            [str(p.relative_to(ROOT)) for p in sources if p.name != "unit.cpp"],
             define_macros=macros,
-            extra_compile_args={"cxx": cxx, "nvcc": nvcc},
+            extra_compile_args={"cxx": cxx},
             extra_link_args=link,
-        )
-    return cpp_extension.CppExtension(
-        "gradfuse._C",
-        sources,
-        define_macros=macros,
-        extra_compile_args={"cxx": cxx},
-        extra_link_args=link,
+        ),
+        kernels,
     )
 
 
-def build_command():
+def build_command(kernels):
     import torch
     from torch.utils.cpp_extension import BuildExtension
 
@@ -125,8 +193,11 @@ def build_command():
 
         def finalize_options(self):
             super().finalize_options()
-            flavour = "-sanitize" if os.environ.get("GRADFUSE_SANITIZE") == "1" else ""
-            self.build_temp = str(ROOT / "build" / f"objects-{torch.__version__}{flavour}")
+            self.build_temp = str(ROOT / "build" / f"objects-{torch.__version__}{flavour()}")
+
+        def build_extensions(self):
+            self.extensions[0].extra_objects = kernels.build()
+            super().build_extensions()
 
     return BuildInTree
 
@@ -135,4 +206,5 @@ if __name__ == "__main__":
     if os.environ.get("GRADFUSE_NATIVE") == "0":
         setup()
     else:
-        setup(ext_modules=[extension()], cmdclass={"build_ext": build_command()})
+        module, kernels = extension()
+        setup(ext_modules=[module], cmdclass={"build_ext": build_command(kernels)})

@@ -1,99 +1,126 @@
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+import collections.abc
+import typing
 
-from torch import Tensor
+import torch
 
-from gradfuse._records import (
-    AdamWGroup,
-    BatchNormCall,
-    BatchNormOptions,
-    BatchNormSaved,
-    SGDGroup,
-    StepOptions,
-)
+import gradfuse._records
 
-torch_version: str
-cuda_version: str
-cuda_archs: str
-compiler: str
-codes: dict[str, dict[str, int]]
+__all__: list[str] = [
+    "ParameterList",
+    "Stepper",
+    "adaptive_clip_",
+    "batch_norm_backward",
+    "batch_norm_forward",
+    "clamp_",
+    "clip_",
+    "codes",
+    "compiler",
+    "cuda_archs",
+    "cuda_version",
+    "isa",
+    "num_threads",
+    "scale_",
+    "set_isa",
+    "stats",
+    "torch_version",
+]
 
-def isa() -> str: ...
-def set_isa(name: str) -> None: ...
-def num_threads() -> int: ...
-def stats(
-    tensors: Tensor | Iterable[Tensor], of_grad: bool, norm_type: float, nonfinite: int
-) -> tuple[Tensor, Tensor, Tensor]: ...
+class ParameterList:
+    def __init__(self) -> None: ...
+    def add(self, parameter: torch.Tensor) -> None: ...
+    def apply_(self, plan: torch.Tensor, coefficients: torch.Tensor | None) -> None: ...
+    def clamp_(self, clip_value: float) -> None: ...
+    def clip_(
+        self, max_norm: float, norm_type: float, nonfinite: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+    def measure(
+        self, max_norm: float, norm_type: float, nonfinite: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+
+class Stepper:
+    def __init__(self, rule: int) -> None: ...
+    def bind(
+        self,
+        groups: list[dict[str, typing.Any]],
+        state: dict[torch.Tensor, typing.Any],
+        needs: collections.abc.Sequence[int],
+    ) -> None: ...
+    def is_current(
+        self,
+        groups: list[dict[str, typing.Any]],
+        state: dict[torch.Tensor, typing.Any],
+        needs: collections.abc.Sequence[int],
+    ) -> bool: ...
+    def measure(
+        self,
+        max_norm: float,
+        nonfinite: int,
+        scale: torch.Tensor | None,
+        found_inf: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+    def parameters(self) -> list[torch.Tensor]: ...
+    def step(
+        self,
+        groups: collections.abc.Sequence[gradfuse._records.AdamWGroup | gradfuse._records.SGDGroup],
+        max_norm: float,
+        nonfinite: int,
+        scale: torch.Tensor | None,
+        found_inf: torch.Tensor | None,
+        options: gradfuse._records.StepOptions,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+    def update(
+        self,
+        groups: collections.abc.Sequence[gradfuse._records.AdamWGroup | gradfuse._records.SGDGroup],
+        plan: torch.Tensor | None,
+        coefficients: torch.Tensor | None,
+        options: gradfuse._records.StepOptions,
+    ) -> None: ...
+
+def adaptive_clip_(
+    weights: torch.Tensor | collections.abc.Iterable[torch.Tensor],
+    grads: torch.Tensor | collections.abc.Iterable[torch.Tensor] | None,
+    clip_factor: float,
+    eps: float,
+    norm_type: float,
+    scale: torch.Tensor | None = None,
+) -> None: ...
+def batch_norm_backward(
+    grad_output: torch.Tensor,
+    saved: gradfuse._records.BatchNormSaved,
+    options: gradfuse._records.BatchNormOptions,
+    wanted: collections.abc.Sequence[bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]: ...
+def batch_norm_forward(
+    call: gradfuse._records.BatchNormCall,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+def clamp_(
+    tensors: torch.Tensor | collections.abc.Iterable[torch.Tensor], of_grad: bool, clip_value: float
+) -> None: ...
 def clip_(
-    tensors: Tensor | Iterable[Tensor],
+    tensors: torch.Tensor | collections.abc.Iterable[torch.Tensor],
     of_grad: bool,
     max_norm: float,
     norm_type: float,
     nonfinite: int,
-) -> tuple[Tensor, Tensor, Tensor]: ...
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+def isa() -> str: ...
+def num_threads() -> int: ...
 def scale_(
-    tensors: Tensor | Iterable[Tensor], of_grad: bool, max_norm: float, total_norm: Tensor
+    tensors: torch.Tensor | collections.abc.Iterable[torch.Tensor],
+    of_grad: bool,
+    max_norm: float,
+    total_norm: torch.Tensor,
 ) -> None: ...
-def clamp_(tensors: Tensor | Iterable[Tensor], of_grad: bool, clip_value: float) -> None: ...
-def adaptive_clip_(
-    weights: Tensor | Iterable[Tensor],
-    grads: Tensor | Iterable[Tensor] | None,
-    clip_factor: float,
-    eps: float,
+def set_isa(name: str) -> None: ...
+def stats(
+    tensors: torch.Tensor | collections.abc.Iterable[torch.Tensor],
+    of_grad: bool,
     norm_type: float,
-    scale: Tensor | None = None,
-) -> None: ...
-def batch_norm_forward(call: BatchNormCall) -> tuple[Tensor, Tensor, Tensor]: ...
-def batch_norm_backward(
-    grad_output: Tensor,
-    saved: BatchNormSaved,
-    options: BatchNormOptions,
-    wanted: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]: ...
+    nonfinite: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
 
-class ParameterList:
-    def __init__(self) -> None: ...
-    def add(self, parameter: Tensor) -> None: ...
-    def clip_(
-        self, max_norm: float, norm_type: float, nonfinite: int
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
-    def measure(
-        self, max_norm: float, norm_type: float, nonfinite: int
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
-    def apply_(self, plan: Tensor, coefficients: Tensor | None) -> None: ...
-    def clamp_(self, clip_value: float) -> None: ...
-
-class Stepper:
-    def __init__(self, rule: int) -> None: ...
-    def is_current(
-        self,
-        groups: Sequence[dict[str, Any]],
-        state: Mapping[Tensor, Any],
-        needs: Sequence[int],
-    ) -> bool: ...
-    def bind(
-        self,
-        groups: Sequence[dict[str, Any]],
-        state: Mapping[Tensor, Any],
-        needs: Sequence[int],
-    ) -> None: ...
-    def parameters(self) -> list[Tensor]: ...
-    def measure(
-        self, max_norm: float, nonfinite: int, scale: Tensor | None, found_inf: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
-    def step(
-        self,
-        groups: Sequence[AdamWGroup] | Sequence[SGDGroup],
-        max_norm: float,
-        nonfinite: int,
-        scale: Tensor | None,
-        found_inf: Tensor | None,
-        options: StepOptions,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
-    def update(
-        self,
-        groups: Sequence[AdamWGroup] | Sequence[SGDGroup],
-        plan: Tensor | None,
-        coefficients: Tensor | None,
-        options: StepOptions,
-    ) -> None: ...
+codes: dict[str, dict[str, int]]
+compiler: str
+cuda_archs: str
+cuda_version: str
+torch_version: str

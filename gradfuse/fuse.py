@@ -227,7 +227,7 @@ def fuse(model: nn.Module) -> nn.Module:
             torch.compile.
 
     Returns:
-        nn.Module with an attribute `report`, a FuseReport: a list of Site, printed as a table.
+        nn.Module whose attribute `report` is a FuseReport, a list of Site that prints as a table.
 
     Raises:
         TypeError: model is no nn.Module.

@@ -6,6 +6,8 @@ from helpers import HOST_BACKENDS, random
 from torch.utils.flop_counter import FlopCounterMode
 
 import gradfuse
+from gradfuse._codes import Activation
+from gradfuse._records import BatchNormOptions, BatchNormSaved
 
 
 def call(x=None, mean=None, var=None, **options):
@@ -122,20 +124,36 @@ def test_another_device(native):
         call(weight=torch.ones(3, device="meta"))
 
 
+def backward(native, grad_output, options, **saved):
+    """The native backward with these saved tensors, the others None."""
+    tensors = BatchNormSaved(**dict.fromkeys(BatchNormSaved._fields) | saved)
+    return native.batch_norm_backward(grad_output, tensors, options, (True, False, False, False))
+
+
 def test_backward_arguments_are_checked(native):
     g = random(4, 3, 5)
     stats = torch.zeros(3, 3, dtype=torch.float64)
-    rest = (False, True, 1e-5, 1, 0.0, True, False, False, False)
+    relu = BatchNormOptions(False, True, 1e-5, Activation.RELU, 0.0)
     mask = torch.zeros(1, 1, dtype=torch.uint8)
     with pytest.raises(ValueError, match="mask must be"):
-        native.batch_norm_backward(g, g, None, None, mask, None, None, stats, *rest)
+        backward(native, g, relu, input=g, mask=mask, stats=stats)
     with pytest.raises(ValueError, match="got None for input, output or mask"):
-        native.batch_norm_backward(g, None, None, None, None, None, None, stats, *rest)
+        backward(native, g, relu, stats=stats)
     with pytest.raises(ValueError, match="stats must be"):
-        native.batch_norm_backward(g, g, None, g, None, None, None, stats[:2], *rest)
-    bad = (False, True, 1e-5, 11, 0.0, True, False, False, False)
+        backward(native, g, relu, input=g, output=g, stats=stats[:2])
     with pytest.raises(ValueError, match="activation must be"):
-        native.batch_norm_backward(g, g, None, g, None, None, None, stats, *bad)
+        backward(native, g, relu._replace(activation=11), input=g, output=g, stats=stats)
+
+
+def test_records_are_tuples_of_their_fields(native):
+    """A record of another length would be read past its end."""
+    for call in (
+        lambda: native.batch_norm_forward((random(4, 3, 5),)),
+        lambda: native.batch_norm_forward(None),
+        lambda: native.batch_norm_backward(random(4, 3, 5), (None,) * 6, (), (True,) * 4),
+    ):
+        with pytest.raises(TypeError, match="BatchNorm(Call|Saved): expected a tuple of"):
+            call()
 
 
 def test_a_mask_that_the_activation_has_no_use_for_is_not_read(native):
@@ -143,9 +161,9 @@ def test_a_mask_that_the_activation_has_no_use_for_is_not_read(native):
     g, y = random(4, 3, 5), random(4, 3, 5, seed=1).sigmoid()
     stats = torch.ones(3, 3, dtype=torch.float64)
     mask = torch.zeros(12, 1, dtype=torch.uint8)
-    sigmoid = (False, False, 1e-5, 8, 0.0, True, False, False, False)
+    sigmoid = BatchNormOptions(False, False, 1e-5, Activation.SIGMOID, 0.0)
     with_mask, without = (
-        native.batch_norm_backward(g, g, None, y, m, None, None, stats, *sigmoid)[0]
+        backward(native, g, sigmoid, input=g, output=y, mask=m, stats=stats)[0]
         for m in (mask, None)
     )
     assert torch.equal(with_mask, without)

@@ -9,6 +9,8 @@
 // Channels contiguous (inner == 1): a span is some rows of some columns. All spans are summed, then
 // all are swept, the last ones first, for they are still in the cache.
 
+#include "../ops/batch_norm.h"
+
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
@@ -17,8 +19,8 @@
 #include <memory>
 
 #include "../math/batch_norm.h"
-#include "../ops.h"
-#include "kernels.h"
+#include "../math/runs.h"
+#include "batch_norm_kernels.h"
 #include "parallel.h"
 
 namespace gradfuse::cpu {
@@ -30,8 +32,6 @@ constexpr int64_t kColumns = 1024;
 constexpr int64_t kLeastRows = 128;  // of a span, so that the sums are small beside the data
 constexpr int64_t kMostRowSpans = 512;
 constexpr int64_t kEnoughChannelSpans = 48;
-
-int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How a tensor falls into spans: `columns` groups of channels, each of `parts` spans.
 class Spans {
@@ -71,46 +71,150 @@ class Spans {
 
 int64_t padded(int64_t channels) { return divided_up(channels, kChannelPadding) * kChannelPadding; }
 
-// Calls f with a value of the C++ type that dtype names.
-template <class F>
-auto with_type(DType dtype, F f) {
-  switch (dtype) {
-    case DType::Half: return f(c10::Half());
-    case DType::BFloat16: return f(c10::BFloat16());
-    case DType::Float: return f(float());
-    default: return f(double());
-  }
-}
-
 double read(const void* data, DType dtype, int64_t i) {
-  return with_type(
-      dtype, [&](auto t) { return static_cast<double>(static_cast<const decltype(t)*>(data)[i]); });
+  return with_type<c10::Half, c10::BFloat16>(dtype, [&](auto type) {
+    return static_cast<double>(static_cast<const typename decltype(type)::type*>(data)[i]);
+  });
 }
 double read(ChannelRef v, int64_t c, double otherwise) {
   return v.data ? read(v.data, v.dtype, c) : otherwise;
 }
 void write(ChannelRef v, int64_t c, double value) {
   if (!v.data) return;
-  with_type(v.dtype, [&](auto t) {
-    static_cast<decltype(t)*>(v.data)[c] = static_cast<decltype(t)>(value);
-    return 0;
+  with_type<c10::Half, c10::BFloat16>(v.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    static_cast<T*>(v.data)[c] = static_cast<T>(value);
   });
 }
 
-// The stages of a call. Each takes a span's or column's first channel and its coefficients
-// F [count][stride]; sums are double [2][stride].
-//   prepare(channel, channel_end, coefficients, stride)
-//   sum(span, coefficients, sums, stride, wide)
-//   finish(channel, channel_end, coefficients, sums, stride)
-//   apply(span, coefficients, stride)
-struct Stages {
-  bool sums;  // whether sum() is needed
-  bool squares;  // whether its second sum is that of the first's squares
-  bool applies;  // whether apply() is needed
-  int coefficients;
+// Some channels of a call: their vectors of coefficients lie `stride` apart, as Span's do.
+template <class F>
+struct Columns {
+  int64_t channel, end;
+  F* coefficients;
+  int64_t stride;
+
+  F& operator()(int coefficient, int64_t c) const {
+    return coefficients[coefficient * stride + c - channel];
+  }
 };
 
-// Whether float32 terms of these sums may have overflowed or vanished, or their squares are to
+// The forward and the backward are one traversal, `run`, over a Direction with these parts:
+//   has_sums()  whether the statistics need a first sweep
+//   applies()   whether there is a second sweep
+//   prepare(columns)                     the coefficients that the first sweep needs
+//   sum(span, columns, sums, wide)       the first sweep of a span: sums [2][stride]
+//   finish(columns, sums)                the channels' results, and the second sweep's coefficients
+//   apply(span, columns)                 the second sweep of a span
+template <class F>
+struct Forward {
+  using Element = F;
+  static constexpr int kCoefficients = kForwardCoefficients;
+  static constexpr bool kSquares = true;  // the second sum is that of the first's squares
+
+  const BatchNormForward& call;
+  const BatchNormKernels& kernels = batch_norm_kernels();
+
+  bool has_sums() const { return call.training; }
+  bool applies() const { return true; }
+
+  // The sums are shifted by each channel's first element.
+  void prepare(const Columns<F>& columns) const {
+    for (int64_t c = columns.channel; c < columns.end; ++c)
+      columns(kMean, c) = static_cast<F>(read(call.input, call.shape.dtype, c * call.shape.inner));
+  }
+  void sum(const Span& span, const Columns<F>& columns, double* sums, bool wide) const {
+    kernels.forward_sums(call, span, columns.coefficients, sums, columns.stride, wide);
+  }
+  void finish(const Columns<F>& columns, const double* sums) const {
+    const int64_t channels = call.shape.channels;
+    for (int64_t c = columns.channel; c < columns.end; ++c) {
+      const double* s = sums + c - columns.channel;
+      double mean, variance, third;
+      if (call.training) {
+        const double count = static_cast<double>(call.shape.count());
+        const Moments m = moments({s[0], s[columns.stride]}, columns(kMean, c), count);
+        mean = m.mean, variance = m.variance;
+        third = unbiased(variance, count);
+        update_running(call.running_mean, c, mean);
+        update_running(call.running_var, c, third);
+      } else {
+        mean = read(call.running_mean, c, 0.0);
+        third = variance = read(call.running_var, c, 1.0);
+      }
+      const double invstd = inverse_deviation(variance, call.eps);
+      call.stats[c] = mean;
+      call.stats[channels + c] = invstd;
+      call.stats[2 * channels + c] = third;
+      const auto n =
+          normalisation<F>(mean, invstd, read(call.weight, c, 1.0), read(call.bias, c, 0.0));
+      columns(kMean, c) = n.mean;
+      columns(kScale, c) = n.scale;
+      columns(kShift, c) = n.shift;
+    }
+  }
+  void apply(const Span& span, const Columns<F>& columns) const {
+    kernels.forward_apply(call, span, columns.coefficients, columns.stride);
+  }
+
+ private:
+  void update_running(ChannelRef average, int64_t c, double now) const {
+    const double momentum = call.momentum_value ? *call.momentum_value : call.momentum;
+    write(average, c, running_average(read(average, c, 0.0), now, momentum));
+  }
+};
+
+template <class F>
+struct Backward {
+  using Element = F;
+  static constexpr int kCoefficients = kBackwardCoefficients;
+  static constexpr bool kSquares = false;
+
+  const BatchNormBackward& call;
+  const BatchNormKernels& kernels = batch_norm_kernels();
+
+  double mean(int64_t c) const { return call.stats[c]; }
+  double invstd(int64_t c) const { return call.stats[call.shape.channels + c]; }
+
+  bool has_sums() const {
+    return call.grad_weight.data || call.grad_bias.data || (call.training && call.grad_input);
+  }
+  bool applies() const { return call.grad_input || call.grad_residual; }
+
+  void prepare(const Columns<F>& columns) const {
+    for (int64_t c = columns.channel; c < columns.end; ++c) {
+      const auto n =
+          normalisation<F>(mean(c), invstd(c), read(call.weight, c, 1.0), read(call.bias, c, 0.0));
+      columns(kMean, c) = n.mean;
+      columns(kScale, c) = n.scale;
+      columns(kShift, c) = n.shift;
+      columns(kInvstd, c) = scale_of_shrunk<F>(invstd(c));
+    }
+  }
+  void sum(const Span& span, const Columns<F>& columns, double* sums, bool wide) const {
+    kernels.backward_sums(call, span, columns.coefficients, sums, columns.stride, wide);
+  }
+  void finish(const Columns<F>& columns, const double* sums) const {
+    const double count = static_cast<double>(call.shape.count());
+    for (int64_t c = columns.channel; c < columns.end; ++c) {
+      const double* s = sums + c - columns.channel;
+      const GradientSums total = {s[0], s[columns.stride]};
+      const auto g = input_gradient<F>(mean(c), invstd(c), read(call.weight, c, 1.0), total, count,
+                                       call.training);
+      columns(kDirect, c) = g.direct;
+      columns(kSlope, c) = g.slope;
+      columns(kOffset, c) = g.shift;
+      const double offset = normalisation_offset(static_cast<double>(g.mean), mean(c), invstd(c));
+      write(call.grad_weight, c, weight_gradient(total, offset));
+      write(call.grad_bias, c, total.sum);
+    }
+  }
+  void apply(const Span& span, const Columns<F>& columns) const {
+    kernels.backward_apply(call, span, columns.coefficients, columns.stride);
+  }
+};
+
+// Whether float32 terms of these sums may have overflowed or vanished, or their squares would
 // cancel: the element that they are shifted by lies more than 8 deviations from the mean.
 bool left_range(const double* sums, int64_t stride, int64_t channels, double elements,
                 bool squares) {
@@ -123,179 +227,104 @@ bool left_range(const double* sums, int64_t stride, int64_t channels, double ele
   return false;
 }
 
-template <class F, class Prepare, class Sum, class Finish, class Apply>
-void run(const BatchNormShape& shape, Stages stages, Prepare prepare, Sum sum, Finish finish,
-         Apply apply) {
-  const Spans spans(shape);
-  const auto sum_of = [&](const Span& span, const F* coefficients, double* sums, int64_t stride) {
-    std::fill_n(sums, 2 * stride, 0.0);
-    sum(span, coefficients, sums, stride, false);
-    const double elements =
-        static_cast<double>((span.outer_end - span.outer) * (span.inner_end - span.inner));
-    if (std::is_same_v<F, double> ||
-        !left_range(sums, stride, span.channel_end - span.channel, elements, stages.squares))
-      return;
-    std::fill_n(sums, 2 * stride, 0.0);
-    sum(span, coefficients, sums, stride, true);
-  };
-  const int64_t stride = padded(spans.widest());
-  const int64_t columns = spans.columns(), parts = spans.parts(), items = columns * parts;
-  if (shape.inner > 1 && parts == 1) {
-    for_each_item(columns, shape.numel(), [&](int64_t column) {
-      const Span span = spans(column, 0);
-      F coefficients[kBackwardCoefficients * kMostChannels];
-      double sums[2 * kMostChannels];
-      prepare(span.channel, span.channel_end, coefficients, stride);
-      if (stages.sums)
-        sum_of(span, coefficients, sums, stride);
-      else
-        std::fill_n(sums, 2 * stride, 0.0);
-      finish(span.channel, span.channel_end, coefficients, sums, stride);
-      if (stages.applies) apply(span, coefficients, stride);
-    });
+// The first sweep of a span: in float32 first, again in float64 where that left its range.
+template <class Direction, class F>
+void sum_span(const Direction& direction, const Span& span, const Columns<F>& columns,
+              double* sums) {
+  const int64_t stride = columns.stride;
+  std::fill_n(sums, 2 * stride, 0.0);
+  direction.sum(span, columns, sums, false);
+  const double elements =
+      static_cast<double>((span.outer_end - span.outer) * (span.inner_end - span.inner));
+  if (std::is_same_v<F, double> ||
+      !left_range(sums, stride, span.channel_end - span.channel, elements, Direction::kSquares))
     return;
-  }
-  const std::unique_ptr<F[]> coefficients(new F[columns * stages.coefficients * stride]);
-  const std::unique_ptr<double[]> sums(new double[(stages.sums ? items : 1) * 2 * stride]);
-  const auto of_column = [&](int64_t column) {
-    return coefficients.get() + column * stages.coefficients * stride;
-  };
-  for_each_item(columns, shape.numel(), [&](int64_t column) {
+  std::fill_n(sums, 2 * stride, 0.0);
+  direction.sum(span, columns, sums, true);
+}
+
+// Both sweeps of each span at once: the second finds it in the second-level cache.
+template <class Direction>
+void run_span_by_span(const Direction& direction, const Spans& spans, int64_t elements) {
+  using F = typename Direction::Element;
+  const int64_t stride = padded(spans.widest());
+  for_each_item(spans.columns(), elements, [&](int64_t column) {
     const Span span = spans(column, 0);
-    prepare(span.channel, span.channel_end, of_column(column), stride);
+    F coefficients[kBackwardCoefficients * kMostChannels];
+    double sums[2 * kMostChannels];
+    const Columns<F> columns = {span.channel, span.channel_end, coefficients, stride};
+    direction.prepare(columns);
+    if (direction.has_sums())
+      sum_span(direction, span, columns, sums);
+    else
+      std::fill_n(sums, 2 * stride, 0.0);
+    direction.finish(columns, sums);
+    if (direction.applies()) direction.apply(span, columns);
   });
-  if (stages.sums) {
-    for_each_item(items, shape.numel(), [&](int64_t i) {
-      sum_of(spans(i % columns, i / columns), of_column(i % columns), sums.get() + i * 2 * stride,
-             stride);
+}
+
+// The first sweep of all spans, then the second.
+template <class Direction>
+void run_sweep_by_sweep(const Direction& direction, const Spans& spans, int64_t elements) {
+  using F = typename Direction::Element;
+  const int64_t stride = padded(spans.widest()), columns = spans.columns(), parts = spans.parts();
+  const int64_t items = columns * parts;
+  const bool has_sums = direction.has_sums();
+  const std::unique_ptr<F[]> coefficients(new F[columns * Direction::kCoefficients * stride]);
+  const std::unique_ptr<double[]> sums(new double[(has_sums ? items : 1) * 2 * stride]);
+  const auto of_column = [&](int64_t column) {
+    const Span span = spans(column, 0);
+    return Columns<F>{span.channel, span.channel_end,
+                      coefficients.get() + column * Direction::kCoefficients * stride, stride};
+  };
+  const auto slot = [&](int64_t item) { return sums.get() + item * 2 * stride; };
+
+  for_each_item(columns, elements, [&](int64_t column) { direction.prepare(of_column(column)); });
+  if (has_sums) {
+    for_each_item(items, elements, [&](int64_t i) {
+      sum_span(direction, spans(i % columns, i / columns), of_column(i % columns), slot(i));
     });
   } else {
     std::fill_n(sums.get(), 2 * stride, 0.0);
   }
-  for_each_item(columns, shape.numel(), [&](int64_t column) {
-    const Span span = spans(column, 0);
-    double* total = sums.get() + (stages.sums ? column * 2 * stride : 0);
-    for (int64_t part = 1; stages.sums && part < parts; ++part) {
-      const double* slot = sums.get() + (part * columns + column) * 2 * stride;
-      for (int64_t k = 0; k < 2 * stride; ++k) total[k] += slot[k];
+  for_each_item(columns, elements, [&](int64_t column) {
+    double* total = slot(has_sums ? column : 0);
+    for (int64_t part = 1; has_sums && part < parts; ++part) {
+      const double* other = slot(part * columns + column);
+      for (int64_t k = 0; k < 2 * stride; ++k) total[k] += other[k];
     }
-    finish(span.channel, span.channel_end, of_column(column), total, stride);
+    direction.finish(of_column(column), total);
   });
-  if (!stages.applies) return;
-  for_each_item_backwards(items, shape.numel(), [&](int64_t i) {
-    apply(spans(i % columns, i / columns), of_column(i % columns), stride);
+  if (!direction.applies()) return;
+  for_each_item_backwards(items, elements, [&](int64_t i) {
+    direction.apply(spans(i % columns, i / columns), of_column(i % columns));
   });
 }
 
-template <class F>
-void forward(const BatchNormForward& call) {
-  const BatchNormKernels& kernels = batch_norm_kernels();
-  const double count = static_cast<double>(call.shape.count());
-  const int64_t channels = call.shape.channels;
-  const double momentum = call.momentum_value ? *call.momentum_value : call.momentum;
-  const auto finish = [&](int64_t channel, int64_t end, F* p, const double* sums, int64_t stride) {
-    for (int64_t c = channel; c < end; ++c) {
-      const int64_t i = c - channel;
-      double mean, variance, third;
-      if (call.training) {
-        const double shift = p[kMean * stride + i];
-        const Moments m = moments({sums[i], sums[stride + i]}, shift, count);
-        mean = m.mean, variance = m.variance;
-        third = unbiased(variance, count);
-        write(call.running_mean, c,
-              running_average(read(call.running_mean, c, 0.0), mean, momentum));
-        write(call.running_var, c,
-              running_average(read(call.running_var, c, 0.0), third, momentum));
-      } else {
-        mean = read(call.running_mean, c, 0.0);
-        third = variance = read(call.running_var, c, 1.0);
-      }
-      const double invstd = inverse_deviation(variance, call.eps);
-      call.stats[c] = mean;
-      call.stats[channels + c] = invstd;
-      call.stats[2 * channels + c] = third;
-      const auto n =
-          normalisation<F>(mean, invstd, read(call.weight, c, 1.0), read(call.bias, c, 0.0));
-      p[kMean * stride + i] = n.mean;
-      p[kScale * stride + i] = n.scale;
-      p[kShift * stride + i] = n.shift;
-    }
-  };
-  run<F>(
-      call.shape, {call.training, true, true, kForwardCoefficients},
-      [&](int64_t channel, int64_t end, F* p, int64_t stride) {  // what the sums are shifted by
-        for (int64_t c = channel; c < end; ++c)
-          p[kMean * stride + c - channel] =
-              static_cast<F>(read(call.input, call.shape.dtype, c * call.shape.inner));
-      },
-      [&](const Span& span, const F* p, double* sums, int64_t stride, bool wide) {
-        kernels.forward_sums(call, span, p, sums, stride, wide);
-      },
-      finish,
-      [&](const Span& span, const F* p, int64_t stride) {
-        kernels.forward_apply(call, span, p, stride);
-      });
-}
-
-template <class F>
-void backward(const BatchNormBackward& call) {
-  const BatchNormKernels& kernels = batch_norm_kernels();
-  const double count = static_cast<double>(call.shape.count());
-  const double* means = call.stats;
-  const double* invstds = call.stats + call.shape.channels;
-  const auto prepare = [&](int64_t channel, int64_t end, F* p, int64_t stride) {
-    for (int64_t c = channel; c < end; ++c) {
-      const int64_t i = c - channel;
-      const auto n = normalisation<F>(means[c], invstds[c], read(call.weight, c, 1.0),
-                                      read(call.bias, c, 0.0));
-      p[kMean * stride + i] = n.mean;
-      p[kScale * stride + i] = n.scale;
-      p[kShift * stride + i] = n.shift;
-      p[kInvstd * stride + i] = scale_of_shrunk<F>(invstds[c]);
-    }
-  };
-  const auto finish = [&](int64_t channel, int64_t end, F* p, const double* sums, int64_t stride) {
-    for (int64_t c = channel; c < end; ++c) {
-      const int64_t i = c - channel;
-      const GradientSums s = {sums[i], sums[stride + i]};
-      const auto g = input_gradient<F>(means[c], invstds[c], read(call.weight, c, 1.0), s, count,
-                                       call.training);
-      p[kDirect * stride + i] = g.direct;
-      p[kSlope * stride + i] = g.slope;
-      p[kOffset * stride + i] = g.shift;
-      const double offset = normalisation_offset(static_cast<double>(g.mean), means[c], invstds[c]);
-      write(call.grad_weight, c, weight_gradient(s, offset));
-      write(call.grad_bias, c, s.sum);
-    }
-  };
-  const bool sums =
-      call.grad_weight.data || call.grad_bias.data || (call.training && call.grad_input);
-  run<F>(
-      call.shape, {sums, false, call.grad_input || call.grad_residual, kBackwardCoefficients},
-      prepare,
-      [&](const Span& span, const F* p, double* s, int64_t stride, bool wide) {
-        kernels.backward_sums(call, span, p, s, stride, wide);
-      },
-      finish,
-      [&](const Span& span, const F* p, int64_t stride) {
-        kernels.backward_apply(call, span, p, stride);
-      });
+template <class Direction>
+void run(const Direction& direction) {
+  const BatchNormShape& shape = direction.call.shape;
+  const Spans spans(shape);
+  if (shape.inner > 1 && spans.parts() == 1)
+    run_span_by_span(direction, spans, shape.numel());
+  else
+    run_sweep_by_sweep(direction, spans, shape.numel());
 }
 
 }  // namespace
 
 void batch_norm_forward(const BatchNormForward& call) {
   if (call.shape.dtype == DType::Double)
-    forward<double>(call);
+    run(Forward<double>{call});
   else
-    forward<float>(call);
+    run(Forward<float>{call});
 }
 
 void batch_norm_backward(const BatchNormBackward& call) {
   if (call.shape.dtype == DType::Double)
-    backward<double>(call);
+    run(Backward<double>{call});
   else
-    backward<float>(call);
+    run(Backward<float>{call});
 }
 
 }  // namespace gradfuse::cpu

@@ -1,19 +1,75 @@
-// The CPU kernels of batch normalisation, for one instruction set: sums over a span, and the
-// elementwise sweep. Include after setting GRADFUSE_VEC_BYTES, inside the anonymous namespace of
-// that instruction set's file.
+// The CPU kernels of batch normalisation for one instruction set: sums over a span, and the
+// elementwise sweep.
 //
 // Where positions are contiguous, the vectors of a run belong to one channel, whose coefficients
 // are splat over the lanes. Where channels are, each lane has its own, and a vector of coefficients
 // serves some rows before the next is loaded. Elements are computed in float32 (float64 for
 // Double); sums are kept in float64 lanes.
+#ifndef GRADFUSE_CPU_BATCH_NORM_KERNELS_H
+#define GRADFUSE_CPU_BATCH_NORM_KERNELS_H
 
-#include "vec.h"
+#include "../math/batch_norm.h"
+#include "../ops/batch_norm.h"
+#include "isa.h"
 
-#include "vec_rows.h"
+namespace gradfuse::cpu {
 
-#include "vec_math.h"
+// A part of a tensor [outer, channels, inner]. In the channels-last layouts (inner == 1) it is some
+// columns of some rows.
+struct Span {
+  int64_t outer, outer_end;
+  int64_t channel, channel_end;
+  int64_t inner, inner_end;  // the first a multiple of 8, so that no byte of the mask is in two
+};
 
-#include "../math/activation.h"
+// Where inner > 1, the most channels of a span.
+constexpr int64_t kMostChannels = 64;
+
+// Per-channel vectors lie side by side in one array, `stride` apart, that begins at the span's
+// first channel; `stride` is a multiple of kChannelPadding, and every vector may be read to its
+// end. Coefficients are of the type that elements are computed in: double for Double, else float.
+constexpr int64_t kChannelPadding = 16;
+enum ForwardCoefficient { kMean, kScale, kShift, kForwardCoefficients };
+// The first three as above: what the forward normalised with.
+enum BackwardCoefficient {
+  kInvstd = kForwardCoefficients,
+  kDirect,
+  kSlope,
+  kOffset,
+  kBackwardCoefficients
+};
+
+struct BatchNormKernels {
+  // Adds the sums of x - kMean, which is not shrunk here, and of its square to sums[0] and sums[1].
+  // Reads the span once. A few
+  // float32 terms are added up in float32 before they are widened; if `wide`, none, so that no
+  // finite term is lost.
+  void (*forward_sums)(const BatchNormForward& call, const Span& span, const void* coefficients,
+                       double* sums, int64_t stride, bool wide);
+  // Writes the output and the mask. Reads input and residual once.
+  void (*forward_apply)(const BatchNormForward& call, const Span& span, const void* coefficients,
+                        int64_t stride);
+  // Adds the sums of g and of g * h, as math/batch_norm.h names them, to sums[0] and sums[1].
+  void (*backward_sums)(const BatchNormBackward& call, const Span& span, const void* coefficients,
+                        double* sums, int64_t stride, bool wide);
+  // Writes the gradients of input and residual that are wanted.
+  void (*backward_apply)(const BatchNormBackward& call, const Span& span, const void* coefficients,
+                         int64_t stride);
+};
+GRADFUSE_KERNEL_TABLE(BatchNormKernels, batch_norm_kernels)
+
+}  // namespace gradfuse::cpu
+
+#endif
+
+#ifdef GRADFUSE_IN_UNIT
+namespace {
+
+#include "simd/vec.h"
+#include "simd/vec_io.h"
+#include "simd/vec_math.h"
+
+#include "../math/activation_functions.h"
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }  // std::min is a template
 
@@ -21,17 +77,6 @@ template <class T>
 using VecFor = typename Lanes<T>::Vec;
 template <class T>
 using ScalarFor = std::decay_t<decltype(VecFor<T>{}[0])>;
-
-// Calls f with a null pointer of the element type that dtype names.
-template <class F>
-inline void with_type(DType dtype, F f) {
-  switch (dtype) {
-    case DType::Half: f(static_cast<Half*>(nullptr)); break;
-    case DType::BFloat16: f(static_cast<BFloat16*>(nullptr)); break;
-    case DType::Float: f(static_cast<float*>(nullptr)); break;
-    case DType::Double: f(static_cast<double*>(nullptr)); break;
-  }
-}
 
 // Vectors are whole except the last of a run, which the compiler is told apart.
 template <class T>
@@ -247,8 +292,8 @@ inline void forward_sums_of(const BatchNormForward& call, const Span& span,
 
 void forward_sums(const BatchNormForward& call, const Span& span, const void* coefficients,
                   double* sums, int64_t stride, bool wide) {
-  with_type(call.shape.dtype, [&](auto* t) {
-    using T = std::remove_pointer_t<decltype(t)>;
+  with_type<Half, BFloat16>(call.shape.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
     if (wide)
       forward_sums_of<T, true>(call, span, coefficients, sums, stride);
     else
@@ -307,29 +352,11 @@ inline void forward_apply_of(const BatchNormForward& call, const Span& span,
       [](int64_t, NoState) {});
 }
 
-// Calls f with the activation as a constant.
-template <class F>
-inline void with_activation(Activation a, F f) {
-  using A = Activation;
-  switch (a) {
-    case A::None: f(std::integral_constant<A, A::None>()); break;
-    case A::Relu: f(std::integral_constant<A, A::Relu>()); break;
-    case A::Relu6: f(std::integral_constant<A, A::Relu6>()); break;
-    case A::LeakyRelu: f(std::integral_constant<A, A::LeakyRelu>()); break;
-    case A::Silu: f(std::integral_constant<A, A::Silu>()); break;
-    case A::Gelu: f(std::integral_constant<A, A::Gelu>()); break;
-    case A::GeluTanh: f(std::integral_constant<A, A::GeluTanh>()); break;
-    case A::Hardswish: f(std::integral_constant<A, A::Hardswish>()); break;
-    case A::Sigmoid: f(std::integral_constant<A, A::Sigmoid>()); break;
-    case A::Tanh: f(std::integral_constant<A, A::Tanh>()); break;
-  }
-}
-
 void forward_apply(const BatchNormForward& call, const Span& span, const void* coefficients,
                    int64_t stride) {
-  with_type(call.shape.dtype, [&](auto* t) {
+  with_type<Half, BFloat16>(call.shape.dtype, [&](auto type) {
     with_activation(call.activation, [&](auto activation) {
-      forward_apply_of<std::remove_pointer_t<decltype(t)>, decltype(activation)::value>(
+      forward_apply_of<typename decltype(type)::type, decltype(activation)::value>(
           call, span, coefficients, stride);
     });
   });
@@ -379,9 +406,9 @@ inline void backward_sums_of(const BatchNormBackward& given, const Span& span,
 
 void backward_sums(const BatchNormBackward& call, const Span& span, const void* coefficients,
                    double* sums, int64_t stride, bool wide) {
-  with_type(call.shape.dtype, [&](auto* t) {
+  with_type<Half, BFloat16>(call.shape.dtype, [&](auto type) {
     with_activation(call.activation, [&](auto activation) {
-      using T = std::remove_pointer_t<decltype(t)>;
+      using T = typename decltype(type)::type;
       constexpr Activation kActivation = decltype(activation)::value;
       if (wide)
         backward_sums_of<T, kActivation, true>(call, span, coefficients, sums, stride);
@@ -417,10 +444,17 @@ inline void backward_apply_of(const BatchNormBackward& given, const Span& span,
 
 void backward_apply(const BatchNormBackward& call, const Span& span, const void* coefficients,
                     int64_t stride) {
-  with_type(call.shape.dtype, [&](auto* t) {
+  with_type<Half, BFloat16>(call.shape.dtype, [&](auto type) {
     with_activation(call.activation, [&](auto activation) {
-      backward_apply_of<std::remove_pointer_t<decltype(t)>, decltype(activation)::value>(
+      backward_apply_of<typename decltype(type)::type, decltype(activation)::value>(
           call, span, coefficients, stride);
     });
   });
 }
+
+}  // namespace
+
+const BatchNormKernels batch_norm_kernels = {forward_sums, forward_apply, backward_sums,
+                                             backward_apply};
+
+#endif

@@ -3,11 +3,34 @@
 // Reads are one per element from memory: a block of kBlock elements fits the first-level cache, so
 // the rare second look (values whose squares leave float32, non-finite values, general p) is free.
 // The hot loop is a load, a fused multiply-add, a maximum and a compare per vector.
-//
-// Included by clip_baseline.cpp, clip_avx2.cpp and clip_avx512.cpp, each of which sets
-// GRADFUSE_VEC_BYTES and the compiler's target first.
+#ifndef GRADFUSE_CPU_CLIP_KERNELS_H
+#define GRADFUSE_CPU_CLIP_KERNELS_H
 
-#include "vec.h"
+#include "../math/norm.h"
+#include "isa.h"
+
+namespace gradfuse::cpu {
+
+struct ClipKernels {
+  // Stats of x[0..n). One read.
+  Stats (*stats)(const void* x, DType dtype, int64_t n, NormSpec spec);
+  // x *= coefficient, rounded once from float64 (from float32 for 16-bit types where that is exact
+  // enough).
+  void (*scale)(void* x, DType dtype, int64_t n, double coefficient);
+  // x = min(max(x, -bound), bound); NaN stays. Stores only blocks that change;
+  // returns whether there were any.
+  bool (*clamp)(void* x, DType dtype, int64_t n, double bound);
+};
+GRADFUSE_KERNEL_TABLE(ClipKernels, clip_kernels)
+
+}  // namespace gradfuse::cpu
+
+#endif
+
+#ifdef GRADFUSE_IN_UNIT
+namespace {
+
+#include "simd/vec.h"
 
 constexpr int64_t kBlock = 4096;
 constexpr int kUnroll = 8;
@@ -174,7 +197,7 @@ Stats block_stats(const T* x, int64_t n, double p) {
 }
 
 template <class T, NormKind kKind>
-Stats run_stats(const T* x, int64_t n, double p) {
+Stats blocks_stats(const T* x, int64_t n, double p) {
   Stats total = block_stats<T, kKind>(x, n < kBlock ? n : kBlock, p);
   for (int64_t i = kBlock; i < n; i += kBlock)
     total = merge(total, block_stats<T, kKind>(x + i, n - i < kBlock ? n - i : kBlock, p), p);
@@ -185,9 +208,9 @@ template <class T>
 Stats stats_of(const void* data, int64_t n, NormSpec spec) {
   const T* x = static_cast<const T*>(data);
   switch (spec.kind) {
-    case NormKind::L1: return run_stats<T, NormKind::L1>(x, n, spec.p);
-    case NormKind::P: return run_stats<T, NormKind::P>(x, n, spec.p);
-    default: return run_stats<T, NormKind::L2>(x, n, spec.p);
+    case NormKind::L1: return blocks_stats<T, NormKind::L1>(x, n, spec.p);
+    case NormKind::P: return blocks_stats<T, NormKind::P>(x, n, spec.p);
+    default: return blocks_stats<T, NormKind::L2>(x, n, spec.p);
   }
 }
 
@@ -270,28 +293,22 @@ bool clamp_run(void* data, int64_t n, double bound) {
 }
 
 Stats stats(const void* x, DType dtype, int64_t n, NormSpec spec) {
-  switch (dtype) {
-    case DType::Half: return stats_of<Half>(x, n, spec);
-    case DType::BFloat16: return stats_of<BFloat16>(x, n, spec);
-    case DType::Float: return stats_of<float>(x, n, spec);
-    default: return stats_of<double>(x, n, spec);
-  }
+  return with_type<Half, BFloat16>(
+      dtype, [&](auto type) { return stats_of<typename decltype(type)::type>(x, n, spec); });
 }
 
 void scale(void* x, DType dtype, int64_t n, double coefficient) {
-  switch (dtype) {
-    case DType::Half: return scale_run<Half>(x, n, coefficient);
-    case DType::BFloat16: return scale_run<BFloat16>(x, n, coefficient);
-    case DType::Float: return scale_run<float>(x, n, coefficient);
-    default: return scale_run<double>(x, n, coefficient);
-  }
+  with_type<Half, BFloat16>(
+      dtype, [&](auto type) { scale_run<typename decltype(type)::type>(x, n, coefficient); });
 }
 
 bool clamp(void* x, DType dtype, int64_t n, double bound) {
-  switch (dtype) {
-    case DType::Half: return clamp_run<Half>(x, n, bound);
-    case DType::BFloat16: return clamp_run<BFloat16>(x, n, bound);
-    case DType::Float: return clamp_run<float>(x, n, bound);
-    default: return clamp_run<double>(x, n, bound);
-  }
+  return with_type<Half, BFloat16>(
+      dtype, [&](auto type) { return clamp_run<typename decltype(type)::type>(x, n, bound); });
 }
+
+}  // namespace
+
+const ClipKernels clip_kernels = {stats, scale, clamp};
+
+#endif

@@ -1,47 +1,63 @@
+#include "isa.h"
+
+#include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
 
-#include "kernels.h"
-
 namespace gradfuse::cpu {
 namespace {
 
-struct InstructionSet {
-  const ClipKernels& clip;
-  const BatchNormKernels& batch_norm;
-  const OptimKernels& optim;
-};
-
-InstructionSet choose() {
-  const char* forced = std::getenv("GRADFUSE_ISA");
-  const std::string name = forced ? forced : "";
-  if (name == "baseline") return {kClipBaseline, kBatchNormBaseline, kOptimBaseline};
+bool has_avx2() {
 #if defined(__x86_64__)
-  const bool has_avx2 = __builtin_cpu_supports("avx2") &&
-                        __builtin_cpu_supports("fma");  // and F16C, which every AVX2 machine has
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
-                          __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && (name.empty() || name == "avx512"))
-    return {kClipAvx512, kBatchNormAvx512, kOptimAvx512};
-  if (has_avx2 && (name.empty() || name == "avx2")) return {kClipAvx2, kBatchNormAvx2, kOptimAvx2};
+  return __builtin_cpu_supports("avx2") &&
+         __builtin_cpu_supports("fma");  // and F16C, which every AVX2 machine has
+#else
+  return false;
 #endif
-  if (name.empty()) return {kClipBaseline, kBatchNormBaseline, kOptimBaseline};
-  if (name == "avx2" || name == "avx512")
+}
+
+bool has_avx512() {
+#if defined(__x86_64__)
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#else
+  return false;
+#endif
+}
+
+Isa named(const std::string& name) {
+  if (name.empty()) return has_avx512() ? Isa::Avx512 : has_avx2() ? Isa::Avx2 : Isa::Baseline;
+  if (name == "baseline") return Isa::Baseline;
+  if (name != "avx2" && name != "avx512")
+    throw std::invalid_argument("GRADFUSE_ISA: expected baseline, avx2 or avx512, got " + name);
+  if (name == "avx2" ? !has_avx2() : !has_avx512())
     throw std::invalid_argument("GRADFUSE_ISA: this machine does not run " + name);
-  throw std::invalid_argument("GRADFUSE_ISA: expected baseline, avx2 or avx512, got " + name);
+  return name == "avx2" ? Isa::Avx2 : Isa::Avx512;
+}
+
+Isa from_environment() {
+  const char* const name = std::getenv("GRADFUSE_ISA");
+  return named(name ? name : "");
+}
+
+std::atomic<Isa>& chosen() {
+  static std::atomic<Isa> set = from_environment();
+  return set;
 }
 
 }  // namespace
 
-static const InstructionSet& chosen() {
-  static const InstructionSet set = choose();
-  return set;
+Isa isa() { return chosen().load(std::memory_order_relaxed); }
+
+const char* isa_name() {
+  switch (isa()) {
+    case Isa::Avx512: return "avx512";
+    case Isa::Avx2: return "avx2";
+    default: return "baseline";
+  }
 }
 
-const ClipKernels& clip_kernels() { return chosen().clip; }
-const BatchNormKernels& batch_norm_kernels() { return chosen().batch_norm; }
-const OptimKernels& optim_kernels() { return chosen().optim; }
+void set_isa(const char* name) { chosen().store(named(name), std::memory_order_relaxed); }
 
 }  // namespace gradfuse::cpu

@@ -5,12 +5,13 @@
 // The sweep runs backwards, for the end of the gradients is what the caches hold after their norm
 // was taken.
 
+#include "../ops/optim.h"
+
 #include <memory>
 #include <type_traits>
 
-#include "kernels.h"
-#include "strided.h"
-#include "work.h"
+#include "chunks.h"
+#include "optim_kernels.h"
 
 namespace gradfuse::cpu {
 
@@ -48,13 +49,6 @@ struct Preparations {
   const Prepared& operator[](int64_t param) const { return distinct[of[param]]; }
 };
 
-ScaledNorm factor_for(const GradientUse& use, int32_t row) {
-  ScaledNorm factor = {1.0, 0.0};
-  if (use.totals) factor = {use.totals[6], use.totals[7]};
-  if (use.coefficients) factor.value *= use.coefficients[row];
-  return factor;
-}
-
 Prepared prepare(const OptimStep& step, const Source& source) {
   const GroupOptions& group = step.groups[source.group];
   Prepared out;
@@ -67,24 +61,23 @@ Prepared prepare(const OptimStep& step, const Source& source) {
 }
 
 Preparations prepare(const OptimStep& step) {
-  constexpr size_t kAhead = 16;
   const size_t n = step.params.size();
   Preparations out;
   out.of.reserve(n);
   out.taken.reserve(n);
   Source last = {};
-  for (size_t i = 0; i < n; ++i) {
-    if (i + kAhead < n) __builtin_prefetch(step.params[i + kAhead].step, 1);
+  const auto take = [&](size_t i) {
     const ParamRef& p = step.params[i];
     const float taken = p.step ? *p.step : 0.0f;
-    const Source source = {p.group, p.dtype, taken, factor_for(step.use, p.row)};
+    const Source source = {p.group, p.dtype, taken, step.use.factor_of_row(p.row)};
     // Update clipping gives each its own step size. A NaN equals none.
     if (out.distinct.empty() || step.update_clip || !(source == last))
       out.distinct.push_back(prepare(step, source));
     last = source;
     out.of.push_back(static_cast<int32_t>(out.distinct.size() - 1));
     out.taken.push_back(taken);
-  }
+  };
+  prefetched(n, take, ahead(16, [&](size_t i) { __builtin_prefetch(step.params[i].step, 1); }));
   return out;
 }
 
@@ -97,14 +90,14 @@ void prefetch_chunk(const ParamRef& p, const Chunk& c) {
   };
   from(p.param, p.dtype, std::true_type());
   from(p.grad, p.dtype, std::false_type());
-  from(p.first, p.state_dtype, std::true_type());
-  from(p.second, p.state_dtype, std::true_type());
-  from(p.largest, p.state_dtype, std::true_type());
+  from(p.exp_avg, p.state_dtype, std::true_type());
+  from(p.exp_avg_sq, p.state_dtype, std::true_type());
+  from(p.max_exp_avg_sq, p.state_dtype, std::true_type());
   from(p.master, DType::Float, std::true_type());
 }
 
-// Divides the step sizes of parameters whose updates would be large. Reads gradient and second
-// moment once.
+// Divides the step sizes of parameters whose updates would be large. Reads gradient and
+// exp_avg_sq once.
 void clip_updates(const OptimStep& step, const Work& work, Preparations& prepared) {
   const int64_t chunks = static_cast<int64_t>(work.chunks.size());
   const std::unique_ptr<double[]> sums(new double[chunks]);
@@ -121,9 +114,9 @@ void clip_updates(const OptimStep& step, const Work& work, Preparations& prepare
     const ParamRef& p = step.params[tensor];
     double sum = 0.0;
     for (; k < chunks && work.chunks[k].tensor == tensor; ++k) sum += sums[k];
-    const double slower = update_clip_factor(sum / static_cast<double>(p.numel));
+    const double lr_scale = update_clip_factor(sum / static_cast<double>(p.numel));
     const GroupOptions& group = step.groups[p.group];
-    const double lr = group.lr * slower;
+    const double lr = group.lr * lr_scale;
     prepared[tensor].adamw = adamw_factors(group.adamw, lr, prepared.taken[tensor] + 1.0);
   }
 }
@@ -131,10 +124,7 @@ void clip_updates(const OptimStep& step, const Work& work, Preparations& prepare
 }  // namespace
 
 void optim_step(const OptimStep& step) {
-  if (step.use.totals) {
-    const Action action = static_cast<Action>(static_cast<int>(step.use.totals[3]));
-    if (action == Action::Skip || action == Action::Refuse) return;
-  }
+  if (step.use.is_refused()) return;
   const OptimKernels& kernels = optim_kernels();
   Preparations prepared = prepare(step);
   const Work work(step.params);

@@ -1,10 +1,36 @@
-// The CPU kernels of the optimizers for one instruction set: include after setting
-// GRADFUSE_VEC_BYTES, in that set's anonymous namespace. An update loads and stores each stream
+// The CPU kernels of the optimizers for one instruction set. An update loads and stores each stream
 // once, a vector of consecutive elements at a time; all types are computed in float32, float64 in
 // float64.
+#ifndef GRADFUSE_CPU_OPTIM_KERNELS_H
+#define GRADFUSE_CPU_OPTIM_KERNELS_H
 
-#include "vec.h"
-#include "vec_rows.h"
+#include "../ops/optim.h"
+#include "isa.h"
+
+namespace gradfuse::cpu {
+
+// All of elements [start, start + n) of a parameter.
+struct OptimKernels {
+  // Updates them and their state.
+  void (*adamw)(const ParamRef& p, int64_t start, int64_t n, const AdamWFactors<double>& factors,
+                const ElementFactor& factor, const Rounding& rounding);
+  void (*sgd)(const ParamRef& p, int64_t start, int64_t n, const SgdFactors<double>& factors,
+              const ElementFactor& factor, const Rounding& rounding);
+  // Sum of their adamw_ratio. Writes nothing.
+  double (*adamw_ratio_sum)(const ParamRef& p, int64_t start, int64_t n,
+                            const AdamWFactors<double>& factors, const ElementFactor& factor);
+};
+GRADFUSE_KERNEL_TABLE(OptimKernels, optim_kernels)
+
+}  // namespace gradfuse::cpu
+
+#endif
+
+#ifdef GRADFUSE_IN_UNIT
+namespace {
+
+#include "simd/vec.h"
+#include "simd/vec_io.h"
 
 #if GRADFUSE_VEC_BYTES == 64
 inline FloatVec square_root(FloatVec v) {
@@ -144,21 +170,21 @@ void adamw_run(const ParamRef& p, int64_t start, int64_t n, const AdamWFactors<d
   const Gradient<T> gradient(factor);
   T* const param = from<T>(p.param, start);
   const T* const grad = static_cast<const T*>(p.grad) + start;
-  S* const first = from<S>(p.first, start);
-  S* const second = from<S>(p.second, start);
-  S* const largest = from<S>(p.largest, start);
+  S* const exp_avg = from<S>(p.exp_avg, start);
+  S* const exp_avg_sq = from<S>(p.exp_avg_sq, start);
+  S* const max_exp_avg_sq = from<S>(p.max_exp_avg_sq, start);
   float* const master = from<float>(p.master, start);
   const Rounding rounding = {given.stochastic, given.key + static_cast<uint32_t>(start >> 32)};
   for_each_vector<T>(n, [&](int64_t i, auto access) {
     V x = value_of<V>(param, master, i, access);
-    V m = access.get(first + i), v = access.get(second + i), top = V{};
+    V m = access.get(exp_avg + i), v = access.get(exp_avg_sq + i), top = V{};
     const V g = gradient(access.get(grad + i));
-    if (largest) top = access.get(largest + i);
-    adamw_update(x, g, m, v, largest ? &top : nullptr, f);
+    if (max_exp_avg_sq) top = access.get(max_exp_avg_sq + i);
+    adamw_update(x, g, m, v, max_exp_avg_sq ? &top : nullptr, f);
     put_value(param, master, x, i, start, rounding, access);
-    put_rounded(first + i, m, start + i, rounding, 1, access);
-    put_rounded(second + i, v, start + i, rounding, 2, access);
-    if (largest) put_rounded(largest + i, top, start + i, rounding, 3, access);
+    put_rounded(exp_avg + i, m, start + i, rounding, 1, access);
+    put_rounded(exp_avg_sq + i, v, start + i, rounding, 2, access);
+    if (max_exp_avg_sq) put_rounded(max_exp_avg_sq + i, top, start + i, rounding, 3, access);
   });
 }
 
@@ -171,7 +197,7 @@ void sgd_run(const ParamRef& p, int64_t start, int64_t n, const SgdFactors<doubl
   const Gradient<T> gradient(factor);
   T* const param = from<T>(p.param, start);
   const T* const grad = static_cast<const T*>(p.grad) + start;
-  S* const buffer = from<S>(p.first, start);
+  S* const buffer = from<S>(p.exp_avg, start);  // momentum
   float* const master = from<float>(p.master, start);
   const Rounding rounding = {given.stochastic, given.key + static_cast<uint32_t>(start >> 32)};
   for_each_vector<T>(n, [&](int64_t i, auto access) {
@@ -196,55 +222,50 @@ double ratio_run(const ParamRef& p, int64_t start, int64_t n, const AdamWFactors
   const AdamWFactors<E> f = narrowed<E>(factors);
   const Gradient<T> gradient(factor);
   const T* const grad = static_cast<const T*>(p.grad) + start;
-  const S* const second = from<S>(p.second, start);
+  const S* const exp_avg_sq = from<S>(p.exp_avg_sq, start);
   double total = 0.0;
   for (int64_t block = 0; block < n; block += kBlock) {
     V sum = V{};
     for_each_vector<T>(n - block < kBlock ? n - block : kBlock, [&](int64_t k, auto access) {
       const int64_t i = block + k;
-      sum += adamw_ratio(gradient(access.get(grad + i)), access.get(second + i), f);
+      sum += adamw_ratio(gradient(access.get(grad + i)), access.get(exp_avg_sq + i), f);
     });
     total += lane_sum(sum);
   }
   return total;
 }
 
-// Calls f(T*, S*) with the types of a parameter and of its state.
+// Calls run(Type<T>, Type<S>) with the types of a parameter and of its state.
 template <class F>
-auto with_types(const ParamRef& p, F f) {
-  const bool wide = p.state_dtype == DType::Float;
-  BFloat16* const b = nullptr;
-  Half* const h = nullptr;
-  float* const s = nullptr;
-  double* const d = nullptr;
-  switch (p.dtype) {
-    case DType::Half: return wide ? f(h, s) : f(h, h);
-    case DType::BFloat16: return wide ? f(b, s) : f(b, b);
-    case DType::Float: return f(s, s);
-    default: return f(d, d);
-  }
+auto with_types_of(const ParamRef& p, F run) {
+  return with_types<Half, BFloat16>(p.dtype, p.state_dtype, run);
 }
+template <class Tag>
+using TypeOf = typename Tag::type;
 
 void adamw(const ParamRef& p, int64_t start, int64_t n, const AdamWFactors<double>& factors,
            const ElementFactor& factor, const Rounding& rounding) {
-  with_types(p, [&](auto* t, auto* s) {
-    adamw_run<std::remove_pointer_t<decltype(t)>, std::remove_pointer_t<decltype(s)>>(
-        p, start, n, factors, factor, rounding);
+  with_types_of(p, [&](auto t, auto s) {
+    adamw_run<TypeOf<decltype(t)>, TypeOf<decltype(s)>>(p, start, n, factors, factor, rounding);
   });
 }
 
 void sgd(const ParamRef& p, int64_t start, int64_t n, const SgdFactors<double>& factors,
          const ElementFactor& factor, const Rounding& rounding) {
-  with_types(p, [&](auto* t, auto* s) {
-    sgd_run<std::remove_pointer_t<decltype(t)>, std::remove_pointer_t<decltype(s)>>(
-        p, start, n, factors, factor, rounding);
+  with_types_of(p, [&](auto t, auto s) {
+    sgd_run<TypeOf<decltype(t)>, TypeOf<decltype(s)>>(p, start, n, factors, factor, rounding);
   });
 }
 
 double adamw_ratio_sum(const ParamRef& p, int64_t start, int64_t n,
                        const AdamWFactors<double>& factors, const ElementFactor& factor) {
-  return with_types(p, [&](auto* t, auto* s) {
-    return ratio_run<std::remove_pointer_t<decltype(t)>, std::remove_pointer_t<decltype(s)>>(
-        p, start, n, factors, factor);
+  return with_types_of(p, [&](auto t, auto s) {
+    return ratio_run<TypeOf<decltype(t)>, TypeOf<decltype(s)>>(p, start, n, factors, factor);
   });
 }
+
+}  // namespace
+
+const OptimKernels optim_kernels = {adamw, sgd, adamw_ratio_sum};
+
+#endif

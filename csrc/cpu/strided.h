@@ -7,13 +7,9 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../ops.h"
+#include "../math/runs.h"
 
 namespace gradfuse::cpu {
-
-inline int64_t element_bytes(DType dtype) {
-  return dtype == DType::Double ? 8 : dtype == DType::Float ? 4 : 2;
-}
 
 // Calls f(offset, stride, length) for runs along the innermost dimension that cover elements
 // [start, start + n) of the layout in row-major order. Offsets and strides are in elements.

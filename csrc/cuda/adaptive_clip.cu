@@ -5,6 +5,9 @@
 // strided or complex, whose gradient has another type, or norms of a general order take a launch
 // each. A loss scale that the gradients carry is read on the device.
 
+#include "../ops/adaptive_clip.h"
+
+#include "launch.cuh"
 #include "stats.cuh"
 
 namespace gradfuse::cuda {
@@ -21,29 +24,23 @@ struct UnitBatch {
   void* grad[kCapacity];
   int64_t weight_stride[kCapacity];  // elements between units
   int64_t grad_stride[kCapacity];
-  int64_t numel[kCapacity];       // of a unit
-  int64_t first_unit[kCapacity];  // ascending from 0
+  int64_t numel[kCapacity];        // of a unit
+  int64_t first_block[kCapacity];  // a unit is a block
+  int64_t first_slot;
   int32_t count;
-};
-static_assert(sizeof(UnitBatch) <= 32000, "kernel parameters end at 32,764 bytes");
-
-// How much of its weights' norm a unit's gradient may have.
-struct UnitLimit {
-  double clip_factor, eps;
-  const float* scale;  // of the loss, or null
 };
 
 // The unit's coefficient, in every thread.
 template <int kBlock>
 __device__ ScaledNorm shared_coefficient(const Stats& weight, const Stats& grad, UnitLimit limit,
-                                         NormSpec spec) {
+                                         const float* scale) {
+  const NormSpec spec = limit.spec;
   __shared__ ScaledNorm coefficient;
   const Stats w = block_merge<kBlock>(weight, spec.p);
   const Stats g = block_merge<kBlock>(grad, spec.p);
   if (threadIdx.x == 0)
-    coefficient =
-        unit_coefficient(norm_of(sum_of(w, spec), spec), norm_of(sum_of(g, spec), spec),
-                         limit.clip_factor * (limit.scale ? *limit.scale : 1.0f), limit.eps);
+    coefficient = unit_coefficient(norm_of(sum_of(w, spec), spec), norm_of(sum_of(g, spec), spec),
+                                   limit.clip_factor * (scale ? *scale : 1.0f), limit.eps);
   __syncthreads();
   return coefficient;
 }
@@ -53,15 +50,15 @@ __device__ bool clips(ScaledNorm c) { return c.value != 1.0 || c.exponent != 0.0
 // Two blocks a multiprocessor leave enough registers for two runs; asked for more, ptxas spills.
 template <class T, int kBlock>
 __global__ void __launch_bounds__(kBlock, 2)
-    dense_units(const __grid_constant__ UnitBatch batch, UnitLimit limit, NormSpec spec) {
-  const int param = find_run(batch.first_unit, batch.count, blockIdx.x);
-  const int64_t unit = blockIdx.x - batch.first_unit[param];
+    dense_units(const __grid_constant__ UnitBatch batch, UnitLimit limit, const float* scale) {
+  const int param = run_of_block(batch, blockIdx.x);
+  const int64_t unit = blockIdx.x - batch.first_block[param];
   const int64_t n = batch.numel[param];
   const T* weight = static_cast<const T*>(batch.weight[param]) + unit * batch.weight_stride[param];
   T* grad = static_cast<T*>(batch.grad[param]) + unit * batch.grad_stride[param];
-  const Stats w = thread_stats<T, kBlock, kUnroll, false>(weight, n, spec);
-  const Stats g = thread_stats<T, kBlock, kUnroll, false>(grad, n, spec);
-  const ScaledNorm c = shared_coefficient<kBlock>(w, g, limit, spec);
+  const Stats w = thread_stats<T, kBlock, kUnroll, false>(weight, n, limit.spec);
+  const Stats g = thread_stats<T, kBlock, kUnroll, false>(grad, n, limit.spec);
+  const ScaledNorm c = shared_coefficient<kBlock>(w, g, limit, scale);
   if (clips(c)) scale_run<T, kBlock>(grad, n, factor_of(c));
 }
 
@@ -69,84 +66,77 @@ template <bool kPower>
 __global__ void __launch_bounds__(kThreads, 2)
     strided_units(const __grid_constant__ StridedRun weight,
                   const __grid_constant__ StridedRun grad, int64_t weight_stride,
-                  int64_t grad_stride, UnitLimit limit, NormSpec spec) {
+                  int64_t grad_stride, UnitLimit limit, const float* scale) {
   const int64_t weight_base = blockIdx.x * weight_stride;
   const int64_t grad_base = blockIdx.x * grad_stride;
   const int64_t n = grad.numel;
-  const Stats w = strided_thread_stats<kThreads, kPower>(weight, weight_base, 0, n, spec);
-  const Stats g = strided_thread_stats<kThreads, kPower>(grad, grad_base, 0, n, spec);
-  const ScaledNorm c = shared_coefficient<kThreads>(w, g, limit, spec);
+  const Stats w = strided_thread_stats<kThreads, kPower>(weight, weight_base, 0, n, limit.spec);
+  const Stats g = strided_thread_stats<kThreads, kPower>(grad, grad_base, 0, n, limit.spec);
+  const ScaledNorm c = shared_coefficient<kThreads>(w, g, limit, scale);
   if (clips(c)) scale_strided<kThreads>(grad, grad_base, 0, n, factor_of(c));
 }
 
-bool is_batched(const UnitRef& u, NormSpec spec) {
-  return is_plain(u.weight) && is_plain(u.grad) && u.weight.dtype == u.grad.dtype &&
+bool has_dense_units(const UnitRef& u, NormSpec spec) {
+  return is_batched(u.weight) && is_batched(u.grad) && u.weight.dtype == u.grad.dtype &&
          spec.kind != NormKind::P;
+}
+
+// Dense units of one type, short ones or long ones.
+void launch_batched(const std::vector<UnitRef>& units, DType dtype, bool is_short, UnitLimit limit,
+                    const float* scale, Stream stream) {
+  const auto launch = [&](const UnitBatch& batch, unsigned blocks) {
+    with_type(dtype, [&](auto type) {
+      using T = typename decltype(type)::type;
+      if (is_short)
+        dense_units<T, kWarp><<<blocks, kWarp, 0, stream>>>(batch, limit, scale);
+      else
+        dense_units<T, kThreads><<<blocks, kThreads, 0, stream>>>(batch, limit, scale);
+    });
+    check_launch("dense_units");
+  };
+  Launches<UnitBatch, decltype(launch)> launches(launch);
+  const int64_t bytes = element_bytes(dtype);
+  for (const UnitRef& u : units) {
+    if (!has_dense_units(u, limit.spec) || u.grad.dtype != dtype) continue;
+    if ((u.grad.numel <= kShortUnit) != is_short) continue;
+    for (int64_t first = 0; first < u.rows; first += kMostBlocks) {
+      const int64_t rows = u.rows - first < kMostBlocks ? u.rows - first : kMostBlocks;
+      const int i = launches.add(rows);
+      UnitBatch& batch = launches.batch();
+      batch.weight[i] = static_cast<const char*>(u.weight.data) + first * u.weight_stride * bytes;
+      batch.grad[i] = static_cast<char*>(u.grad.data) + first * u.grad_stride * bytes;
+      batch.weight_stride[i] = u.weight_stride;
+      batch.grad_stride[i] = u.grad_stride;
+      batch.numel[i] = u.grad.numel;
+    }
+  }
+  launches.flush();
+}
+
+void launch_strided(const UnitRef& u, UnitLimit limit, const float* scale, Stream stream) {
+  if (u.rows > kMostBlocks)
+    throw std::runtime_error("adaptive_clip_grad_: expected at most 2^31 - 1 strided units, got " +
+                             std::to_string(u.rows));
+  const StridedRun weight = strided_run(u.weight), grad = strided_run(u.grad);
+  const unsigned blocks = grid(u.rows);
+  if (limit.spec.kind == NormKind::P)
+    strided_units<true><<<blocks, kThreads, 0, stream>>>(weight, grad, u.weight_stride,
+                                                         u.grad_stride, limit, scale);
+  else
+    strided_units<false><<<blocks, kThreads, 0, stream>>>(weight, grad, u.weight_stride,
+                                                          u.grad_stride, limit, scale);
+  check_launch("strided_units");
 }
 
 }  // namespace
 
-void clip_units(const std::vector<UnitRef>& units, double clip_factor, double eps,
-                const float* scale, NormSpec spec, cudaStream_t stream) {
-  const UnitLimit limit = {clip_factor, eps, scale};
-  // A grid has at most 2^31 - 1 blocks.
-  constexpr int64_t kMaxBlocks = INT32_MAX;
-  for (int key = 0; key < 8; ++key) {
-    const DType dtype = static_cast<DType>(key / 2);
-    const bool is_short = key % 2 == 0;
-    UnitBatch batch;
-    batch.count = 0;
-    int64_t blocks = 0;
-    auto flush = [&] {
-      if (batch.count == 0) return;
-      const unsigned grid = static_cast<unsigned>(blocks);
-      with_type(dtype, [&](auto type) {
-        using T = decltype(type);
-        if (is_short)
-          dense_units<T, kWarp><<<grid, kWarp, 0, stream>>>(batch, limit, spec);
-        else
-          dense_units<T, kThreads><<<grid, kThreads, 0, stream>>>(batch, limit, spec);
-      });
-      check_launch("dense_units");
-      blocks = batch.count = 0;
-    };
-    for (const UnitRef& u : units) {
-      if (!is_batched(u, spec) || u.grad.dtype != dtype) continue;
-      if ((u.grad.numel <= kShortUnit) != is_short) continue;
-      for (int64_t first = 0; first < u.rows; first += kMaxBlocks) {
-        const int64_t rows = u.rows - first < kMaxBlocks ? u.rows - first : kMaxBlocks;
-        if (batch.count == UnitBatch::kCapacity || blocks + rows > kMaxBlocks) flush();
-        const int i = batch.count++;
-        with_type(dtype, [&](auto type) {
-          using T = decltype(type);
-          batch.weight[i] = static_cast<const T*>(u.weight.data) + first * u.weight_stride;
-          batch.grad[i] = static_cast<T*>(u.grad.data) + first * u.grad_stride;
-        });
-        batch.weight_stride[i] = u.weight_stride;
-        batch.grad_stride[i] = u.grad_stride;
-        batch.numel[i] = u.grad.numel;
-        batch.first_unit[i] = blocks;
-        blocks += rows;
-      }
-    }
-    flush();
-  }
-  for (const UnitRef& u : units) {
-    if (is_batched(u, spec)) continue;
-    if (u.rows > kMaxBlocks)
-      throw std::runtime_error(
-          "adaptive_clip_grad_: expected at most 2^31 - 1 strided units, got " +
-          std::to_string(u.rows));
-    const StridedRun weight = strided_run(u.weight), grad = strided_run(u.grad);
-    const unsigned grid = static_cast<unsigned>(u.rows);
-    if (spec.kind == NormKind::P)
-      strided_units<true><<<grid, kThreads, 0, stream>>>(weight, grad, u.weight_stride,
-                                                         u.grad_stride, limit, spec);
-    else
-      strided_units<false><<<grid, kThreads, 0, stream>>>(weight, grad, u.weight_stride,
-                                                          u.grad_stride, limit, spec);
-    check_launch("strided_units");
-  }
+void adaptive_clip(const std::vector<UnitRef>& units, UnitLimit limit, const float* scale,
+                   Stream stream) {
+  for (DType dtype : {DType::Half, DType::BFloat16, DType::Float, DType::Double})
+    for (bool is_short : {true, false})
+      launch_batched(units, dtype, is_short, limit, scale, stream);
+  for (const UnitRef& u : units)
+    if (!has_dense_units(u, limit.spec)) launch_strided(u, limit, scale, stream);
 }
 
 }  // namespace gradfuse::cuda

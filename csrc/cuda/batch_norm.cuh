@@ -5,10 +5,10 @@
 // run is [inner] of one channel, or, where inner is 1, [channels] with a channel per element.
 #pragma once
 
-#include <cub/block/block_reduce.cuh>
-
 #include "../math/batch_norm.h"
+#include "../ops/batch_norm.h"
 #include "common.cuh"
+#include "reduce.cuh"
 
 namespace gradfuse::cuda {
 
@@ -33,26 +33,7 @@ __device__ inline double normal_density(double x) {
   return 0.39894228040143267794 * exp(-0.5 * x * x);
 }
 
-#include "../math/activation.h"
-
-// Calls f with the activation as a constant.
-#pragma nv_exec_check_disable
-template <class F>
-__device__ void with_activation(Activation a, F f) {
-  using A = Activation;
-  switch (a) {
-    case A::None: f(std::integral_constant<A, A::None>()); break;
-    case A::Relu: f(std::integral_constant<A, A::Relu>()); break;
-    case A::Relu6: f(std::integral_constant<A, A::Relu6>()); break;
-    case A::LeakyRelu: f(std::integral_constant<A, A::LeakyRelu>()); break;
-    case A::Silu: f(std::integral_constant<A, A::Silu>()); break;
-    case A::Gelu: f(std::integral_constant<A, A::Gelu>()); break;
-    case A::GeluTanh: f(std::integral_constant<A, A::GeluTanh>()); break;
-    case A::Hardswish: f(std::integral_constant<A, A::Hardswish>()); break;
-    case A::Sigmoid: f(std::integral_constant<A, A::Sigmoid>()); break;
-    case A::Tanh: f(std::integral_constant<A, A::Tanh>()); break;
-  }
-}
+#include "../math/activation_functions.h"
 
 // The tensor as runs of groups.
 struct Runs {
@@ -127,7 +108,7 @@ __device__ inline double read_channel(ChannelRef v, int64_t i, double otherwise)
   double value = otherwise;
   if (v.data)
     with_type(v.dtype, [&](auto type) {
-      using T = decltype(type);
+      using T = typename decltype(type)::type;
       value = Element<T>::widen(static_cast<const T*>(v.data)[i]);
     });
   return value;
@@ -135,7 +116,7 @@ __device__ inline double read_channel(ChannelRef v, int64_t i, double otherwise)
 __device__ inline void write_channel(ChannelRef v, int64_t i, double value) {
   if (!v.data) return;
   with_type(v.dtype, [&](auto type) {
-    using T = decltype(type);
+    using T = typename decltype(type)::type;
     static_cast<T*>(v.data)[i] = Element<T>::narrow(static_cast<Wide<T>>(value));
   });
 }
@@ -144,6 +125,13 @@ __device__ inline void write_channel(ChannelRef v, int64_t i, double value) {
 // which consumer GPUs are 64 times faster at, unless one of them is too large or small to square.
 struct TwoSums {
   double first = 0.0, second = 0.0;
+
+  __device__ TwoSums operator+(const TwoSums& other) const {
+    TwoSums s;
+    s.first = first + other.first;
+    s.second = second + other.second;
+    return s;
+  }
 
   template <class W>
   __device__ void add(const W (&x)[kGroup], const W (&y)[kGroup], const W (&z)[kGroup]) {
@@ -172,7 +160,7 @@ struct TwoSums {
 };
 
 // Whether float32 differences from a channel's first element are no good: one overflowed, or their
-// squares are to cancel, for that element lies more than 8 deviations from the mean.
+// squares would cancel, for that element lies more than 8 deviations from the mean.
 __device__ inline bool left_range(const TwoSums& s, double elements) {
   return !isfinite(s.first) || !isfinite(s.second) ||
          65.0 * s.first * s.first > 64.0 * s.second * elements;
@@ -186,20 +174,9 @@ __device__ W difference(W x, W shrunk_mean) {
   return x * static_cast<W>(kShrink) - shrunk_mean;
 }
 
-struct AddTwoSums {
-  __device__ TwoSums operator()(const TwoSums& a, const TwoSums& b) const {
-    TwoSums s;
-    s.first = a.first + b.first;
-    s.second = a.second + b.second;
-    return s;
-  }
-};
-
 // Sums over the block, in a fixed order. Assumes blockDim.x == kThreads. Result valid in thread 0.
 __device__ inline TwoSums block_sum(const TwoSums& mine) {
-  using Reduce = cub::BlockReduce<TwoSums, kThreads, cub::BLOCK_REDUCE_RAKING>;
-  __shared__ typename Reduce::TempStorage storage;
-  return Reduce(storage).Reduce(mine, AddTwoSums());
+  return block_reduce<kThreads, cub::BLOCK_REDUCE_RAKING>(mine, Plus());
 }
 
 // A channel's groups fall into chunks, each summed by one block; where channels are contiguous, the

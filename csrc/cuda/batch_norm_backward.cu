@@ -286,9 +286,9 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void batch_norm_backward(const BatchNormBackward& call, void* scratch, cudaStream_t stream) {
+void batch_norm_backward(const BatchNormBackward& call, void* scratch, Stream stream) {
   with_type(call.shape.dtype, [&](auto type) {
-    using T = decltype(type);
+    using T = typename decltype(type)::type;
     const BatchNormShape& shape = call.shape;
     const bool has_sums =
         call.grad_weight.data || call.grad_bias.data || (call.training && call.grad_input);

@@ -226,9 +226,9 @@ int64_t batch_norm_scratch_bytes(const BatchNormShape& shape) {
   return (slots + 7 * shape.channels) * static_cast<int64_t>(sizeof(double));
 }
 
-void batch_norm_forward(const BatchNormForward& call, void* scratch, cudaStream_t stream) {
+void batch_norm_forward(const BatchNormForward& call, void* scratch, Stream stream) {
   with_type(call.shape.dtype, [&](auto type) {
-    using T = decltype(type);
+    using T = typename decltype(type)::type;
     const BatchNormShape& shape = call.shape;
     if (fits_one_block(shape)) {
       batch_norm_small<T><<<blocks_for(shape.channels), kThreads, 0, stream>>>(call);

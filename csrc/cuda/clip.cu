@@ -9,24 +9,36 @@
 // Strided and complex gradients take a launch each. Results do not depend on the order of the
 // blocks.
 
+#include "../ops/clip.h"
+
 #include <algorithm>
 
+#include "launch.cuh"
 #include "stats.cuh"
 
 namespace gradfuse::cuda {
 namespace {
+
+// Many dense runs of one type.
+struct DenseBatch {
+  static constexpr int kCapacity = 1024;
+  void* data[kCapacity];
+  int64_t numel[kCapacity];
+  int64_t first_block[kCapacity];
+  int32_t row[kCapacity];  // of each run, in the caller's list
+  int64_t first_slot;
+  int64_t chunk;
+  int32_t count;
+};
 
 template <class T, bool kPower>
 __global__ void __launch_bounds__(kThreads)
     dense_stats(const __grid_constant__ DenseBatch batch, NormSpec spec,
                 Stats* slots) {  // [all chunks]
   constexpr int kUnroll = kPower ? 1 : 4;  // powers take many registers
-  const int run = find_run(batch.first_block, batch.count, blockIdx.x);
-  const int64_t start = (blockIdx.x - batch.first_block[run]) * batch.chunk;
-  const int64_t rest = batch.numel[run] - start;
-  const T* x = static_cast<const T*>(batch.data[run]) + start;
-  const Stats mine =
-      thread_stats<T, kThreads, kUnroll, kPower>(x, rest < batch.chunk ? rest : batch.chunk, spec);
+  const BlockChunk c = chunk_of_block(batch);
+  const T* x = static_cast<const T*>(batch.data[c.run]) + c.start;
+  const Stats mine = thread_stats<T, kThreads, kUnroll, kPower>(x, c.length, spec);
   const Stats total = block_merge<kThreads>(mine, spec.p);
   if (threadIdx.x == 0) slots[batch.first_slot + blockIdx.x] = total;
 }
@@ -50,13 +62,13 @@ struct SlotBatch {
   int64_t row[kCapacity];
   int64_t chunk;
 };
-static_assert(sizeof(SlotBatch) <= 32000, "kernel parameters end at 32,764 bytes");
+static_assert(sizeof(SlotBatch) <= kMostParameterBytes, "a kernel's parameters are limited");
 
 __global__ void __launch_bounds__(kThreads)
     merge_slots(const __grid_constant__ SlotBatch batch, const Stats* slots, double p,
                 const float* scale,  // [] or null
                 Stats* per_grad,  // [gradients of this batch]
-                double* table) {  // [rows, kTableColumns]
+                TensorStats* stats) {  // [rows]
   const int64_t numel = batch.numel[blockIdx.x];
   const int64_t count = (numel + batch.chunk - 1) / batch.chunk;
   const Stats* mine = slots + batch.first_slot[blockIdx.x];
@@ -65,53 +77,51 @@ __global__ void __launch_bounds__(kThreads)
   const Stats total = block_merge<kThreads>(sum, p);
   if (threadIdx.x == 0) {
     per_grad[blockIdx.x] = total;
-    double* row = table + batch.row[blockIdx.x] * kTableColumns;
-    write_table_row(total, static_cast<double>(numel), row);
-    if (scale) unscale_table_row(row, *scale);
+    TensorStats row = tensor_stats(total, static_cast<double>(numel));
+    if (scale) unscale(row, *scale);
+    stats[batch.row[blockIdx.x]] = row;
   }
 }
 
 __global__ void __launch_bounds__(kThreads, 1)
-    finish(const Stats* per_grad, int64_t count, NormSpec spec, double max_norm, NonFinite policy,
-           double* totals, void* norm, bool norm_is_double, const float* scale,
-           const float* found_inf) {
+    finish(const Stats* per_grad, int64_t count, const __grid_constant__ NormCall call) {
+  const NormSpec spec = call.spec;
   Stats sum = {};
   for (int64_t i = threadIdx.x; i < count; i += kThreads) sum = merge(sum, per_grad[i], spec.p);
   const Stats total = block_merge<kThreads>(sum, spec.p);
   if (threadIdx.x != 0) return;
-  const LossScale loss = {scale ? *scale : 1.0, found_inf && *found_inf != 0.0f};
-  const ClipPlan plan = unscaled_plan(norm_of(sum_of(total, spec), spec), max_norm, policy, loss);
-  write_totals(plan, sum_of(total, spec), totals);
-  if (norm_is_double)
-    *static_cast<double*>(norm) = plan.norm;
+  const LossScale loss = {call.scale ? *call.scale : 1.0,
+                          call.found_inf && *call.found_inf != 0.0f};
+  const ClipPlan plan =
+      unscaled_plan(sum_of(total, spec), spec, call.max_norm, call.nonfinite, loss);
+  *call.plan = plan;
+  if (call.norm_is_double)
+    *static_cast<double*>(call.norm) = plan.norm;
   else
-    *static_cast<float*>(norm) = static_cast<float>(plan.norm);
+    *static_cast<float*>(call.norm) = static_cast<float>(plan.norm);
 }
 
-__global__ void plan_of_norm(const double* norm, double max_norm, double* totals) {
-  write_totals(clip_plan({*norm, 0}, max_norm, NonFinite::Propagate), {*norm, 0}, totals);
+__global__ void plan_of_norm(const double* norm, double max_norm, ClipPlan* plan) {
+  ClipPlan made = clip_plan({*norm, 0}, max_norm, NonFinite::Propagate);
+  made.sum = {*norm, 0};
+  *plan = made;
 }
 
-// Rows are marked absent first; those of gradients are written later.
-__global__ void __launch_bounds__(kThreads) mark_absent(double* table, int64_t rows) {
+// All rows are marked absent first; those of gradients are written later.
+__global__ void __launch_bounds__(kThreads) mark_absent(TensorStats* stats, int64_t rows) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (row < rows) write_table_row(Stats{}, -1.0, table + row * kTableColumns);
+  if (row < rows) stats[row] = absent_stats();
 }
 
-__device__ Action action_of(const double* totals) {
-  return static_cast<Action>(static_cast<int32_t>(totals[3]));
-}
-
-// `own` is a gradient's coefficient on top of the totals' factor, or null.
-__device__ Factor factor_in(const double* totals, const double* own) {
-  return factor_of({totals[6] * (own ? *own : 1.0), totals[7]});
+// `own` is a gradient's coefficient on top of the plan's factor, or null.
+__device__ Factor factor_in(const ClipPlan& plan, const double* own) {
+  return factor_of({plan.factor.value * (own ? *own : 1.0), plan.factor.exponent});
 }
 
 // Whether gradients stay as they are.
-__device__ bool keeps(const double* totals, const double* coefficients) {
-  const Action action = action_of(totals);
-  if (action == Action::Keep) return !coefficients && totals[6] == 1.0;
-  return action == Action::Refuse || action == Action::Skip;
+__device__ bool keeps(const ClipPlan& plan, const double* coefficients) {
+  if (plan.action() == Action::Keep) return !coefficients && plan.factor.value == 1.0;
+  return plan.is_refused();
 }
 
 template <class T>
@@ -128,33 +138,30 @@ __device__ void zero_run(T* x, int64_t n) {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    dense_apply(const __grid_constant__ DenseBatch batch, const double* totals,
+    dense_apply(const __grid_constant__ DenseBatch batch, const ClipPlan* plan,
                 const double* coefficients) {  // [rows] or null
-  if (keeps(totals, coefficients)) return;
-  const int run = find_run(batch.first_block, batch.count, blockIdx.x);
-  const int64_t start = (blockIdx.x - batch.first_block[run]) * batch.chunk;
-  const int64_t rest = batch.numel[run] - start;
-  const int64_t n = rest < batch.chunk ? rest : batch.chunk;
-  T* x = static_cast<T*>(batch.data[run]) + start;
-  if (action_of(totals) == Action::Zero) return zero_run(x, n);
-  const double* own = coefficients ? coefficients + batch.row[run] : nullptr;
-  const Factor factor = factor_in(totals, own);
-  if (factor.whole != 1.0) scale_run<T, kThreads>(x, n, factor);
+  if (keeps(*plan, coefficients)) return;
+  const BlockChunk c = chunk_of_block(batch);
+  T* x = static_cast<T*>(batch.data[c.run]) + c.start;
+  if (plan->action() == Action::Zero) return zero_run(x, c.length);
+  const double* own = coefficients ? coefficients + batch.row[c.run] : nullptr;
+  const Factor factor = factor_in(*plan, own);
+  if (factor.whole != 1.0) scale_run<T, kThreads>(x, c.length, factor);
 }
 
 __global__ void __launch_bounds__(kThreads)
-    strided_apply(const __grid_constant__ StridedRun run, int64_t chunk, const double* totals,
+    strided_apply(const __grid_constant__ StridedRun run, int64_t chunk, const ClipPlan* plan,
                   const double* own) {  // [] or null
-  if (keeps(totals, own)) return;
+  if (keeps(*plan, own)) return;
   const int64_t start = static_cast<int64_t>(blockIdx.x) * chunk;
   const int64_t end = start + chunk < run.numel ? start + chunk : run.numel;
-  if (action_of(totals) != Action::Zero)
-    return scale_strided<kThreads>(run, 0, start, end, factor_in(totals, own));
+  if (plan->action() != Action::Zero)
+    return scale_strided<kThreads>(run, 0, start, end, factor_in(*plan, own));
   const int parts = run.is_complex ? 2 : 1;
   for (int64_t i = start + threadIdx.x; i < end; i += kThreads)
     for (int k = 0; k < parts; ++k)
       with_type(run.dtype, [&](auto type) {
-        using T = decltype(type);
+        using T = typename decltype(type)::type;
         static_cast<T*>(run.data)[parts * strided_offset(run, i) + k] = Element<T>::narrow(0);
       });
 }
@@ -185,10 +192,8 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kPer = kPer16Bytes<T>;
   constexpr int kUnroll = 4;
   const auto bound = rounded_bound<T>(wide_bound);
-  const int run = find_run(batch.first_block, batch.count, blockIdx.x);
-  const int64_t start = (blockIdx.x - batch.first_block[run]) * batch.chunk;
-  const int64_t rest = batch.numel[run] - start;
-  T* x = static_cast<T*>(batch.data[run]) + start;
+  const BlockChunk c = chunk_of_block(batch);
+  T* x = static_cast<T*>(batch.data[c.run]) + c.start;
   auto update = [=](int64_t i, Word<T> w) {
     bool changed = false;
 #pragma unroll
@@ -196,7 +201,7 @@ __global__ void __launch_bounds__(kThreads)
     if (changed) store_word(x + i, w);
   };
   visit_run<T, kThreads, kUnroll>(
-      x, rest < batch.chunk ? rest : batch.chunk,
+      x, c.length,
       [=](int64_t i) {
         T value = x[i];
         if (clamp_element(value, bound)) x[i] = value;
@@ -214,57 +219,48 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t end = start + chunk < run.numel ? start + chunk : run.numel;
   for (int64_t i = start + threadIdx.x; i < end; i += kThreads)
     with_type(run.dtype, [&](auto type) {
-      using T = decltype(type);
+      using T = typename decltype(type)::type;
       T* x = static_cast<T*>(run.data) + strided_offset(run, i);
       T value = *x;
       if (clamp_element(value, rounded_bound<T>(wide_bound))) *x = value;
     });
 }
 
-int64_t chunks_of(const GradRef& g, int64_t chunk) { return (g.numel + chunk - 1) / chunk; }
-
-// Blocks of a launch. The grid's limit is 2^31 - 1, which 16,384 chunks and 1,024 runs stay below.
-unsigned grid(int64_t blocks) { return static_cast<unsigned>(blocks); }
-
-// Cuts the gradients into launches: plain(T, batch, blocks) for up to kCapacity dense runs of one
+// Cuts the gradients into launches: dense(T, batch, blocks) for up to kCapacity dense runs of one
 // type, strided(run, blocks, first slot, gradient) for each other one. Slots follow launch order;
 // `slot_of`, if given, receives each gradient's first; `rows`, if given, says the batches' rows.
-template <class Plain, class Strided>
+template <class Dense, class Strided>
 void for_each_launch(const std::vector<GradRef>& grads, std::vector<int64_t>* slot_of,
-                     const std::vector<int64_t>* rows, Plain plain, Strided strided) {
+                     const std::vector<int64_t>* rows, Dense dense, Strided strided) {
   const int64_t chunk = chunk_elements(grads);
-  int64_t slot = 0;
-  for (DType dtype : {DType::Half, DType::BFloat16, DType::Float, DType::Double}) {
-    DenseBatch batch;
-    batch.count = 0;
-    batch.chunk = chunk;
-    int64_t blocks = 0;
-    auto flush = [&] {
-      if (batch.count) with_type(dtype, [&](auto type) { plain(type, batch, grid(blocks)); });
-      slot += blocks;
-      blocks = batch.count = 0;
-    };
+  DType dtype = DType::Half;
+  const auto launch = [&](const DenseBatch& batch, unsigned blocks) {
+    with_type(dtype, [&](auto type) { dense(type, batch, blocks); });
+  };
+  Launches<DenseBatch, decltype(launch)> launches(launch);
+  launches.batch().chunk = chunk;
+  for (DType each : {DType::Half, DType::BFloat16, DType::Float, DType::Double}) {
+    dtype = each;
     for (size_t i = 0; i < grads.size(); ++i) {
       const GradRef& g = grads[i];
-      if (g.dtype != dtype || !is_plain(g)) continue;
-      if (batch.count == DenseBatch::kCapacity) flush();
-      if (slot_of) (*slot_of)[i] = slot + blocks;
+      if (g.dtype != dtype || !is_batched(g)) continue;
+      if (slot_of) (*slot_of)[i] = launches.next_slot();
       if (g.numel == 0) continue;
-      batch.first_slot = slot;
-      batch.data[batch.count] = g.data;
-      batch.row[batch.count] = rows ? static_cast<int32_t>((*rows)[i]) : 0;
-      batch.numel[batch.count] = g.numel;
-      batch.first_block[batch.count++] = blocks;
-      blocks += chunks_of(g, chunk);
+      const int k = launches.add(divided_up(g.numel, chunk));
+      DenseBatch& batch = launches.batch();
+      batch.data[k] = g.data;
+      batch.numel[k] = g.numel;
+      batch.row[k] = rows ? static_cast<int32_t>((*rows)[i]) : 0;
     }
-    flush();
+    launches.flush();
   }
+  int64_t slot = launches.next_slot();
   for (size_t i = 0; i < grads.size(); ++i) {
     const GradRef& g = grads[i];
-    if (is_plain(g)) continue;
+    if (is_batched(g)) continue;
     if (slot_of) (*slot_of)[i] = slot;
     if (g.numel == 0) continue;
-    const int64_t blocks = chunks_of(g, chunk);
+    const int64_t blocks = divided_up(g.numel, chunk);
     strided(strided_run(g), grid(blocks), slot, i);
     slot += blocks;
   }
@@ -275,29 +271,28 @@ void for_each_launch(const std::vector<GradRef>& grads, std::vector<int64_t>* sl
 int64_t stats_scratch_bytes(const std::vector<GradRef>& grads) {
   const int64_t chunk = chunk_elements(grads);
   int64_t slots = static_cast<int64_t>(grads.size());
-  for (const GradRef& g : grads) slots += chunks_of(g, chunk);
+  for (const GradRef& g : grads) slots += divided_up(g.numel, chunk);
   return slots * static_cast<int64_t>(sizeof(Stats));
 }
 
-void stats(const std::vector<GradRef>& grads, const std::vector<int64_t>& rows, int64_t table_rows,
-           NormSpec spec, double max_norm, NonFinite policy, void* scratch, double* table,
-           double* totals, void* norm, bool norm_is_double, const float* scale,
-           const float* found_inf, cudaStream_t stream) {
+void stats(const std::vector<GradRef>& grads, const std::vector<int64_t>& rows,
+           const NormCall& call, void* scratch, Stream stream) {
   const int64_t chunk = chunk_elements(grads);
   const int64_t count = static_cast<int64_t>(grads.size());
+  const NormSpec spec = call.spec;
   Stats* const per_grad = static_cast<Stats*>(scratch);
   Stats* const slots = per_grad + count;
 
-  if (table_rows != count) {
-    mark_absent<<<grid((table_rows + kThreads - 1) / kThreads), kThreads, 0, stream>>>(table,
-                                                                                       table_rows);
+  if (call.rows != count) {
+    mark_absent<<<grid(divided_up(call.rows, kThreads)), kThreads, 0, stream>>>(call.stats,
+                                                                                call.rows);
     check_launch("mark_absent");
   }
   std::vector<int64_t> slot_of(grads.size());
   for_each_launch(
       grads, &slot_of, nullptr,
       [&](auto type, const DenseBatch& batch, unsigned blocks) {
-        using T = decltype(type);
+        using T = typename decltype(type)::type;
         if (spec.kind == NormKind::P)
           dense_stats<T, true><<<blocks, kThreads, 0, stream>>>(batch, spec, slots);
         else
@@ -320,42 +315,43 @@ void stats(const std::vector<GradRef>& grads, const std::vector<int64_t>& rows, 
       batch.numel[i] = grads[first + i].numel;
       batch.row[i] = rows[first + i];
     }
-    merge_slots<<<grid(n), kThreads, 0, stream>>>(batch, slots, spec.p, scale, per_grad + first,
-                                                  table);
+    merge_slots<<<grid(n), kThreads, 0, stream>>>(batch, slots, spec.p, call.scale,
+                                                  per_grad + first, call.stats);
     check_launch("merge_slots");
   }
-  finish<<<1, kThreads, 0, stream>>>(per_grad, count, spec, max_norm, policy, totals, norm,
-                                     norm_is_double, scale, found_inf);
+  finish<<<1, kThreads, 0, stream>>>(per_grad, count, call);
   check_launch("finish");
 }
 
-void plan(const double* norm, double max_norm, double* totals, cudaStream_t stream) {
-  plan_of_norm<<<1, 1, 0, stream>>>(norm, max_norm, totals);
+void plan(const double* norm, double max_norm, ClipPlan* plan, Stream stream) {
+  plan_of_norm<<<1, 1, 0, stream>>>(norm, max_norm, plan);
   check_launch("plan_of_norm");
 }
 
-void apply(const std::vector<GradRef>& grads, const double* totals, const double* coefficients,
-           const std::vector<int64_t>& rows, cudaStream_t stream) {
+void apply(const std::vector<GradRef>& grads, const std::vector<int64_t>& rows,
+           const ClipPlan* plan, const double* coefficients, Stream stream) {
   const int64_t chunk = chunk_elements(grads);
   for_each_launch(
       grads, nullptr, &rows,
       [&](auto type, const DenseBatch& batch, unsigned blocks) {
-        dense_apply<decltype(type)><<<blocks, kThreads, 0, stream>>>(batch, totals, coefficients);
+        using T = typename decltype(type)::type;
+        dense_apply<T><<<blocks, kThreads, 0, stream>>>(batch, plan, coefficients);
         check_launch("dense_apply");
       },
       [&](const StridedRun& run, unsigned blocks, int64_t, size_t i) {
         const double* own = coefficients ? coefficients + rows[i] : nullptr;
-        strided_apply<<<blocks, kThreads, 0, stream>>>(run, chunk, totals, own);
+        strided_apply<<<blocks, kThreads, 0, stream>>>(run, chunk, plan, own);
         check_launch("strided_apply");
       });
 }
 
-void clamp(const std::vector<GradRef>& grads, double bound, cudaStream_t stream) {
+void clamp(const std::vector<GradRef>& grads, double bound, Stream stream) {
   const int64_t chunk = chunk_elements(grads);
   for_each_launch(
       grads, nullptr, nullptr,
       [&](auto type, const DenseBatch& batch, unsigned blocks) {
-        dense_clamp<decltype(type)><<<blocks, kThreads, 0, stream>>>(batch, bound);
+        using T = typename decltype(type)::type;
+        dense_clamp<T><<<blocks, kThreads, 0, stream>>>(batch, bound);
         check_launch("dense_clamp");
       },
       [&](const StridedRun& run, unsigned blocks, int64_t, size_t) {

@@ -10,7 +10,8 @@
 #include <string>
 #include <type_traits>
 
-#include "../ops.h"
+#include "../math/common.h"
+#include "../math/runs.h"
 
 namespace gradfuse::cuda {
 
@@ -36,16 +37,11 @@ struct Element<__nv_bfloat16> {
   static __device__ __nv_bfloat16 narrow(float x) { return __float2bfloat16_rn(x); }
 };
 
-// Calls f with a value of the element type that dtype names.
+// Calls f(Type<T>) with the element type that dtype names.
 #pragma nv_exec_check_disable
 template <class F>
 __host__ __device__ void with_type(DType dtype, F f) {
-  switch (dtype) {
-    case DType::Half: f(__half{}); break;
-    case DType::BFloat16: f(__nv_bfloat16{}); break;
-    case DType::Float: f(float{}); break;
-    case DType::Double: f(double{}); break;
-  }
+  gradfuse::with_type<__half, __nv_bfloat16>(dtype, f);
 }
 
 template <class T>
@@ -101,33 +97,6 @@ __device__ void visit_run(const T* x, int64_t n, One one, Words words, Last word
   if (tail < n) one(tail);
 }
 
-// Many dense runs in one launch: the kernel's parameters hold the metadata (up to 32,764 bytes
-// since CUDA 12.1), so that nothing is copied and a captured graph keeps it.
-struct DenseBatch {
-  static constexpr int kCapacity = 1024;
-  void* data[kCapacity];
-  int64_t numel[kCapacity];
-  int64_t first_block[kCapacity];  // of each run, ascending from 0
-  int32_t row[kCapacity];          // of each run, in the caller's list
-  int64_t first_slot;  // slot of block 0; blocks and slots of a batch run in parallel
-  int64_t chunk;
-  int32_t count;
-};
-static_assert(sizeof(DenseBatch) <= 32000, "kernel parameters end at 32,764 bytes");
-
-// The last of `first[0..count)` that is <= block.
-__device__ inline int find_run(const int64_t* first, int32_t count, int64_t block) {
-  int low = 0, high = count;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (first[middle] <= block)
-      low = middle;
-    else
-      high = middle;
-  }
-  return low;
-}
-
 // A run of any type and layout by itself: strided, complex, or one the batches have no place for.
 // The dimensions are coalesced: torch allows 64.
 struct StridedRun {
@@ -179,13 +148,14 @@ __device__ inline int64_t strided_offset(const StridedRun& run, int64_t i) {
 __device__ inline double load_element(const StridedRun& run, int64_t i) {
   double value = 0.0;
   with_type(run.dtype, [&](auto type) {
-    using T = decltype(type);
+    using T = typename decltype(type)::type;
     value = Element<T>::widen(static_cast<const T*>(run.data)[i]);
   });
   return value;
 }
 
-inline bool is_plain(const GradRef& g) { return !g.layout && !g.is_complex; }
+// Whether a gradient goes into a batch of dense runs.
+inline bool is_batched(const GradRef& g) { return !g.layout && !g.is_complex; }
 
 // To be called after every launch.
 inline void check_launch(const char* kernel) {

@@ -1,20 +1,22 @@
 // One step of an optimizer, for any number of parameters in a handful of launches.
 //
-//   ratio_sums      a block per chunk, of update clipping: gradient and second moment are read, the
+//   ratio_sums      a block per chunk, of update clipping: gradient and exp_avg_sq are read, the
 //                   sum of adamw_ratio goes into the chunk's slot
 //   merge_ratios    a block per parameter: its slots in order, the factor of its learning rate
-//   optim_update    a block per chunk: returns at once if the totals say Skip, else reads and
-//   writes
+//   optim_update    a block per chunk: returns at once if the plan says Skip, else reads and writes
 //                   every stream once
 //   advance_steps   a thread per parameter: its step counter, after all blocks have read it
 //
 // Assumes element-aligned data; a parameter whose streams all begin at a 16-byte boundary, as
 // torch's do, is read and written 16 bytes at a time. Results do not depend on the order of blocks.
 
+#include "../ops/optim.h"
+
 #include <algorithm>
-#include <cub/block/block_reduce.cuh>
 
 #include "common.cuh"
+#include "launch.cuh"
+#include "reduce.cuh"
 
 namespace gradfuse::cuda {
 namespace {
@@ -29,28 +31,22 @@ struct ParamBatch {
   static constexpr int kCapacity = 320;
   void* param[kCapacity];
   const void* grad[kCapacity];
-  void* first[kCapacity];
-  void* second[kCapacity];
-  void* largest[kCapacity];
+  void* exp_avg[kCapacity];
+  void* exp_avg_sq[kCapacity];
+  void* max_exp_avg_sq[kCapacity];
   float* master[kCapacity];
   float* step[kCapacity];
   int64_t numel[kCapacity];
-  int64_t first_block[kCapacity];  // ascending from 0
+  int64_t first_block[kCapacity];
   int32_t row[kCapacity];
   bool aligned[kCapacity];
-  int64_t first_slot;  // of block 0, of update clipping
+  int64_t first_slot;  // of update clipping
   int64_t first_param;  // among the step's parameters
   int64_t chunk;
   int32_t count;
 };
-static_assert(sizeof(ParamBatch) + sizeof(GroupOptions) <= 32000,
-              "kernel parameters end at 32,764 bytes");
-
-__device__ bool skips(const GradientUse& use) {
-  if (!use.totals) return false;
-  const Action action = static_cast<Action>(static_cast<int32_t>(use.totals[3]));
-  return action == Action::Skip || action == Action::Refuse;
-}
+static_assert(sizeof(ParamBatch) + sizeof(GroupOptions) <= kMostParameterBytes,
+              "a kernel's parameters are limited");
 
 // What is the same for all elements of a parameter.
 template <Rule kRule, class W>
@@ -60,22 +56,20 @@ struct Prepared {
   Rounding rounding;
 };
 
-// `slower` is update clipping's factor of the learning rate.
+// `lr_scale` is update clipping's factor of the learning rate.
 template <Rule kRule, class W>
 __device__ Prepared<kRule, W> prepare(const ParamBatch& batch, int run, const GroupOptions& group,
                                       const GradientUse& use, DType dtype, bool stochastic,
-                                      double slower) {
+                                      double lr_scale) {
   Prepared<kRule, W> out;
   const double taken = batch.step[run] ? *batch.step[run] : 0.0;
-  const double lr = (group.lr_value ? *group.lr_value : group.lr) * slower;
+  const double lr = (group.lr_value ? *group.lr_value : group.lr) * lr_scale;
   if constexpr (kRule == Rule::AdamW)
     out.rule = narrowed<W>(adamw_factors(group.adamw, lr, taken + 1.0));
   else
     out.rule = narrowed<W>(sgd_factors(group.sgd, lr, taken == 0.0));
-  ScaledNorm norm = {1.0, 0.0};
-  if (use.totals) norm = {use.totals[6], use.totals[7]};
-  if (use.coefficients) norm.value *= use.coefficients[batch.row[run]];
-  const ElementFactor f = element_factor(norm, dtype, use.bound, group.maximize);
+  const ElementFactor f =
+      element_factor(use.factor_of_row(batch.row[run]), dtype, use.bound, group.maximize);
   out.first = static_cast<W>(f.first);
   out.second = static_cast<W>(f.second);
   out.third = static_cast<W>(f.third);
@@ -147,17 +141,17 @@ template <class T, class S>
 struct Streams {
   T* param;
   const T* grad;
-  S* first;
-  S* second;
-  S* largest;
+  S* exp_avg;
+  S* exp_avg_sq;
+  S* max_exp_avg_sq;
   float* master;
 
   __device__ Streams(const ParamBatch& batch, int run)
       : param(static_cast<T*>(batch.param[run])),
         grad(static_cast<const T*>(batch.grad[run])),
-        first(static_cast<S*>(batch.first[run])),
-        second(static_cast<S*>(batch.second[run])),
-        largest(static_cast<S*>(batch.largest[run])),
+        exp_avg(static_cast<S*>(batch.exp_avg[run])),
+        exp_avg_sq(static_cast<S*>(batch.exp_avg_sq[run])),
+        max_exp_avg_sq(static_cast<S*>(batch.max_exp_avg_sq[run])),
         master(sizeof(T) == 2 ? batch.master[run] : nullptr) {}
 };
 
@@ -171,35 +165,34 @@ __device__ void update(const Streams<T, S>& s, int64_t i, const Prepared<kRule, 
   }
   if (!from_master) get<kCount, kWhole>(s.param + i, x);
   get<kCount, kWhole>(s.grad + i, g);
-  if (s.first) get<kCount, kWhole>(s.first + i, m);
+  if (s.exp_avg) get<kCount, kWhole>(s.exp_avg + i, m);
   if constexpr (kRule == Rule::AdamW) {
-    get<kCount, kWhole>(s.second + i, v);
-    if (s.largest) get<kCount, kWhole>(s.largest + i, top);
+    get<kCount, kWhole>(s.exp_avg_sq + i, v);
+    if (s.max_exp_avg_sq) get<kCount, kWhole>(s.max_exp_avg_sq + i, top);
   }
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
     if constexpr (kRule == Rule::AdamW)
-      adamw_update(x[k], gradient(with, g[k]), m[k], v[k], s.largest ? &top[k] : nullptr,
+      adamw_update(x[k], gradient(with, g[k]), m[k], v[k], s.max_exp_avg_sq ? &top[k] : nullptr,
                    with.rule);
     else
-      sgd_update(x[k], gradient(with, g[k]), s.first ? &m[k] : nullptr, with.rule);
+      sgd_update(x[k], gradient(with, g[k]), s.exp_avg ? &m[k] : nullptr, with.rule);
   }
   if constexpr (sizeof(T) == 2)
     if (from_master) put<kCount, kWhole>(s.master + i, x, i, with.rounding, 0);
   put<kCount, kWhole>(s.param + i, x, i, with.rounding, 0);
-  if (s.first) put<kCount, kWhole>(s.first + i, m, i, with.rounding, 1);
+  if (s.exp_avg) put<kCount, kWhole>(s.exp_avg + i, m, i, with.rounding, 1);
   if constexpr (kRule == Rule::AdamW) {
-    put<kCount, kWhole>(s.second + i, v, i, with.rounding, 2);
-    if (s.largest) put<kCount, kWhole>(s.largest + i, top, i, with.rounding, 3);
+    put<kCount, kWhole>(s.exp_avg_sq + i, v, i, with.rounding, 2);
+    if (s.max_exp_avg_sq) put<kCount, kWhole>(s.max_exp_avg_sq + i, top, i, with.rounding, 3);
   }
 }
 
 // Calls many(i) for aligned groups of kCount elements of the block's chunk, one(i) for the rest.
 template <int kCount, class Many, class One>
 __device__ void for_each_group(const ParamBatch& batch, int run, Many many, One one) {
-  const int64_t begin = (blockIdx.x - batch.first_block[run]) * batch.chunk;
-  const int64_t rest = batch.numel[run] - begin;
-  const int64_t end = begin + (rest < batch.chunk ? rest : batch.chunk);
+  const BlockChunk c = chunk_of_block(batch);
+  const int64_t begin = c.start, end = c.start + c.length;
   int64_t whole = begin;
   if (batch.aligned[run]) whole = begin + (end - begin) / kCount * kCount;
   for (int64_t i = begin + threadIdx.x * kCount; i < whole; i += kThreads * kCount) many(i);
@@ -211,32 +204,21 @@ __global__ void __launch_bounds__(kThreads)
     optim_update(const __grid_constant__ ParamBatch batch,
                  const __grid_constant__ GroupOptions group, GradientUse use, DType dtype,
                  bool stochastic,
-                 const double* slower) {  // [params], or null
+                 const double* lr_scale) {  // [params], or null
   using W = typename Element<T>::Wide;
   constexpr int kCount = kPer16Bytes<T>;
-  if (skips(use)) return;
-  const int run = find_run(batch.first_block, batch.count, blockIdx.x);
+  if (use.is_refused()) return;
+  const int run = run_of_block(batch, blockIdx.x);
   __shared__ Prepared<kRule, W> with;
   if (threadIdx.x == 0)
     with = prepare<kRule, W>(batch, run, group, use, dtype, stochastic,
-                             slower ? slower[batch.first_param + run] : 1.0);
+                             lr_scale ? lr_scale[batch.first_param + run] : 1.0);
   __syncthreads();
   const Streams<T, S> streams(batch, run);
   const Prepared<kRule, W> mine = with;
   for_each_group<kCount>(
       batch, run, [&](int64_t i) { update<kRule, kCount, true>(streams, i, mine); },
       [&](int64_t i) { update<kRule, 1, false>(streams, i, mine); });
-}
-
-struct Plus {
-  __device__ double operator()(double a, double b) const { return a + b; }
-};
-
-// Sums over the block in thread order. Result valid in thread 0.
-__device__ double block_sum(double mine) {
-  using Reduce = cub::BlockReduce<double, kThreads>;
-  __shared__ typename Reduce::TempStorage storage;
-  return Reduce(storage).Reduce(mine, Plus{});
 }
 
 template <class T, class S>
@@ -246,8 +228,8 @@ __global__ void __launch_bounds__(kThreads)
                double* slots) {  // [all chunks]
   using W = typename Element<T>::Wide;
   constexpr int kCount = kPer16Bytes<T>;
-  if (skips(use)) return;
-  const int run = find_run(batch.first_block, batch.count, blockIdx.x);
+  if (use.is_refused()) return;
+  const int run = run_of_block(batch, blockIdx.x);
   __shared__ Prepared<Rule::AdamW, W> with;
   if (threadIdx.x == 0) with = prepare<Rule::AdamW, W>(batch, run, group, use, dtype, false, 1.0);
   __syncthreads();
@@ -259,7 +241,7 @@ __global__ void __launch_bounds__(kThreads)
       [&](int64_t i) {
         W g[kCount], v[kCount], part = 0;
         get<kCount, true>(s.grad + i, g);
-        get<kCount, true>(s.second + i, v);
+        get<kCount, true>(s.exp_avg_sq + i, v);
 #pragma unroll
         for (int k = 0; k < kCount; ++k) part += adamw_ratio(gradient(mine, g[k]), v[k], mine.rule);
         sum += part;
@@ -267,90 +249,75 @@ __global__ void __launch_bounds__(kThreads)
       [&](int64_t i) {
         W g[1], v[1];
         get<1, false>(s.grad + i, g);
-        get<1, false>(s.second + i, v);
+        get<1, false>(s.exp_avg_sq + i, v);
         sum += adamw_ratio(gradient(mine, g[0]), v[0], mine.rule);
       });
-  const double total = block_sum(sum);
+  const double total = block_reduce<kThreads>(sum, Plus());
   if (threadIdx.x == 0) slots[batch.first_slot + blockIdx.x] = total;
 }
 
 __global__ void __launch_bounds__(kThreads)
     merge_ratios(const __grid_constant__ ParamBatch batch, GradientUse use,
                  const double* slots,  // [all chunks]
-                 double* slower) {  // [params]
-  if (skips(use)) return;
+                 double* lr_scale) {  // [params]
+  if (use.is_refused()) return;
   const int64_t numel = batch.numel[blockIdx.x];
   const int64_t count = (numel + batch.chunk - 1) / batch.chunk;
   const double* mine = slots + batch.first_slot + batch.first_block[blockIdx.x];
   double sum = 0.0;
   for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += mine[i];
-  const double total = block_sum(sum);
+  const double total = block_reduce<kThreads>(sum, Plus());
   if (threadIdx.x == 0)
-    slower[batch.first_param + blockIdx.x] = update_clip_factor(total / static_cast<double>(numel));
+    lr_scale[batch.first_param + blockIdx.x] =
+        update_clip_factor(total / static_cast<double>(numel));
 }
 
 __global__ void __launch_bounds__(kThreads)
     advance_steps(const __grid_constant__ ParamBatch batch, GradientUse use) {
-  if (skips(use)) return;
+  if (use.is_refused()) return;
   for (int i = threadIdx.x; i < batch.count; i += kThreads)
     if (batch.step[i]) *batch.step[i] += 1.0f;
 }
 
 bool is_aligned(const ParamRef& p) {
-  const void* streams[] = {p.param, p.grad, p.first, p.second, p.largest, p.master};
+  const void* streams[] = {p.param, p.grad, p.exp_avg, p.exp_avg_sq, p.max_exp_avg_sq, p.master};
   return std::all_of(std::begin(streams), std::end(streams),
                      [](const void* s) { return reinterpret_cast<uintptr_t>(s) % 16 == 0; });
 }
 
-int64_t chunks_of(const ParamRef& p, int64_t chunk) { return (p.numel + chunk - 1) / chunk; }
-
-// Calls f(T, S) with the types of a parameter and of its state.
-template <class F>
-void with_types(DType dtype, DType state, F f) {
-  with_type(dtype, [&](auto type) {
-    using T = decltype(type);
-    if constexpr (sizeof(T) == 2) {
-      if (state == DType::Float) return f(type, float{});
-    }
-    f(type, type);
-  });
+// Whether two parameters go into one batch.
+bool go_together(const ParamRef& a, const ParamRef& b) {
+  return a.dtype == b.dtype && a.state_dtype == b.state_dtype && a.group == b.group;
 }
 
-// Calls launch(batch, dtype, state, group, blocks) for the parameters of each group and pair of
-// types, up to kCapacity at a time. Those without elements take no block but are counted.
+// Calls launch(batch, like, blocks) for the parameters of each group and pair of types, up to
+// kCapacity at a time; `like` is one of them. Those without elements take no block but are counted.
 template <class Launch>
 void for_each_batch(const OptimStep& step, Launch launch) {
   const int64_t chunk = chunk_elements(step.params);
-  int64_t slot = 0;
-  for (size_t i = 0; i < step.params.size();) {
-    const ParamRef& like = step.params[i];
-    ParamBatch batch;
-    batch.count = 0;
-    batch.chunk = chunk;
-    batch.first_slot = slot;
-    batch.first_param = static_cast<int64_t>(i);
-    int64_t blocks = 0;
-    for (; i < step.params.size() && batch.count < ParamBatch::kCapacity; ++i) {
-      const ParamRef& p = step.params[i];
-      if (p.dtype != like.dtype || p.state_dtype != like.state_dtype || p.group != like.group)
-        break;
-      const int k = batch.count++;
-      batch.param[k] = p.param;
-      batch.grad[k] = p.grad;
-      batch.first[k] = p.first;
-      batch.second[k] = p.second;
-      batch.largest[k] = p.largest;
-      batch.master[k] = p.master;
-      batch.step[k] = p.step;
-      batch.numel[k] = p.numel;
-      batch.first_block[k] = blocks;
-      batch.row[k] = p.row;
-      batch.aligned[k] = is_aligned(p);
-      blocks += chunks_of(p, chunk);
-    }
-    launch(batch, like, static_cast<unsigned>(blocks));
-    slot += blocks;
+  const auto launch_like = [&](const ParamBatch& batch, unsigned blocks) {
+    launch(batch, step.params[batch.first_param], blocks);
+  };
+  Launches<ParamBatch, decltype(launch_like)> launches(launch_like);
+  launches.batch().chunk = chunk;
+  for (size_t i = 0; i < step.params.size(); ++i) {
+    const ParamRef& p = step.params[i];
+    if (i > 0 && !go_together(step.params[i - 1], p)) launches.flush();
+    const int k = launches.add(divided_up(p.numel, chunk));
+    ParamBatch& batch = launches.batch();
+    if (k == 0) batch.first_param = static_cast<int64_t>(i);
+    batch.param[k] = p.param;
+    batch.grad[k] = p.grad;
+    batch.exp_avg[k] = p.exp_avg;
+    batch.exp_avg_sq[k] = p.exp_avg_sq;
+    batch.max_exp_avg_sq[k] = p.max_exp_avg_sq;
+    batch.master[k] = p.master;
+    batch.step[k] = p.step;
+    batch.numel[k] = p.numel;
+    batch.row[k] = p.row;
+    batch.aligned[k] = is_aligned(p);
   }
+  launches.flush();
 }
 
 }  // namespace
@@ -359,37 +326,35 @@ int64_t optim_scratch_bytes(const OptimStep& step) {
   if (!step.update_clip) return 0;
   const int64_t chunk = chunk_elements(step.params);
   int64_t slots = static_cast<int64_t>(step.params.size());
-  for (const ParamRef& p : step.params) slots += chunks_of(p, chunk);
+  for (const ParamRef& p : step.params) slots += divided_up(p.numel, chunk);
   return slots * static_cast<int64_t>(sizeof(double));
 }
 
-void optim_step(const OptimStep& step, void* scratch, cudaStream_t stream) {
-  double* const slower = step.update_clip ? static_cast<double*>(scratch) : nullptr;
-  double* const slots = slower + step.params.size();
+void optim_step(const OptimStep& step, void* scratch, Stream stream) {
+  double* const lr_scale = step.update_clip ? static_cast<double*>(scratch) : nullptr;
+  double* const slots = lr_scale + step.params.size();
   for_each_batch(step, [&](const ParamBatch& batch, const ParamRef& like, unsigned blocks) {
     const GroupOptions& group = step.groups[like.group];
-    if (blocks) {
-      with_types(like.dtype, like.state_dtype, [&](auto type, auto state) {
-        using T = decltype(type);
-        using S = decltype(state);
-        if (step.rule == Rule::Sgd) {
-          optim_update<Rule::Sgd, T, S><<<blocks, kThreads, 0, stream>>>(
-              batch, group, step.use, like.dtype, step.stochastic_rounding, nullptr);
-          return check_launch("optim_update");
-        }
-        if (step.update_clip) {
-          ratio_sums<T, S>
-              <<<blocks, kThreads, 0, stream>>>(batch, group, step.use, like.dtype, slots);
-          check_launch("ratio_sums");
-          merge_ratios<<<static_cast<unsigned>(batch.count), kThreads, 0, stream>>>(batch, step.use,
-                                                                                    slots, slower);
-          check_launch("merge_ratios");
-        }
-        optim_update<Rule::AdamW, T, S><<<blocks, kThreads, 0, stream>>>(
-            batch, group, step.use, like.dtype, step.stochastic_rounding, slower);
-        check_launch("optim_update");
-      });
-    }
+    const auto launch = [&](auto type, auto state) {
+      using T = typename decltype(type)::type;
+      using S = typename decltype(state)::type;
+      if (step.rule == Rule::Sgd) {
+        optim_update<Rule::Sgd, T, S><<<blocks, kThreads, 0, stream>>>(
+            batch, group, step.use, like.dtype, step.stochastic_rounding, nullptr);
+        return check_launch("optim_update");
+      }
+      if (step.update_clip) {
+        ratio_sums<T, S>
+            <<<blocks, kThreads, 0, stream>>>(batch, group, step.use, like.dtype, slots);
+        check_launch("ratio_sums");
+        merge_ratios<<<grid(batch.count), kThreads, 0, stream>>>(batch, step.use, slots, lr_scale);
+        check_launch("merge_ratios");
+      }
+      optim_update<Rule::AdamW, T, S><<<blocks, kThreads, 0, stream>>>(
+          batch, group, step.use, like.dtype, step.stochastic_rounding, lr_scale);
+      check_launch("optim_update");
+    };
+    if (blocks) with_types<__half, __nv_bfloat16>(like.dtype, like.state_dtype, launch);
     advance_steps<<<1, kThreads, 0, stream>>>(batch, step.use);
     check_launch("advance_steps");
   });

@@ -6,9 +6,9 @@
 // float64 arithmetic once per group instead of once per element.
 #pragma once
 
-#include <cub/block/block_reduce.cuh>
-
+#include "../math/norm.h"
 #include "common.cuh"
+#include "reduce.cuh"
 
 namespace gradfuse::cuda {
 
@@ -121,9 +121,7 @@ struct Merge {
 // kBlock; ends with a barrier, so that it may be called again.
 template <int kBlock>
 __device__ Stats block_merge(const Stats& mine, double p) {
-  using Reduce = cub::BlockReduce<Stats, kBlock>;
-  __shared__ typename Reduce::TempStorage storage;
-  const Stats total = Reduce(storage).Reduce(mine, Merge{p});
+  const Stats total = block_reduce<kBlock>(mine, Merge{p});
   __syncthreads();
   return total;
 }
@@ -210,7 +208,7 @@ __device__ void scale_strided(const StridedRun& run, int64_t base, int64_t start
     const int64_t element = parts * (base + strided_offset(run, i));
     for (int k = 0; k < parts; ++k)
       with_type(run.dtype, [&](auto type) {
-        auto* x = static_cast<decltype(type)*>(run.data) + element + k;
+        auto* x = static_cast<typename decltype(type)::type*>(run.data) + element + k;
         *x = scaled(*x, factor);
       });
   }

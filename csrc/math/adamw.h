@@ -8,7 +8,7 @@
 
 #include <cmath>
 
-#include "clip.h"
+#include "common.h"
 
 namespace gradfuse {
 
@@ -19,28 +19,28 @@ struct AdamWOptions {
 // What is the same for all elements of a parameter at one step.
 template <class S>
 struct AdamWFactors {
-  S rest1;         // 1 - beta1
-  S beta2, rest2;  // beta2, 1 - beta2
+  S one_minus_beta1;         // 1 - beta1
+  S beta2, one_minus_beta2;  // beta2, 1 - beta2
   S decay;         // 1 - lr * weight_decay
   S step_size;     // lr / (1 - beta1^step)
-  S root;          // 1 / sqrt(1 - beta2^step)
+  S inv_sqrt_bias_correction2;          // 1 / sqrt(1 - beta2^step)
   S eps;
 };
 
 // `step` counts from 1, that of the update about to be made.
 GRADFUSE_HD AdamWFactors<double> adamw_factors(const AdamWOptions& o, double lr, double step) {
-  const double correction1 = 1.0 - std::pow(o.beta1, step);
-  const double correction2 = 1.0 - std::pow(o.beta2, step);
+  const double bias_correction1 = 1.0 - std::pow(o.beta1, step);
+  const double bias_correction2 = 1.0 - std::pow(o.beta2, step);
   return {1.0 - o.beta1,
           o.beta2,
           1.0 - o.beta2,
           1.0 - lr * o.weight_decay,
-          lr / correction1,
-          1.0 / std::sqrt(correction2),
+          lr / bias_correction1,
+          1.0 / std::sqrt(bias_correction2),
           o.eps};
 }
 
-// The factor of the learning rate for a mean square of g / sqrt(second moment): update clipping.
+// The factor of the learning rate for a mean square of g / sqrt(exp_avg_sq): update clipping.
 GRADFUSE_HD double update_clip_factor(double mean_square) {
   return mean_square > 1.0 ? 1.0 / std::sqrt(mean_square) : 1.0;
 }

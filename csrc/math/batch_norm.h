@@ -9,7 +9,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "clip.h"
+#include "common.h"
 
 namespace gradfuse {
 

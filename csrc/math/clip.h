@@ -1,168 +1,49 @@
-// Arithmetic of gradient clipping for host and device alike: overflow-safe sums, the norm, the
-// coefficient. No tensors, no launches, no loops over memory.
-//
-// A sum of p-th powers is kept as value * 2^(p * exponent) (after Blue 1978, "A portable Fortran
-// program to find the Euclidean norm of a vector"), so that no gradient of finite values overflows
-// or vanishes. Squares and magnitudes of float32 and narrower types need no exponent in float64.
+// Gradient clipping by the global norm for host and device alike: the plan of a step.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-
-#ifdef __CUDACC__
-#define GRADFUSE_HD __host__ __device__ inline
-#else
-#define GRADFUSE_HD inline
-#endif
+#include "norm.h"
 
 namespace gradfuse {
 
-enum class DType : int32_t { Half, BFloat16, Float, Double };
-
-enum class NormKind : int32_t { L2, L1, Inf, P };
-
-struct NormSpec {
-  NormKind kind;
-  double p;  // the order; infinity for Inf
-};
-
-GRADFUSE_HD NormSpec norm_spec(double p) {
-  if (p == 2.0) return {NormKind::L2, p};
-  if (p == 1.0) return {NormKind::L1, p};
-  return {std::isinf(p) ? NormKind::Inf : NormKind::P, p};
-}
-
-// value * 2^(p * exponent), where p is the power the sum was taken of. The exponent is a whole
-// number, and so exact, for p = 1 and p = 2.
-struct ScaledSum {
-  double value;
-  double exponent;
-};
-
-GRADFUSE_HD ScaledSum add(ScaledSum a, ScaledSum b, double p) {
-  if (a.exponent == b.exponent) return {a.value + b.value, a.exponent};
-  if (b.value == 0.0) return a;
-  if (a.value == 0.0) return b;
-  const bool a_is_high = a.exponent > b.exponent;
-  const double high = a_is_high ? a.value : b.value;
-  const double low = a_is_high ? b.value : a.value;
-  const double exponent = a_is_high ? a.exponent : b.exponent;
-  if (!std::isfinite(low)) return {low + high, exponent};  // not inf * 0
-  const double distance = (a_is_high ? b.exponent : a.exponent) - exponent;
-  return {high + low * std::exp2(p * distance), exponent};
-}
-
-// The larger of two magnitudes; NaN if either is.
-GRADFUSE_HD double max_abs(double a, double b) { return (a >= b || a != a) ? a : b; }
-
-// What one read of a chunk, a tensor or all of them yields.
-struct Stats {
-  ScaledSum l2;       // sum of |x|^2
-  ScaledSum lp;       // sum of |x|^p for L1 and P; of no meaning otherwise
-  double amax;        // largest |x|, NaN if any x is
-  int64_t nonfinite;  // count of NaN and inf
-  int64_t zeros;      // count of exact zeros
-};
-
-GRADFUSE_HD Stats merge(const Stats& a, const Stats& b, double p) {
-  return {add(a.l2, b.l2, 2.0), add(a.lp, b.lp, p), max_abs(a.amax, b.amax),
-          a.nonfinite + b.nonfinite, a.zeros + b.zeros};
-}
-
-// Squares of float32 values may be summed in float32 if the largest magnitude lies in this range:
-// 2^15 squares do not overflow, and what underflows is below 2^-34 of the largest square.
-constexpr float kSafeFloatMin = 0x1p-57f;
-constexpr float kSafeFloatMax = 0x1p+56f;
-// The same for float64 squares, with room for 2^63 of them.
-constexpr double kSafeDoubleMin = 0x1p-480;
-constexpr double kSafeDoubleMax = 0x1p+480;
-
-// The exponent to scale a chunk by before raising to a power; 0 for zero and non-finite maxima.
-GRADFUSE_HD int32_t scale_exponent(double amax) {
-  return (amax > 0.0 && std::isfinite(amax)) ? std::ilogb(amax) : 0;
-}
-
-// x * 2^exponent in two steps, so that neither factor leaves the range of float64.
-struct PowerOfTwo {
-  double first, second;
-};
-GRADFUSE_HD PowerOfTwo power_of_two(int32_t exponent) {
-  const int32_t half = exponent / 2;
-  return {std::ldexp(1.0, half), std::ldexp(1.0, exponent - half)};
-}
-
-// A norm, value * 2^exponent.
-struct ScaledNorm {
-  double value;
-  double exponent;
-};
-
-// value * 2^exponent, in two steps: the power alone may leave the range that the product is in.
-GRADFUSE_HD double times_power(double value, double exponent) {
-  if (exponent == 0.0) return value;
-  const double half = std::floor(exponent / 2.0);
-  return value * std::exp2(half) * std::exp2(exponent - half);
-}
-
-// The sum, or for Inf the maximum, whose root is the norm.
-GRADFUSE_HD ScaledSum sum_of(const Stats& s, NormSpec spec) {
-  if (spec.kind == NormKind::L2) return s.l2;
-  if (spec.kind == NormKind::Inf) return {s.amax, 0};
-  return s.lp;
-}
-
-GRADFUSE_HD ScaledSum combine(ScaledSum a, ScaledSum b, NormSpec spec) {
-  if (spec.kind == NormKind::Inf) return {max_abs(a.value, b.value), 0};
-  return add(a, b, spec.p);
-}
-
-GRADFUSE_HD ScaledNorm norm_of(ScaledSum sum, NormSpec spec) {
-  if (spec.kind == NormKind::L2) return {std::sqrt(sum.value), sum.exponent};
-  if (spec.kind != NormKind::P) return {sum.value, sum.exponent};
-  const double root = std::pow(sum.value, 1.0 / spec.p);
-  if (std::isfinite(root) || !std::isfinite(sum.value)) return {root, sum.exponent};
-  return {1.0, sum.exponent + std::log2(sum.value) / spec.p};  // small p: beyond float64
-}
-
-GRADFUSE_HD double to_double(ScaledNorm norm) { return times_power(norm.value, norm.exponent); }
-
-// A factor for gradients. float64 has few bits for one below 2^-1022, or none, though a gradient of
-// 1e300 times it is a number like any other: there it is a product of three normal ones.
-struct Factor {
-  double whole;
-  double first, second, third;  // whole, 1, 1 but there
-
-  // Exact in each step but the last where the result is normal.
-  GRADFUSE_HD double times(double x) const { return x * first * second * third; }
-};
-
-GRADFUSE_HD Factor factor_of(ScaledNorm f) {
-  const double whole = to_double(f);
-  if (whole >= 0x1p-1022 || !(f.value > 0.0)) return {whole, whole, 1.0, 1.0};
-  const double half = std::floor(f.exponent / 2.0);
-  return {whole, std::exp2(half), std::exp2(f.exponent - half), f.value};
-}
-
+// What a norm that is NaN or inf does. gradfuse/_codes.py has the same numbers.
 enum class NonFinite : int32_t { Propagate, Error, Zero, Skip };
-// Refuse: the policy is Error and the norm is not finite, so the caller raises. Skip: an
-// optimizer's step changes nothing.
+
+// What a step does to the gradients. Refuse: the setting is Error and the norm is not finite, so
+// the caller raises. Skip: an optimizer's step changes nothing.
 enum class Action : int32_t { Keep, Scale, Zero, Refuse, Skip };
 
-// What a step does to the gradients.
+// The plan of a step, as it lies in a float64 tensor [8]. gradfuse/_records.py has the same fields.
 struct ClipPlan {
-  double norm;
+  double norm;  // of all gradients, without their loss scale
   double coefficient;
   double clipped_norm;
-  Action action;
-  ScaledNorm factor;  // the coefficient, where float64 has no room for it
+  double action_code;
+  ScaledSum sum;  // what the norm is the root of, or for the infinity norm the maximum
+  ScaledNorm factor;  // of the gradients: the coefficient, where float64 has no room for it, and
+                      // the inverse of the loss scale
+
+  GRADFUSE_HD Action action() const {
+    return static_cast<Action>(static_cast<int32_t>(action_code));
+  }
+  // Whether the step leaves the gradients untouched before it reads any.
+  GRADFUSE_HD bool is_refused() const {
+    return action() == Action::Refuse || action() == Action::Skip;
+  }
 };
+constexpr int64_t kPlanFields = 8;
+static_assert(sizeof(ClipPlan) == kPlanFields * sizeof(double), "a plan is a float64 tensor [8]");
+
+GRADFUSE_HD ClipPlan make_plan(double norm, double coefficient, double clipped_norm, Action action,
+                               ScaledNorm factor) {
+  return {norm, coefficient, clipped_norm, static_cast<double>(action), {0.0, 0.0}, factor};
+}
 
 // Pascanu, Mikolov, Bengio 2013, Algorithm 1, in torch's form min(1, max_norm / (norm + 1e-6)),
 // except that a finite norm <= max_norm leaves the gradients alone.
-GRADFUSE_HD ClipPlan clip_plan(ScaledNorm norm, double max_norm, NonFinite policy) {
+GRADFUSE_HD ClipPlan clip_plan(ScaledNorm norm, double max_norm, NonFinite nonfinite) {
   const double wide = to_double(norm);
   if (std::isfinite(norm.value)) {
-    if (wide <= max_norm) return {wide, 1.0, wide, Action::Keep, {1.0, 0.0}};
+    if (wide <= max_norm) return make_plan(wide, 1.0, wide, Action::Keep, {1.0, 0.0});
     ScaledNorm factor = {max_norm / (wide + 1e-6), 0.0};
     if (!std::isfinite(wide))
       factor = {max_norm / norm.value, -norm.exponent};
@@ -170,43 +51,56 @@ GRADFUSE_HD ClipPlan clip_plan(ScaledNorm norm, double max_norm, NonFinite polic
       factor = {max_norm / ((wide + 1e-6) * 0x1p-900), -900.0};
     const double clipped = std::isfinite(wide) ? times_power(wide, factor.exponent) * factor.value
                                                : norm.value * factor.value;
-    return {wide, to_double(factor), clipped, Action::Scale, factor};
+    return make_plan(wide, to_double(factor), clipped, Action::Scale, factor);
   }
-  if (policy == NonFinite::Zero) return {wide, 0.0, 0.0, Action::Zero, {0.0, 0.0}};
-  if (policy == NonFinite::Error) return {wide, 1.0, wide, Action::Refuse, {1.0, 0.0}};
-  if (policy == NonFinite::Skip) return {wide, 1.0, wide, Action::Skip, {1.0, 0.0}};
+  if (nonfinite == NonFinite::Zero) return make_plan(wide, 0.0, 0.0, Action::Zero, {0.0, 0.0});
+  if (nonfinite == NonFinite::Error) return make_plan(wide, 1.0, wide, Action::Refuse, {1.0, 0.0});
+  if (nonfinite == NonFinite::Skip) return make_plan(wide, 1.0, wide, Action::Skip, {1.0, 0.0});
   const double ratio = max_norm / (wide + 1e-6);
   const double coefficient = ratio > 1.0 ? 1.0 : ratio;
-  return {wide, coefficient, wide * coefficient, Action::Scale, {coefficient, 0.0}};
+  return make_plan(wide, coefficient, wide * coefficient, Action::Scale, {coefficient, 0.0});
 }
 
-// What gradients carry that are those of a scaled loss (Micikevicius et al. 2018, "Mixed Precision
-// Training", section 3.2).
+// What gradients of a scaled loss carry (Micikevicius et al. 2018, "Mixed Precision Training",
+// section 3.2).
 struct LossScale {
   double value;
   bool found_inf;  // somebody saw a gradient that is not finite
 };
 
-// The plan for such gradients: its norms are of the gradients without the scale, its factor takes
+// The plan for gradients of a scaled loss: its norms are those without the scale, its factor takes
 // the scale off as well.
-GRADFUSE_HD ClipPlan unscaled_plan(ScaledNorm norm, double max_norm, NonFinite policy,
-                                   LossScale scale) {
-  ClipPlan plan = clip_plan({norm.value / scale.value, norm.exponent}, max_norm, policy);
+GRADFUSE_HD ClipPlan unscaled_plan(ScaledSum sum, NormSpec spec, double max_norm,
+                                   NonFinite nonfinite, LossScale scale) {
+  const ScaledNorm norm = norm_of(sum, spec);
+  ClipPlan plan = clip_plan({norm.value / scale.value, norm.exponent}, max_norm, nonfinite);
   plan.factor.value /= scale.value;
-  if (scale.found_inf) plan.action = Action::Skip;
+  plan.sum = sum;
+  if (scale.found_inf) plan.action_code = static_cast<double>(Action::Skip);
   return plan;
 }
 
-// Adaptive gradient clipping of one unit (Brock et al. 2021, eq. 3): the factor for its gradient,
-// 1 where it is to be left alone, as value * 2^exponent: float64 gradients of 1e300 beside weights
-// of 1e-10 need one that float64 has no room for. Non-finite norms give what the division gives.
-GRADFUSE_HD ScaledNorm unit_coefficient(ScaledNorm weight, ScaledNorm grad, double clip_factor,
-                                        double eps) {
-  if (to_double(weight) < eps) weight = {eps, 0.0};
-  const ScaledNorm limit = {clip_factor * weight.value, weight.exponent};
-  if (times_power(grad.value, grad.exponent - limit.exponent) <= limit.value) return {1.0, 0.0};
-  if (to_double(grad) < 1e-6) grad = {1e-6, 0.0};
-  return {limit.value / grad.value, limit.exponent - grad.exponent};
+// Statistics of one tensor, as they lie in a row of a float64 tensor [n, 5]. gradfuse/_records.py
+// has the same fields.
+struct TensorStats {
+  double norm;  // L2
+  double largest;  // |g|
+  double nonfinite;  // count
+  double zeros;  // count
+  double numel;  // -1 in the row of a tensor that is not there
+};
+constexpr int64_t kStatsFields = 5;
+static_assert(sizeof(TensorStats) == kStatsFields * sizeof(double), "a row of a float64 [n, 5]");
+
+GRADFUSE_HD TensorStats tensor_stats(const Stats& s, double numel) {
+  return {to_double(norm_of(s.l2, {NormKind::L2, 2.0})), s.amax, static_cast<double>(s.nonfinite),
+          static_cast<double>(s.zeros), numel};
+}
+GRADFUSE_HD TensorStats absent_stats() { return tensor_stats(Stats{}, -1.0); }
+
+GRADFUSE_HD void unscale(TensorStats& stats, double scale) {
+  stats.norm /= scale;
+  stats.largest /= scale;
 }
 
 }  // namespace gradfuse

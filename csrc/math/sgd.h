@@ -5,7 +5,7 @@
 // initialization and momentum in deep learning", whose velocity is minus lr times the buffer here.
 #pragma once
 
-#include "clip.h"
+#include "common.h"
 
 namespace gradfuse {
 
@@ -18,7 +18,7 @@ struct SgdOptions {
 template <class S>
 struct SgdFactors {
   S lr, weight_decay, momentum;
-  S rest;  // 1 - dampening; 1 in the first step, which takes the gradient whole
+  S one_minus_dampening;  // 1 - dampening; 1 in the first step, which takes the gradient whole
   bool nesterov;
 };
 

@@ -24,28 +24,7 @@ _STATE = (
 
 
 class _BatchNormAct(_BatchNorm):
-    """act(batch_norm(x) + residual), with torch's parameters, buffers and state_dict.
-
-    Args:
-        num_features: channels C of the input [N, C, ...].
-        eps: added to the variance.
-        momentum: weight of a batch in the running statistics; None for their plain average.
-        affine: learn a weight and a bias.
-        track_running_stats: keep running statistics, and normalise with them in eval mode.
-        activation: None, "relu", "relu6", "leaky_relu", "silu", "gelu", "gelu_tanh", "hardswish",
-            "sigmoid" or "tanh".
-        negative_slope: of "leaky_relu".
-
-    During a checkpoint's recomputation the running statistics and num_batches_tracked stay, unless
-    the module is compiled and the checkpoint around it is not.
-    nn.SyncBatchNorm.convert_sync_batchnorm raises TypeError on these modules: it would drop the
-    activation and the residual. gradfuse.unfuse the model first.
-
-    Raises:
-        ValueError: the activation is unknown, or the input has another number of dimensions.
-
-    Source: Ioffe, Szegedy 2015, "Batch Normalization", algorithms 1 and 2.
-    """
+    """What the modules for 1, 2 and 3 dimensions share."""
 
     plain: type[_BatchNorm]
 
@@ -139,15 +118,49 @@ def _share(source: nn.Module, target: nn.Module) -> None:
 
 
 class BatchNormAct1d(_BatchNormAct, nn.BatchNorm1d):
-    __doc__ = f"For inputs [N, C] or [N, C, L]. {_BatchNormAct.__doc__}"
+    """act(batch_norm(x) + residual) for inputs [N, C] or [N, C, L].
+
+    Parameters, buffers and state_dict are those of torch.nn.BatchNorm1d.
+
+    Args:
+        num_features: channels C of the input [N, C, ...].
+        eps: added to the variance.
+        momentum: weight of a batch in the running statistics; None for their plain average.
+        affine: learn a weight and a bias.
+        track_running_stats: keep running statistics, and normalise with them in eval mode.
+        activation: None, "relu", "relu6", "leaky_relu", "silu", "gelu", "gelu_tanh", "hardswish",
+            "sigmoid" or "tanh".
+        negative_slope: of "leaky_relu".
+
+    During a checkpoint's recomputation the running statistics and num_batches_tracked stay, unless
+    the module is compiled and the checkpoint around it is not.
+    nn.SyncBatchNorm.convert_sync_batchnorm raises TypeError on these modules: it would drop the
+    activation and the residual. gradfuse.unfuse the model first.
+
+    Raises:
+        ValueError: the activation is unknown, or the input has another number of dimensions.
+
+    Source: Ioffe, Szegedy 2015, "Batch Normalization", algorithms 1 and 2.
+    """
+
     plain = nn.BatchNorm1d
 
 
 class BatchNormAct2d(_BatchNormAct, nn.BatchNorm2d):
-    __doc__ = f"For inputs [N, C, H, W]. {_BatchNormAct.__doc__}"
+    """act(batch_norm(x) + residual) for inputs [N, C, H, W].
+
+    Parameters, buffers and state_dict are those of torch.nn.BatchNorm2d; arguments and errors are
+    those of BatchNormAct1d.
+    """
+
     plain = nn.BatchNorm2d
 
 
 class BatchNormAct3d(_BatchNormAct, nn.BatchNorm3d):
-    __doc__ = f"For inputs [N, C, D, H, W]. {_BatchNormAct.__doc__}"
+    """act(batch_norm(x) + residual) for inputs [N, C, D, H, W].
+
+    Parameters, buffers and state_dict are those of torch.nn.BatchNorm3d; arguments and errors are
+    those of BatchNormAct1d.
+    """
+
     plain = nn.BatchNorm3d

@@ -1,7 +1,7 @@
-// The emulated build's csrc/device.h: every tensor is on the device, whose memory is the host's.
-// What the device's functions allocate is registered with the emulator, filled with rubbish.
-#ifndef GRADFUSE_DEVICE_H
-#define GRADFUSE_DEVICE_H
+// The emulated build's csrc/tensor/device.h: every tensor is on the device, whose memory is the
+// host's. What the device's functions allocate is registered with the emulator, filled with
+// rubbish.
+#pragma once
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -54,5 +54,3 @@ void on_device(at::Device, F f) {
 }
 
 }  // namespace gradfuse
-
-#endif

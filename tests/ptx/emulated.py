@@ -1,8 +1,8 @@
 """gradfuse's compiled module with its CUDA kernels, launchers and all, run on the CPU's tensors.
 
-csrc/*.cpp is built against tests/ptx/device.h, linked with the ordinary nvcc objects and
-fake_cudart.cpp. `backend()` has the functions of gradfuse._C; a call registers the memory of the
-tensors it is given, and raises what the emulator found.
+The sources of csrc/ that know of torch are built against tests/ptx/device.h and linked with the
+ordinary nvcc objects and fake_cudart.cpp. `backend()` has the functions of gradfuse._C; a call
+registers the memory of the tensors it is given, and raises what the emulator found.
 """
 
 from __future__ import annotations
@@ -35,6 +35,12 @@ def kernel_sources() -> list[Path]:
     return sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
+def torch_sources() -> list[Path]:
+    """All but the CPU kernels and their traversal."""
+    folders = (ROOT / "csrc", ROOT / "csrc" / "ops", ROOT / "csrc" / "tensor")
+    return sorted(p for folder in folders for p in folder.glob("*.cpp"))
+
+
 def build() -> tuple[Path, list[Compiled]]:
     """The module's library, and its kernels."""
     compiled = compile_all(kernel_sources())
@@ -44,10 +50,10 @@ def build() -> tuple[Path, list[Compiled]]:
     library = cuda_library(
         f"{NAME}.so",
         [c.object for c in compiled],
-        [str(p) for p in sorted((ROOT / "csrc").glob("*.cpp"))] + ["no_cpu.cpp"],
+        [*map(str, torch_sources()), "no_cpu.cpp"],
         flags=[
             *[f"-I{i}" for i in includes],
-            *["-include", str(HERE / "device.h"), torch_version],
+            *[f'-DGRADFUSE_DEVICE_HEADER="{HERE / "device.h"}"', torch_version],
             *['-DGRADFUSE_CUDA_VERSION="emulated"', '-DGRADFUSE_CUDA_ARCHS=""'],
             f"-DTORCH_EXTENSION_NAME={NAME}",
         ],
@@ -147,10 +153,11 @@ class Emulated:
         spans: dict[int, tuple[int, str]] = {}
         for place, argument in enumerate(arguments):
             is_list = isinstance(argument, (list, tuple))
+            fields = getattr(argument, "_fields", None)  # of a record
             for i, t in enumerate(argument if is_list else [argument]):
                 if isinstance(t, Tensor):
                     name = f"tensor {i}" if is_list or not place else f"argument {place}"
-                    self._note(spans, t, name)
+                    self._note(spans, t, fields[i] if fields else name)
                     if t.is_leaf and t.grad is not None:
                         self._note(spans, t.grad, f"grad {i}")
         buffers = [Buffer(start, size, name, True) for start, (size, name) in merged(spans)]
@@ -207,13 +214,13 @@ class _Stepper:
     def __init__(self, emulated: Emulated, inner: type, rule: int) -> None:
         self._inner = inner(rule)
         self._tensors: list[Tensor] = []  # parameters, then their state
-        self.holds, self.parameters = self._inner.holds, self._inner.parameters
+        self.is_current, self.parameters = self._inner.is_current, self._inner.parameters
         self.measure = emulated.watched(self._inner.measure, self._inner.parameters)
         self.update = emulated.watched(self._inner.update, lambda: self._tensors)
         self.step = emulated.watched(self._inner.step, lambda: self._tensors)
 
-    def hold(self, groups: list[dict], state: dict, needs: list[int]) -> None:
-        self._inner.hold(groups, state, needs)
+    def bind(self, groups: list[dict], state: dict, needs: list[int]) -> None:
+        self._inner.bind(groups, state, needs)
         held = self._inner.parameters()
         values = [t for p in held for t in state.get(p, {}).values()]
         self._tensors = held + [t for t in values if isinstance(t, Tensor)]

@@ -1,13 +1,17 @@
 // The emulated build has no CPU kernels: all its tensors are on the device.
 #include <stdexcept>
 
-#include "ops.h"
+#include "cpu/isa.h"
+#include "ops/adaptive_clip.h"
+#include "ops/batch_norm.h"
+#include "ops/clip.h"
+#include "ops/optim.h"
 
 namespace gradfuse::cpu {
 
 [[noreturn]] static void refuse() { throw std::logic_error("no CPU kernels in this build"); }
 
-Stats stats(const std::vector<GradRef>&, const std::vector<int64_t>&, NormSpec, double*) {
+Stats stats(const std::vector<GradRef>&, const std::vector<int64_t>&, NormSpec, TensorStats*) {
   refuse();
 }
 void scale(const std::vector<GradRef>&, ScaledNorm) { refuse(); }
@@ -15,12 +19,13 @@ void scale_each(const std::vector<GradRef>&, const std::vector<int64_t>&, Scaled
                 const double*) {
   refuse();
 }
-void optim_step(const OptimStep&) { refuse(); }
 void zero(const std::vector<GradRef>&) { refuse(); }
 void clamp(const std::vector<GradRef>&, double) { refuse(); }
-void clip_units(const std::vector<UnitRef>&, double, double, NormSpec) { refuse(); }
+void adaptive_clip(const std::vector<UnitRef>&, UnitLimit) { refuse(); }
 void batch_norm_forward(const BatchNormForward&) { refuse(); }
 void batch_norm_backward(const BatchNormBackward&) { refuse(); }
-const char* isa() { return "none"; }
+void optim_step(const OptimStep&) { refuse(); }
+const char* isa_name() { return "none"; }
+void set_isa(const char*) { refuse(); }
 
 }  // namespace gradfuse::cpu

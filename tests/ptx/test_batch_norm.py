@@ -9,15 +9,31 @@ from helpers import REAL, bits, random, short
 
 import gradfuse
 from gradfuse import reference
+from gradfuse._codes import Activation
+from gradfuse._records import BatchNormCall, BatchNormOptions, BatchNormSaved
 from ptx import emulated
 from ptx.test_traffic import Operations
 
 DTYPES = pytest.mark.parametrize("dtype", REAL, ids=short)
-RELU, NOTHING = 1, (None, None, None, None)
+
+
+def forward(ptx, x, r):
+    """Training with relu, without weight, bias and running statistics."""
+    nothing = (None, None, None, None)
+    return ptx.batch_norm_forward(
+        BatchNormCall(x, r, *nothing, True, 0.1, 1e-5, Activation.RELU, 0.0, wants_mask=True)
+    )
+
+
+def backward(ptx, x, g, mask, stats, channels_last):
+    saved = BatchNormSaved(x, None, None, mask, None, None, stats)
+    options = BatchNormOptions(channels_last, True, 1e-5, Activation.RELU, 0.0)
+    ptx.batch_norm_backward(g, saved, options, (True, True, True, True))
 
 
 def run(ptx, x, r, g):
-    """(loaded, stored) bytes by buffer, of the forward and of the backward."""
+    """(loaded, stored) bytes by buffer, of the forward and of the backward. Buffers are named after
+    the records' fields; grad_output, which is in none, is tensor 0."""
 
     def counts():
         assert ptx.runtime.waits == 0
@@ -28,11 +44,10 @@ def run(ptx, x, r, g):
                 found[name] = {**found.get(name, {}), width: n}
         return loaded, stored
 
-    _, mask, stats = ptx.batch_norm_forward(x, r, *NOTHING, True, 0.1, 1e-5, RELU, 0.0, True)
-    forward = counts()
-    rest = (not x.is_contiguous(), True, 1e-5, RELU, 0.0, True, True, True, True)
-    ptx.batch_norm_backward(g, x, None, None, mask, None, None, stats, *rest)
-    return forward, counts()
+    _, mask, stats = forward(ptx, x, r)
+    of_forward = counts()
+    backward(ptx, x, g, mask, stats, not x.is_contiguous())
+    return of_forward, counts()
 
 
 def wide(traffic, name):
@@ -58,13 +73,13 @@ def test_each_byte_as_often_as_it_must(ptx, dtype, shape, channels_last):
     (loaded, stored), (loaded_back, stored_back) = run(ptx, x, r, g)
     rows = channels_last or len(shape) == 2
     # Where channels are contiguous each thread also loads its columns' shifts: the first row.
-    assert 2 * x.nbytes <= wide(loaded, "tensor 0") <= (2.5 if rows else 2) * x.nbytes
-    assert wide(loaded, "argument 1") == r.nbytes
+    assert 2 * x.nbytes <= wide(loaded, "input") <= (2.5 if rows else 2) * x.nbytes
+    assert wide(loaded, "residual") == r.nbytes
     assert written(stored, x.nbytes) == 1
     assert {1: x.numel() // 8} in stored.values()  # a bit per element
     assert wide(loaded_back, "tensor 0") == 2 * g.nbytes
-    assert wide(loaded_back, "argument 1") == 2 * x.nbytes
-    assert loaded_back["argument 4"] == {1: 2 * x.numel() // 8}
+    assert wide(loaded_back, "input") == 2 * x.nbytes
+    assert loaded_back["mask"] == {1: 2 * x.numel() // 8}
     assert written(stored_back, x.nbytes) == 2
 
 
@@ -72,11 +87,11 @@ def test_each_byte_as_often_as_it_must(ptx, dtype, shape, channels_last):
 def test_small_maps_are_read_once(ptx, dtype):
     x, r, g = (random(2, 3, 8, 8, dtype=dtype, seed=i) for i in range(3))
     (loaded, stored), (loaded_back, stored_back) = run(ptx, x, r, g)
-    assert wide(loaded, "tensor 0") == x.nbytes
-    assert wide(loaded, "argument 1") == r.nbytes
+    assert wide(loaded, "input") == x.nbytes
+    assert wide(loaded, "residual") == r.nbytes
     assert written(stored, x.nbytes) == 1
-    assert wide(loaded_back, "tensor 0") == wide(loaded_back, "argument 1") == x.nbytes
-    assert loaded_back["argument 4"] == {1: x.numel() // 8}
+    assert wide(loaded_back, "tensor 0") == wide(loaded_back, "input") == x.nbytes
+    assert loaded_back["mask"] == {1: x.numel() // 8}
     assert written(stored_back, x.nbytes) == 2
     assert len(ptx.launches) == 1
 
@@ -85,10 +100,9 @@ def test_small_maps_are_read_once(ptx, dtype):
 def test_coefficients_are_loaded_once_for_a_group(ptx, shape, rows):
     """One of each for eight elements of a channel; where each element has its own, 16 bytes."""
     x, r, g = (random(*shape, seed=i) for i in range(3))
-    _, mask, stats = ptx.batch_norm_forward(x, r, *NOTHING, True, 0.1, 1e-5, RELU, 0.0, True)
+    _, mask, stats = forward(ptx, x, r)
     launches = [*ptx.launches]
-    rest = (False, True, 1e-5, RELU, 0.0, True, True, True, True)
-    ptx.batch_norm_backward(g, x, None, None, mask, None, None, stats, *rest)
+    backward(ptx, x, g, mask, stats, False)
     narrow = {}
     for launch in (*launches, *ptx.launches):
         found = narrow.setdefault(launch.kernel.partition("<")[0], Counter())

@@ -149,7 +149,7 @@ def shared_library(
 
     def build(folder: Path) -> None:
         def compile_one(source: Path) -> Path:
-            out = folder / f"{source.stem}.o"
+            out = folder / f"{source.parent.name}-{source.stem}.o"
             run([*compiler(), *flags, "-c", source, "-o", out])
             return out
 

@@ -5,15 +5,19 @@ Bytes, widths and launches are counted by the emulator; registers and spills are
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor
 
+from gradfuse._codes import Activation, NonFinite
+from gradfuse._records import BatchNormCall, BatchNormOptions, BatchNormSaved
 from gradfuse.optim import SGD, AdamW
 from ptx import emulated
 from ptx.counts import Launch, Traffic
@@ -22,7 +26,6 @@ from ptx.toolchain import demangled, ptxas, resources, setup_script
 SIZES = (100_003, 4_097, 33)
 ROWS, COLUMNS = 40, 2_500
 MAPS, ROWS_OF_MAPS, SMALL_MAPS = (4, 8, 56, 56), (4, 128, 14, 14), (8, 24, 16, 16)
-RELU = 1
 
 
 class Case(NamedTuple):
@@ -44,13 +47,13 @@ def gradients(dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(n, generator=generator).to(dtype) for n in SIZES]
 
 
-def clip(max_norm: float, nonfinite: int = 0) -> Callable:
-    return lambda ptx, grads: ptx.clip_(grads, False, max_norm, 2.0, nonfinite)
+def clip(max_norm: float) -> Callable:
+    return lambda ptx, grads: ptx.clip_(grads, False, max_norm, 2.0, NonFinite.PROPAGATE)
 
 
 def zero(ptx: emulated.Emulated, grads: list[Tensor]) -> None:
     grads[0][0] = float("nan")
-    ptx.clip_(grads, False, 1.0, 2.0, 2)
+    ptx.clip_(grads, False, 1.0, 2.0, NonFinite.ZERO)
 
 
 def adaptive(scale: float) -> Callable:
@@ -91,11 +94,14 @@ def batch_norm(shape: tuple[int, ...], channels_last: bool, backward: bool) -> C
             .contiguous(memory_format=form)
             for i in range(3)
         )
-        forward = (x, r, None, None, None, None, True, 0.1, 1e-5, RELU, 0.0, True)
-        _, mask, stats = ptx.batch_norm_forward(*forward)
-        rest = (channels_last, True, 1e-5, RELU, 0.0, True, True, True, True)
+        nothing = (None, None, None, None)  # weight, bias, running statistics
+        relu = Activation.RELU
+        forward = BatchNormCall(x, r, *nothing, True, 0.1, 1e-5, relu, 0.0, wants_mask=True)
+        _, mask, stats = ptx.batch_norm_forward(forward)
         if backward:
-            ptx.batch_norm_backward(g, x, None, None, mask, None, None, stats, *rest)
+            saved = BatchNormSaved(x, None, None, mask, None, None, stats)
+            options = BatchNormOptions(channels_last, True, 1e-5, relu, 0.0)
+            ptx.batch_norm_backward(g, saved, options, (True, True, True, True))
 
     return call
 
@@ -227,7 +233,7 @@ def resource_rows(archs: Sequence[str]) -> list[list[object]]:
     return [[f"`{k}`", *(v.get(a, "-") for a in archs)] for k, v in sorted(by_kernel.items())]
 
 
-def main() -> int:
+def step_table() -> str:
     header = [
         *(
             "step",
@@ -238,9 +244,11 @@ def main() -> int:
         ),
         *("other bytes", "launches", "waits"),
     ]
-    rows = [row for dtype in (torch.float32, torch.bfloat16) for row in traffic_rows(dtype)]
-    print(markdown(header, rows), end="\n\n", flush=True)
+    dtypes = (torch.float32, torch.bfloat16)
+    return markdown(header, [row for dtype in dtypes for row in traffic_rows(dtype)])
 
+
+def launch_table() -> str:
     launches: list[Launch] = []
     for case in CASES:
         case.call(emulated.backend(), gradients(torch.float32))
@@ -253,10 +261,39 @@ def main() -> int:
         "instructions a thread",
         "barriers",
     ]
-    print(markdown(header, kernel_rows(launches)), end="\n\n", flush=True)
+    return markdown(header, kernel_rows(launches))
 
+
+def register_table() -> str:
     archs = architectures()
-    print(markdown(["registers", *archs], resource_rows(archs)))
+    return markdown(["registers", *archs], resource_rows(archs))
+
+
+TABLES = {"steps": step_table, "launches": launch_table, "registers": register_table}
+
+
+def with_table(page: str, name: str, table: str) -> str:
+    """The page with what stands between the table's two markers replaced."""
+    begin, end = f"<!-- {name}: written by make traffic -->", f"<!-- end of {name} -->"
+    before, found_begin, rest = page.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
+        raise ValueError(f"with_table: expected {begin!r} and then {end!r}, found not both")
+    return f"{before}{begin}\n\n{table}\n\n{end}{after}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ptx.traffic", description=__doc__)
+    parser.add_argument("--into", type=Path, help="page whose tables to replace; else print them")
+    into = parser.parse_args(argv).into
+    page = into.read_text() if into else ""
+    for name, table in TABLES.items():
+        if into:
+            page = with_table(page, name, table())
+        else:
+            print(table(), end="\n\n", flush=True)
+    if into:
+        into.write_text(page)  # once all are counted: an error leaves the page as it was
     return 0
 
 

@@ -1,0 +1,73 @@
+// Tensors cut into chunks, and chunks gathered into items of work for the threads. Borders depend
+// on the sizes alone.
+#pragma once
+
+#include <vector>
+
+#include "../math/prefetch.h"
+#include "../math/runs.h"
+#include "parallel.h"
+
+namespace gradfuse::cpu {
+
+constexpr int64_t kItem = 16384;  // least elements of an item of work
+
+// Asks for the beginning of a run of memory that is to be read, or written. Short runs are as many
+// misses, for the hardware prefetches what it has seen a part of.
+template <bool kWrites = false>
+inline void prefetch_run(const void* data, int64_t bytes) {
+  constexpr int64_t kLine = 64, kMost = 512;
+  const char* line = static_cast<const char*>(data);
+  for (const char* end = line + std::min(bytes, kMost); line < end; line += kLine)
+    __builtin_prefetch(line, kWrites);
+}
+
+struct Chunk {
+  int64_t tensor;
+  int64_t start;
+  int64_t length;
+};
+
+// All chunks in order, and the items of work: item i is chunks [items[i], items[i + 1]).
+struct Work {
+  std::vector<Chunk> chunks;
+  std::vector<int64_t> items;
+  int64_t total = 0;  // elements
+
+  // Of tensors that have a numel.
+  template <class Ref>
+  explicit Work(const std::vector<Ref>& tensors) {
+    const int64_t chunk = chunk_elements(tensors);
+    chunks.reserve(tensors.size());
+    // Long items keep the hardware's prefetcher on one stream, short ones share the work out
+    // evenly.
+    for (const Ref& t : tensors) total += t.numel;
+    const int64_t item = std::clamp<int64_t>(total / 256, kItem, 32 * kItem);
+    int64_t pending = item;
+    for (size_t t = 0; t < tensors.size(); ++t) {
+      for (int64_t start = 0; start < tensors[t].numel; start += chunk) {
+        if (pending >= item) {
+          items.push_back(static_cast<int64_t>(chunks.size()));
+          pending = 0;
+        }
+        const int64_t length = std::min(chunk, tensors[t].numel - start);
+        chunks.push_back({static_cast<int64_t>(t), start, length});
+        pending += length;
+      }
+    }
+    items.push_back(static_cast<int64_t>(chunks.size()));
+  }
+
+  // Calls f(item, first chunk, end) for every item.
+  template <class F>
+  void for_each(bool backwards, F f) const {
+    const int64_t n = count();
+    for_each_item(n, total, [&](int64_t i) {
+      const int64_t item = backwards ? n - 1 - i : i;
+      f(item, items[item], items[item + 1]);
+    });
+  }
+  int64_t count() const { return static_cast<int64_t>(items.size()) - 1; }
+};
+
+}  // namespace gradfuse::cpu

@@ -1,0 +1,45 @@
+// The CPU kernels of one op for one instruction set. setup.py compiles this file once for each
+// pair:
+//
+//   GRADFUSE_KERNELS    the op's header, as clip_kernels.h
+//   GRADFUSE_ISA        baseline, avx2 or avx512: the namespace of the kernels
+//   GRADFUSE_VEC_BYTES  16, 32 or 64: the width of its vectors
+//
+// The header is read twice, after Highway: first for the op's table and what it includes, whose
+// inline functions must stay runnable on every machine, then for the kernels, under the target. The
+// target is in force to the end of the file: GCC gives a template the target in force where it is
+// instantiated. Kernels use no templates of the standard library that hold code: the linker keeps
+// one copy of each for all callers, which may be the one of the widest set.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#include GRADFUSE_KERNELS
+
+#if GRADFUSE_VEC_BYTES > 16
+#include <immintrin.h>
+#endif
+
+// Pragmas expand no macros.
+#if GRADFUSE_VEC_BYTES == 64 && defined(__clang__)
+#pragma clang attribute push(                                                    \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+    apply_to = function)
+#elif GRADFUSE_VEC_BYTES == 64
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#elif GRADFUSE_VEC_BYTES == 32 && defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#elif GRADFUSE_VEC_BYTES == 32
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#define GRADFUSE_IN_UNIT
+namespace gradfuse::cpu::GRADFUSE_ISA {
+#include GRADFUSE_KERNELS
+}  // namespace gradfuse::cpu::GRADFUSE_ISA
+
+#if GRADFUSE_VEC_BYTES > 16 && defined(__clang__)
+#pragma clang attribute pop
+#endif

@@ -1,0 +1,470 @@
+// Batch normalisation: checks, brings every tensor into one layout, allocates the results, picks
+// the device, binds.
+#include "batch_norm.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <vector>
+
+#include "../tensor/checks.h"
+#include "../tensor/dispatch.h"
+#include "../tensor/dtype.h"
+#include "../tensor/python_args.h"
+
+namespace gradfuse {
+namespace {
+
+// A forward call as Python makes it: gradfuse/_records.py has the same fields.
+struct ForwardCall {
+  at::Tensor input;                           // [N, C, ...]
+  MaybeTensor residual;                       // like input, any strides
+  MaybeTensor weight, bias;                   // [C]
+  MaybeTensor running_mean, running_var;      // [C]; updated if training
+  bool training;
+  double momentum;
+  MaybeTensor momentum_value;  // [], in place of momentum
+  double eps;
+  Activation activation;
+  double negative_slope;
+  bool wants_mask;
+};
+
+// What a forward call yields. The output has the input's strides, or those of the memory format
+// that the input is nearest to where it has gaps.
+struct ForwardResult {
+  at::Tensor output;
+  at::Tensor mask;   // uint8 [rows, bytes], as BatchNormShape says; [0] where none was asked for
+  at::Tensor stats;  // [3, channels] float64: mean, inverse deviation, unbiased variance
+};
+
+// A backward call: what the forward saved, and its options.
+struct BackwardCall {
+  at::Tensor grad_output;  // [N, C, ...], any strides
+  MaybeTensor input, residual, output, mask, weight, bias;
+  at::Tensor stats;  // [3, C]
+  bool channels_last;  // the forward's layout
+  bool training;
+  double eps;
+  Activation activation;
+  double negative_slope;
+};
+
+// Of one each: wanted gradients as flags, gradients as tensors, undefined where not wanted.
+template <class T>
+struct OfEach {
+  T input, residual, weight, bias;
+};
+
+constexpr const char* kOp = "batch_norm_act";
+
+using Dims = c10::SmallVector<int64_t, 6>;
+
+// Strides without gaps: dimension 1 is the innermost if channels_last, else second outermost.
+Dims dense_strides(at::IntArrayRef sizes, bool channels_last) {
+  Dims strides(sizes.size());
+  int64_t step = 1;
+  if (channels_last) strides[1] = 1, step = sizes[1];
+  for (size_t d = sizes.size(); d-- > 0;) {
+    if (channels_last && d == 1) continue;
+    strides[d] = step;
+    step *= sizes[d];
+  }
+  return strides;
+}
+
+bool has_strides(const at::Tensor& t, at::IntArrayRef strides) {
+  for (int64_t d = 0; d < t.dim(); ++d)
+    if (t.size(d) != 1 && t.stride(d) != strides[d]) return false;
+  return !t.is_neg();
+}
+
+// The layout that the kernels take a tensor in. One that is neither goes through a copy.
+bool is_channels_last(const at::Tensor& t) {
+  if (t.is_contiguous()) return false;
+  if (has_strides(t, dense_strides(t.sizes(), true))) return true;
+  const at::MemoryFormat format = t.suggest_memory_format();
+  return format == at::MemoryFormat::ChannelsLast || format == at::MemoryFormat::ChannelsLast3d;
+}
+
+at::Tensor dense(const at::Tensor& t, at::IntArrayRef strides) {
+  return has_strides(t, strides) ? t : dense_copy(t, strides);
+}
+
+BatchNormShape shape_of(const at::Tensor& t, bool channels_last) {
+  const int64_t n = t.size(0), c = t.size(1);
+  int64_t s = 1;
+  for (int64_t d = 2; d < t.dim(); ++d) s *= t.size(d);
+  const DType dtype = *dtype_of(t.scalar_type());
+  if (c == 1) return {1, 1, n * s, dtype};
+  if (channels_last || s == 1) return {n * s, c, 1, dtype};
+  return {n, c, s, dtype};
+}
+
+void check_memory(const char* name, const at::Tensor& t) {
+  if (t.layout() != at::kStrided)
+    fail<TypeError>(kOp, ": ", name, " must be dense, got layout ", t.layout());
+  if (!device_is_supported(t.device().type()))
+    fail<TypeError>(kOp, ": ", name, " must be on cpu or a cuda device this build supports, got ",
+                    t.device());
+  if (is_wrapper(t))
+    fail<TypeError>(kOp, ": ", name, " must be a plain tensor, got a wrapper without memory");
+  if (!dtype_of(t.scalar_type()) || t.is_complex())
+    fail<TypeError>(kOp, ": ", name, " must be float16, bfloat16, float32 or float64, got ",
+                    t.scalar_type());
+  if (const auto lack = missing_storage(t))
+    fail<std::runtime_error>(kOp, ": ", name, " must have storage of at least ", lack->needed,
+                             " bytes, got ", lack->found, "; was it resized or freed?");
+}
+
+void check_device(const char* name, const at::Tensor& t, const at::Tensor& like) {
+  if (t.device() != like.device())
+    fail<TypeError>(kOp, ": ", name, " must be on input's device ", like.device(), ", got ",
+                    t.device());
+}
+
+// [N, C, ...] of the input's shape and dtype.
+void check_twin(const char* name, const at::Tensor& t, const at::Tensor& like) {
+  check_memory(name, t);
+  check_device(name, t, like);
+  if (t.sizes() != like.sizes() || t.scalar_type() != like.scalar_type())
+    fail<std::invalid_argument>(kOp, ": ", name, " must have input's shape and dtype, ",
+                                like.sizes(), " of ", like.scalar_type(), ", got ", t.sizes(),
+                                " of ", t.scalar_type());
+}
+
+void check_vector(const char* name, const MaybeTensor& t, const at::Tensor& like) {
+  if (!t) return;
+  check_memory(name, *t);
+  check_device(name, *t, like);
+  if (t->dim() != 1 || t->size(0) != like.size(1))
+    fail<std::invalid_argument>(kOp, ": ", name, " must have one element per channel, [",
+                                like.size(1), "], got ", t->sizes());
+}
+
+void check_input(const at::Tensor& input) {
+  check_memory("input", input);
+  if (input.dim() < 2)
+    fail<std::invalid_argument>(kOp, ": input must be [N, C, ...], got ", input.sizes());
+}
+
+void check_options(Activation activation, double eps, bool training) {
+  const int code = static_cast<int>(activation);
+  if (code < 0 || code >= kActivations)
+    fail<std::invalid_argument>(kOp, ": activation must be 0 to ", kActivations - 1, ", got ",
+                                code);
+  if (!(eps >= 0.0)) fail<std::invalid_argument>(kOp, ": eps must be >= 0, got ", eps);
+  if (training && eps == 0.0)
+    fail<std::invalid_argument>(kOp, ": eps must be > 0 when training, got 0");
+}
+
+void check_running(const at::Tensor& input, const MaybeTensor& mean, const MaybeTensor& var,
+                   bool training) {
+  if (mean.has_value() != var.has_value())
+    fail<std::invalid_argument>(kOp, ": running_mean and running_var must come together, got only ",
+                                mean ? "running_mean" : "running_var");
+  if (!mean && !training)
+    fail<std::invalid_argument>(
+        kOp, ": running_mean and running_var must be given when not training, got None");
+  if (!training) return;
+  for (const MaybeTensor& t : {mean, var})
+    if (t && t->size(0) > 1 && t->stride(0) == 0)
+      fail<std::runtime_error>(kOp,
+                               ": running statistics must have an element per memory location, "
+                               "got an expanded tensor; .clone() it first");
+  const int64_t count = input.numel() / std::max<int64_t>(input.size(1), 1);
+  if (count == 1)
+    fail<std::invalid_argument>("Expected more than 1 value per channel when training, got ",
+                                "input size ", input.sizes());
+}
+
+// Vectors of channels as the kernels take them; keeps alive what it had to copy.
+class Channels {
+ public:
+  ChannelRef operator()(const MaybeTensor& t) {
+    if (!t) return {nullptr, DType::Float};
+    held_.push_back(t->is_contiguous() && !t->is_neg() ? *t : converted(*t, t->scalar_type()));
+    const at::Tensor& c = held_.back();
+    return {const_cast<void*>(c.const_data_ptr()), *dtype_of(c.scalar_type())};
+  }
+  const at::Tensor& last() const { return held_.back(); }
+
+ private:
+  std::vector<at::Tensor> held_;
+};
+
+const void* data_of(const MaybeTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+
+// The running statistics as they were given, after the kernels wrote to `written`.
+void finish_update(const at::Tensor& running, const at::Tensor& written) {
+  if (!written.is_same(running))
+    running.copy_(written);
+  else if (!running.is_inference())
+    running.unsafeGetTensorImpl()->bump_version();
+}
+
+void check_forward(const ForwardCall& call) {
+  check_input(call.input);
+  check_options(call.activation, call.eps, call.training);
+  if (call.residual) check_twin("residual", *call.residual, call.input);
+  check_vector("weight", call.weight, call.input);
+  check_vector("bias", call.bias, call.input);
+  check_vector("running_mean", call.running_mean, call.input);
+  check_vector("running_var", call.running_var, call.input);
+  check_running(call.input, call.running_mean, call.running_var, call.training);
+  if (!call.momentum_value) return;
+  check_memory("momentum", *call.momentum_value);
+  check_device("momentum", *call.momentum_value, call.input);
+  if (call.momentum_value->numel() != 1)
+    fail<std::invalid_argument>(kOp, ": momentum must be one number, got ",
+                                call.momentum_value->sizes());
+}
+
+ForwardResult allocate(const ForwardCall& call, const at::Tensor& x, const Dims& strides,
+                       const BatchNormShape& shape) {
+  const at::TensorOptions like_input = call.input.options();
+  ForwardResult result;
+  // A dense input's own strides: where a size is 1 they are a matter of taste, which is kept.
+  result.output = empty_strided_on_device(
+      call.input.sizes(), x.is_same(call.input) ? call.input.strides() : at::IntArrayRef(strides),
+      like_input);
+  const Dims mask = {shape.mask_rows(), shape.mask_bytes_per_row()};
+  result.mask = empty_on_device(call.wants_mask ? mask : Dims{0}, like_input.dtype(at::kByte));
+  result.stats = empty_on_device({3, call.input.size(1)}, like_input.dtype(at::kDouble));
+  return result;
+}
+
+// act(batch_norm(input) + residual). Updates the running statistics if training and they are given.
+// Throws TypeError or std::invalid_argument, nothing written, on what the kernels cannot take.
+ForwardResult forward(const ForwardCall& given) {
+  check_forward(given);
+  const at::Tensor& input = given.input;
+  const bool channels_last = is_channels_last(input);
+  const Dims strides = dense_strides(input.sizes(), channels_last);
+  if (input.numel() == 0)
+    return {at::empty_strided(input.sizes(), strides, input.options()),
+            at::empty({0}, input.options().dtype(at::kByte)),
+            at::zeros({3, input.size(1)}, input.options().dtype(at::kDouble))};
+  const at::Tensor x = dense(input, strides);
+  const BatchNormShape shape = shape_of(x, channels_last);
+  ForwardResult result = allocate(given, x, strides, shape);
+
+  MaybeTensor residual, momentum;
+  if (given.residual)
+    residual = given.residual->is_same(input) ? x : dense(*given.residual, strides);
+  if (given.momentum_value) momentum = converted(*given.momentum_value, at::kDouble);
+  Channels channels;
+  BatchNormForward call;
+  call.shape = shape;
+  call.input = x.const_data_ptr();
+  call.residual = data_of(residual);
+  call.output = result.output.mutable_data_ptr();
+  call.mask = given.wants_mask ? result.mask.mutable_data_ptr<uint8_t>() : nullptr;
+  call.weight = channels(given.weight);
+  call.bias = channels(given.bias);
+  call.running_mean = channels(given.running_mean);
+  const at::Tensor mean_written = given.running_mean ? channels.last() : at::Tensor();
+  call.running_var = channels(given.running_var);
+  const at::Tensor var_written = given.running_var ? channels.last() : at::Tensor();
+  call.training = given.training;
+  call.momentum = given.momentum;
+  call.momentum_value = static_cast<const double*>(data_of(momentum));
+  call.eps = given.eps;
+  call.activation = given.activation;
+  call.negative_slope = given.negative_slope;
+  call.stats = result.stats.mutable_data_ptr<double>();
+  run_on(
+      input.device(), [&] { cpu::batch_norm_forward(call); },
+      [&](Stream stream) {
+        const at::Tensor scratch =
+            scratch_on(input.device(), cuda::batch_norm_scratch_bytes(call.shape));
+        cuda::batch_norm_forward(call, scratch.mutable_data_ptr(), stream);
+      });
+  if (given.training && given.running_mean) {
+    finish_update(*given.running_mean, mean_written);
+    finish_update(*given.running_var, var_written);
+  }
+  return result;
+}
+
+void check_backward(const BackwardCall& call, const OfEach<bool>& wanted) {
+  const at::Tensor& g = call.grad_output;
+  check_memory("grad_output", g);
+  if (g.dim() < 2)
+    fail<std::invalid_argument>(kOp, ": grad_output must be [N, C, ...], got ", g.sizes());
+  check_options(call.activation, call.eps, call.training);
+  if (call.input) check_twin("input", *call.input, g);
+  if (call.residual) check_twin("residual", *call.residual, g);
+  if (call.output) check_twin("output", *call.output, g);
+  check_vector("weight", call.weight, g);
+  check_vector("bias", call.bias, g);
+  check_memory("stats", call.stats);
+  check_device("stats", call.stats, g);
+  if (call.stats.scalar_type() != at::kDouble || !call.stats.is_contiguous() ||
+      call.stats.dim() != 2 || call.stats.size(0) != 3 || call.stats.size(1) != g.size(1))
+    fail<std::invalid_argument>(kOp, ": stats must be [3, channels] of float64, got ",
+                                call.stats.sizes(), " of ", call.stats.scalar_type());
+  const Activation act = call.activation;
+  if ((!call.input && (call.training || wanted.weight || needs_input(act))) ||
+      (!call.output && needs_output(act)) || (!call.output && !call.mask && has_mask(act)))
+    fail<std::invalid_argument>(kOp, ": expected what the backward of activation ",
+                                static_cast<int>(act),
+                                " reads, got None for input, output or mask");
+}
+
+void check_mask(const at::Tensor& mask, const BatchNormShape& shape, at::Device device) {
+  if (mask.scalar_type() != at::kByte || !mask.is_contiguous() || mask.device() != device ||
+      mask.numel() != shape.mask_rows() * shape.mask_bytes_per_row())
+    fail<std::invalid_argument>(kOp, ": mask must be [", shape.mask_rows(), ", ",
+                                shape.mask_bytes_per_row(), "] of uint8, got ", mask.sizes(),
+                                " of ", mask.scalar_type());
+}
+
+// Room for the wanted gradients; `empty_like_input` and `empty_vector` make it.
+template <class LikeInput, class Vector>
+OfEach<at::Tensor> allocate(const BackwardCall& call, const OfEach<bool>& wanted,
+                            LikeInput empty_like_input, Vector empty_vector) {
+  const at::TensorOptions plain = call.grad_output.options();
+  OfEach<at::Tensor> grads;
+  if (wanted.input) grads.input = empty_like_input(plain);
+  if (wanted.residual) grads.residual = empty_like_input(plain);
+  if (wanted.weight) grads.weight = empty_vector(call.weight ? call.weight->options() : plain);
+  if (wanted.bias) grads.bias = empty_vector(call.bias ? call.bias->options() : plain);
+  return grads;
+}
+
+OfEach<at::Tensor> backward(const BackwardCall& given, OfEach<bool> wanted) {
+  check_backward(given, wanted);
+  const at::Tensor& grad_output = given.grad_output;
+  const at::IntArrayRef sizes = grad_output.sizes();
+  const Dims strides = dense_strides(sizes, given.channels_last);
+  if (grad_output.numel() == 0)
+    return allocate(
+        given, wanted, [&](auto options) { return at::empty_strided(sizes, strides, options); },
+        [&](auto options) { return at::zeros({sizes[1]}, options); });
+  const BatchNormShape shape = shape_of(grad_output, given.channels_last);
+  if (given.mask) check_mask(*given.mask, shape, grad_output.device());
+
+  const Activation act = given.activation;
+  const bool passes_residual = wanted.residual && act == Activation::None;  // as it came
+  if (passes_residual) wanted.residual = false;
+  OfEach<at::Tensor> grads = allocate(
+      given, wanted, [&](auto options) { return empty_strided_on_device(sizes, strides, options); },
+      [&](auto options) { return empty_on_device({sizes[1]}, options); });
+
+  const at::Tensor g = dense(grad_output, strides);
+  const auto in_layout = [&](const MaybeTensor& t) {
+    return t ? MaybeTensor(dense(*t, strides)) : MaybeTensor();
+  };
+  const MaybeTensor x = in_layout(given.input), y = in_layout(given.output);
+  const MaybeTensor r = needs_input(act) ? in_layout(given.residual) : MaybeTensor();
+  const auto data = [](const at::Tensor& t) {
+    return t.defined() ? t.mutable_data_ptr() : nullptr;
+  };
+  const auto channel_ref = [&](const at::Tensor& t) {
+    return t.defined() ? ChannelRef{data(t), *dtype_of(t.scalar_type())}
+                       : ChannelRef{nullptr, DType::Float};
+  };
+  Channels channels;
+  BatchNormBackward call;
+  call.shape = shape;
+  call.grad_output = g.const_data_ptr();
+  call.input = data_of(x);
+  call.residual = data_of(r);
+  const bool by_mask = given.mask && has_mask(act);
+  call.output = by_mask ? nullptr : data_of(y);
+  call.mask = by_mask ? given.mask->const_data_ptr<uint8_t>() : nullptr;
+  call.weight = channels(given.weight);
+  call.bias = channels(given.bias);
+  call.stats = given.stats.const_data_ptr<double>();
+  call.training = given.training;
+  call.activation = act;
+  call.negative_slope = given.negative_slope;
+  call.grad_input = data(grads.input);
+  call.grad_residual = data(grads.residual);
+  call.grad_weight = channel_ref(grads.weight);
+  call.grad_bias = channel_ref(grads.bias);
+  if (passes_residual) grads.residual = grad_output;
+  if (!wanted.input && !wanted.residual && !wanted.weight && !wanted.bias) return grads;
+  run_on(
+      grad_output.device(), [&] { cpu::batch_norm_backward(call); },
+      [&](Stream stream) {
+        const at::Tensor scratch =
+            scratch_on(grad_output.device(), cuda::batch_norm_scratch_bytes(call.shape));
+        cuda::batch_norm_backward(call, scratch.mutable_data_ptr(), stream);
+      });
+  return grads;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_forward_(BatchNormCallArg given) {
+  Fields fields("BatchNormCall", given.object, 12);
+  ForwardCall call = {};
+  call.input = tensor_of(kOp, "input", fields.next());
+  call.residual = maybe_tensor(kOp, "residual", fields.next());
+  call.weight = maybe_tensor(kOp, "weight", fields.next());
+  call.bias = maybe_tensor(kOp, "bias", fields.next());
+  call.running_mean = maybe_tensor(kOp, "running_mean", fields.next());
+  call.running_var = maybe_tensor(kOp, "running_var", fields.next());
+  call.training = fields.next_as<bool>();
+  const py::handle momentum = fields.next();
+  if (is_tensor(momentum))
+    call.momentum_value = tensor_of(kOp, "momentum", momentum);
+  else
+    call.momentum = momentum.cast<double>();
+  call.eps = fields.next_as<double>();
+  call.activation = static_cast<Activation>(fields.next_as<int>());
+  call.negative_slope = fields.next_as<double>();
+  call.wants_mask = fields.next_as<bool>();
+  const py::gil_scoped_release release;
+  ForwardResult result = forward(call);
+  return {std::move(result.output), std::move(result.mask), std::move(result.stats)};
+}
+
+// grad_input, grad_residual, grad_weight, grad_bias; None where not wanted.
+std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor> batch_norm_backward_(
+    TensorArg grad_output, BatchNormSavedArg saved, BatchNormOptionsArg options, WantedArg wants) {
+  Fields tensors("BatchNormSaved", saved.object, 7);
+  BackwardCall call = {};
+  call.grad_output = tensor_of(kOp, "grad_output", grad_output.object);
+  call.input = maybe_tensor(kOp, "input", tensors.next());
+  call.residual = maybe_tensor(kOp, "residual", tensors.next());
+  call.output = maybe_tensor(kOp, "output", tensors.next());
+  call.mask = maybe_tensor(kOp, "mask", tensors.next());
+  call.weight = maybe_tensor(kOp, "weight", tensors.next());
+  call.bias = maybe_tensor(kOp, "bias", tensors.next());
+  call.stats = tensor_of(kOp, "stats", tensors.next());
+  Fields fields("BatchNormOptions", options.object, 5);
+  call.channels_last = fields.next_as<bool>();
+  call.training = fields.next_as<bool>();
+  call.eps = fields.next_as<double>();
+  call.activation = static_cast<Activation>(fields.next_as<int>());
+  call.negative_slope = fields.next_as<double>();
+  const auto wanted = wants.object.cast<std::array<bool, 4>>();
+  const py::gil_scoped_release release;
+  const OfEach<at::Tensor> grads = backward(call, {wanted[0], wanted[1], wanted[2], wanted[3]});
+  const auto maybe = [](const at::Tensor& t) {
+    return t.defined() ? MaybeTensor(t) : std::nullopt;
+  };
+  return {maybe(grads.input), maybe(grads.residual), maybe(grads.weight), maybe(grads.bias)};
+}
+
+}  // namespace
+
+void bind_batch_norm(py::module_& m) {
+  add_codes(m, "Activation",
+            {{"NONE", static_cast<int>(Activation::None)},
+             {"RELU", static_cast<int>(Activation::Relu)},
+             {"RELU6", static_cast<int>(Activation::Relu6)},
+             {"LEAKY_RELU", static_cast<int>(Activation::LeakyRelu)},
+             {"SILU", static_cast<int>(Activation::Silu)},
+             {"GELU", static_cast<int>(Activation::Gelu)},
+             {"GELU_TANH", static_cast<int>(Activation::GeluTanh)},
+             {"HARDSWISH", static_cast<int>(Activation::Hardswish)},
+             {"SIGMOID", static_cast<int>(Activation::Sigmoid)},
+             {"TANH", static_cast<int>(Activation::Tanh)}});
+  m.def("batch_norm_forward", &batch_norm_forward_, py::arg("call"));
+  m.def("batch_norm_backward", &batch_norm_backward_, py::arg("grad_output"), py::arg("saved"),
+        py::arg("options"), py::arg("wanted"));
+}
+
+}  // namespace gradfuse

@@ -1,0 +1,167 @@
+// Gradient clipping by norm and by value: checks, allocates, picks the device, binds.
+#include "clip.h"
+
+#include "../tensor/checks.h"
+#include "../tensor/dispatch.h"
+#include "../tensor/python_args.h"
+#include "measure.h"
+
+namespace gradfuse {
+namespace {
+
+// The plan for a given norm, on the norm's device.
+at::Tensor plan_for(const at::Tensor& total_norm, double max_norm) {
+  const at::Tensor norm = converted(total_norm, at::kDouble);
+  const at::Tensor plan = empty_on_device({kPlanFields}, norm.options());
+  ClipPlan* const out = mutable_plan_in(plan);
+  run_on(
+      norm.device(),
+      [&] {
+        const double value = *norm.const_data_ptr<double>();
+        *out = clip_plan({value, 0}, max_norm, NonFinite::Propagate);
+        out->sum = {value, 0};
+      },
+      [&](Stream stream) { cuda::plan(norm.const_data_ptr<double>(), max_norm, out, stream); });
+  return plan;
+}
+
+// Scales by min(1, max_norm / (total_norm + 1e-6)) unless total_norm <= max_norm.
+void scale_by_norm(const char* op, GradList& grads, double max_norm, const at::Tensor& total_norm) {
+  if (total_norm.numel() != 1 || !device_is_supported(total_norm.device().type()) ||
+      total_norm.is_complex())
+    fail<std::invalid_argument>(op, ": total_norm must be one real number, got ",
+                                total_norm.sizes(), " of ", total_norm.scalar_type(), " on ",
+                                total_norm.device());
+  apply_plan(grads, plan_for(total_norm, max_norm), {});
+}
+
+void clamp_gradients(GradList& grads, double clip_value) {
+  grads.prepare_write();
+  for (const DeviceGroup& group : grads.groups)
+    run_on(
+        group.device, [&] { cpu::clamp(group.refs, clip_value); },
+        [&](Stream stream) { cuda::clamp(group.refs, clip_value, stream); });
+}
+
+// One read; a second read and a write if the norm is above max_norm.
+ClipTuple clip_tensors(std::vector<at::Tensor> tensors, double max_norm, double norm_type,
+                       int nonfinite) {
+  const char* op = "clip_grad_norm_";
+  GradList list = check_gradients(op, std::move(tensors), true);
+  const py::gil_scoped_release release;
+  ClipResult result =
+      measure_gradients(op, list, max_norm, norm_spec(norm_type), nonfinite_of(nonfinite), {});
+  apply_plan(list, result.plan, {});
+  return as_tuple(std::move(result));
+}
+
+ClipTuple stats(TensorsArg tensors, bool of_grad, double norm_type, int nonfinite) {
+  const char* op = "get_total_norm";
+  const GradList list = check_gradients(op, read_tensors(op, tensors, of_grad), false);
+  const py::gil_scoped_release release;
+  return as_tuple(
+      measure_gradients(op, list, INFINITY, norm_spec(norm_type), nonfinite_of(nonfinite), {}));
+}
+
+ClipTuple clip_(TensorsArg tensors, bool of_grad, double max_norm, double norm_type,
+                int nonfinite) {
+  return clip_tensors(read_tensors("clip_grad_norm_", tensors, of_grad), max_norm, norm_type,
+                      nonfinite);
+}
+
+void scale_(TensorsArg tensors, bool of_grad, double max_norm, TensorArg total_norm) {
+  const char* op = "clip_grads_with_norm_";
+  const at::Tensor norm = tensor_of(op, "total_norm", total_norm.object);
+  GradList list = check_gradients(op, read_tensors(op, tensors, of_grad), true);
+  const py::gil_scoped_release release;
+  scale_by_norm(op, list, max_norm, norm);
+}
+
+void clamp_(TensorsArg tensors, bool of_grad, double clip_value) {
+  const char* op = "clip_grad_value_";
+  std::vector<at::Tensor> grads = read_tensors(op, tensors, of_grad);
+  for (size_t i = 0; i < grads.size(); ++i)
+    if (grads[i].defined() && grads[i].is_complex())
+      fail<TypeError>(op, ": expected real gradients, which have an order, got ",
+                      grads[i].scalar_type(), " for tensor ", i);
+  GradList list = check_gradients(op, std::move(grads), true);
+  const py::gil_scoped_release release;
+  clamp_gradients(list, clip_value);
+}
+
+// Parameters held between calls, so that a call walks no Python list.
+class ParameterList {
+ public:
+  void add(TensorArg parameter) {
+    parameters_.push_back(tensor_of("GradClipper.add", "parameter", parameter.object));
+  }
+  ClipTuple clip_(double max_norm, double norm_type, int nonfinite) const {
+    return clip_tensors(gradients(), max_norm, norm_type, nonfinite);
+  }
+  // Norm, plan and statistics; nothing is clipped.
+  ClipTuple measure(double max_norm, double norm_type, int nonfinite) const {
+    const GradList list = check_gradients(kOp, gradients(), true);
+    const py::gil_scoped_release release;
+    return as_tuple(
+        measure_gradients(kOp, list, max_norm, norm_spec(norm_type), nonfinite_of(nonfinite), {}));
+  }
+  // Does what the plan says, times a coefficient for each parameter if given.
+  void apply_(TensorArg plan, OptionalTensorArg coefficients) const {
+    const at::Tensor given = checked_vector(kOp, "plan", plan.object, kPlanFields);
+    const MaybeTensor each = maybe_vector(kOp, "coefficients", coefficients.object,
+                                          static_cast<int64_t>(parameters_.size()));
+    GradList list = check_gradients(kOp, gradients(), true);
+    const py::gil_scoped_release release;
+    apply_plan(list, given, each);
+  }
+  void clamp_(double clip_value) const {
+    GradList list = check_gradients(kOp, gradients(), true);
+    const py::gil_scoped_release release;
+    clamp_gradients(list, clip_value);
+  }
+
+ private:
+  static constexpr const char* kOp = "GradClipper";
+
+  std::vector<at::Tensor> gradients() const {
+    std::vector<at::Tensor> grads;
+    grads.reserve(parameters_.size());
+    for (const at::Tensor& p : parameters_) grads.push_back(p.unsafeGetTensorImpl()->grad());
+    return grads;
+  }
+  std::vector<at::Tensor> parameters_;
+};
+
+}  // namespace
+
+void bind_clip(py::module_& m) {
+  add_codes(m, "NonFinite",
+            {{"PROPAGATE", static_cast<int>(NonFinite::Propagate)},
+             {"ERROR", static_cast<int>(NonFinite::Error)},
+             {"ZERO", static_cast<int>(NonFinite::Zero)},
+             {"SKIP", static_cast<int>(NonFinite::Skip)}});
+  add_codes(m, "Action",
+            {{"KEEP", static_cast<int>(Action::Keep)},
+             {"SCALE", static_cast<int>(Action::Scale)},
+             {"ZERO", static_cast<int>(Action::Zero)},
+             {"REFUSE", static_cast<int>(Action::Refuse)},
+             {"SKIP", static_cast<int>(Action::Skip)}});
+  m.def("stats", &stats, py::arg("tensors"), py::arg("of_grad"), py::arg("norm_type"),
+        py::arg("nonfinite"));
+  m.def("clip_", &clip_, py::arg("tensors"), py::arg("of_grad"), py::arg("max_norm"),
+        py::arg("norm_type"), py::arg("nonfinite"));
+  m.def("scale_", &scale_, py::arg("tensors"), py::arg("of_grad"), py::arg("max_norm"),
+        py::arg("total_norm"));
+  m.def("clamp_", &clamp_, py::arg("tensors"), py::arg("of_grad"), py::arg("clip_value"));
+  py::class_<ParameterList>(m, "ParameterList")
+      .def(py::init<>())
+      .def("add", &ParameterList::add, py::arg("parameter"))
+      .def("clip_", &ParameterList::clip_, py::arg("max_norm"), py::arg("norm_type"),
+           py::arg("nonfinite"))
+      .def("measure", &ParameterList::measure, py::arg("max_norm"), py::arg("norm_type"),
+           py::arg("nonfinite"))
+      .def("apply_", &ParameterList::apply_, py::arg("plan"), py::arg("coefficients"))
+      .def("clamp_", &ParameterList::clamp_, py::arg("clip_value"));
+}
+
+}  // namespace gradfuse

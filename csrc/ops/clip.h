@@ -1,0 +1,70 @@
+// Gradient clipping by norm and by value: the calls as kernels see them, and their twins.
+// Torch-free.
+//
+// The same input gives the same bits whatever the threads and their timing. What is of cuda::
+// enqueues on `stream` of the current device, reads and writes device memory, never waits for the
+// host, and can be captured in a CUDA graph. It throws std::runtime_error if a launch fails.
+#pragma once
+
+#include <vector>
+
+#include "../math/clip.h"
+#include "../math/runs.h"
+
+namespace gradfuse {
+
+// A measurement on the device: what is wanted of the gradients, and where it goes.
+struct NormCall {
+  NormSpec spec;
+  double max_norm;
+  NonFinite nonfinite;
+  const float* scale;  // [], the loss scale that the gradients carry; or null
+  const float* found_inf;  // [], not 0 if the step is to be skipped; or null
+  TensorStats* stats;  // [rows]; those without a gradient are marked absent
+  int64_t rows;
+  ClipPlan* plan;
+  void* norm;  // []
+  bool norm_is_double;  // else float32
+};
+
+// Statistics of all gradients as one vector, and of each. Reads each gradient once.
+namespace cpu {
+Stats stats(const std::vector<GradRef>& grads, const std::vector<int64_t>& rows,  // [grads.size()]
+            NormSpec spec, TensorStats* stats);  // [above the largest row]
+}
+namespace cuda {
+void stats(const std::vector<GradRef>& grads, const std::vector<int64_t>& rows,  // [grads.size()]
+           const NormCall& call, void* scratch,  // stats_scratch_bytes(grads), 256-byte aligned
+           Stream stream);
+int64_t stats_scratch_bytes(const std::vector<GradRef>& grads);
+// The plan for a norm that is already there.
+void plan(const double* norm, double max_norm, ClipPlan* plan, Stream stream);
+}  // namespace cuda
+
+// g *= factor, or g = 0; with coefficients, g *= factor * coefficients[row]. Reads and writes each
+// gradient once.
+namespace cpu {
+void scale(const std::vector<GradRef>& grads, ScaledNorm factor);
+void scale_each(const std::vector<GradRef>& grads, const std::vector<int64_t>& rows,
+                ScaledNorm factor, const double* coefficients);
+void zero(const std::vector<GradRef>& grads);
+}  // namespace cpu
+namespace cuda {
+// All of these, as the plan says, which is read on the device; returns before touching memory if it
+// says Keep. float32 is multiplied in float32, up to 1 ulp from the CPU twin: float64 per element
+// is too slow on consumer GPUs.
+void apply(const std::vector<GradRef>& grads, const std::vector<int64_t>& rows,
+           const ClipPlan* plan, const double* coefficients,  // [rows] or null
+           Stream stream);
+}  // namespace cuda
+
+// g = clamp(g, -bound, bound). Reads each gradient once, writes the blocks (on CUDA the 16-byte
+// words) that change.
+namespace cpu {
+void clamp(const std::vector<GradRef>& grads, double bound);
+}
+namespace cuda {
+void clamp(const std::vector<GradRef>& grads, double bound, Stream stream);
+}
+
+}  // namespace gradfuse

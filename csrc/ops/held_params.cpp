@@ -1,0 +1,202 @@
+#include "held_params.h"
+
+#include <Python.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <unordered_set>
+
+#include "../math/prefetch.h"
+#include "../tensor/checks.h"
+#include "../tensor/python_args.h"
+
+namespace gradfuse {
+namespace {
+
+// dict[name] without a new reference, or null.
+PyObject* item(PyObject* dict, const char* name) {
+  // Interned: the dict then compares pointers.
+  THPObjectPtr key(PyUnicode_InternFromString(name));
+  return key ? PyDict_GetItemWithError(dict, key.get()) : nullptr;
+}
+
+// A held object, for Python's functions, which take no const.
+PyObject* raw(const THPObjectPtr& p) { return const_cast<PyObject*>(p.get()); }
+
+bool is_dict(PyObject* object) { return object && PyDict_Check(object); }
+
+// Calls f(group number, parameter) for every parameter of the param_groups until it returns false.
+// Returns whether it never did.
+template <class F>
+bool for_each_parameter(PyObject* groups, F f) {
+  if (!PyList_Check(groups)) return false;
+  for (Py_ssize_t g = 0; g < PyList_GET_SIZE(groups); ++g) {
+    PyObject* group = PyList_GET_ITEM(groups, g);
+    PyObject* params = is_dict(group) ? item(group, "params") : nullptr;
+    if (!params || !PyList_Check(params)) return false;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i)
+      if (!f(static_cast<int>(g), PyList_GET_ITEM(params, i))) return false;
+  }
+  return true;
+}
+
+// Asks for a dict's table, when its header is there.
+void prefetch_table(PyObject* dict) {
+  const char* table = reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(dict)->ma_keys);
+  for (size_t line = 0; line < 192; line += 64) __builtin_prefetch(table + line);
+}
+
+// Whether a dict's items are these, one by one.
+bool has_items(PyObject* dict, const std::pair<PyObject*, PyObject*>* items, Py_ssize_t n) {
+  if (PyDict_GET_SIZE(dict) != n) return false;
+  Py_ssize_t at = 0;
+  PyObject *key, *value;
+  for (Py_ssize_t i = 0; i < n; ++i)
+    if (!PyDict_Next(dict, &at, &key, &value) || key != items[i].first || value != items[i].second)
+      return false;
+  return true;
+}
+
+// Appends a dict's items and returns their number. Their keys are kept alive, each once: few, for
+// they are the names of the state. Where they are many, nothing is appended and -1 returned.
+int copy_items(PyObject* dict, std::vector<THPObjectPtr>& keys,
+               std::vector<std::pair<PyObject*, PyObject*>>& items) {
+  constexpr size_t kMost = 32;
+  const size_t before = items.size();
+  Py_ssize_t at = 0;
+  PyObject *key, *value;
+  while (PyDict_Next(dict, &at, &key, &value)) {
+    const bool known = std::any_of(keys.begin(), keys.end(),
+                                   [&](const THPObjectPtr& k) { return k.get() == key; });
+    if (!known && keys.size() == kMost) {
+      items.resize(before);
+      return -1;
+    }
+    if (!known) {
+      Py_INCREF(key);
+      keys.emplace_back(key);
+    }
+    items.emplace_back(key, value);
+  }
+  return static_cast<int>(items.size() - before);
+}
+
+}  // namespace
+
+const char* HeldParams::slot_name(int slot) const {
+  static constexpr const char* kNames[2][kSlots] = {
+      {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_param", "step"},
+      {"momentum_buffer", nullptr, nullptr, "master_param", "step"}};
+  return kNames[static_cast<int>(rule_)][slot];
+}
+
+HeldParams::Names HeldParams::interned_names() const {
+  Names names;
+  for (int slot = 0; slot < kSlots; ++slot)
+    if (slot_name(slot)) names[slot] = PyUnicode_InternFromString(slot_name(slot));
+  return names;
+}
+
+bool HeldParams::state_is_current(const Held& h, const Names& names,
+                                  const std::pair<PyObject*, PyObject*>* items) const {
+  PyObject* dict = raw(h.state);
+  if (h.items >= 0 && has_items(dict, items, h.items)) return true;
+  for (int slot = 0; slot < kSlots; ++slot)
+    if (names[slot] && PyDict_GetItemWithError(dict, raw(names[slot])) != h.in_state[slot])
+      return false;
+  return true;
+}
+
+bool HeldParams::is_current(PyObject* groups, PyObject* state,
+                            const std::vector<int>& needs) const {
+  if (needs != needs_ || !PyDict_Check(state) ||
+      !has_items(state, entries_.data(), static_cast<Py_ssize_t>(entries_.size())))
+    return false;
+  const Names names = interned_names();
+  const auto header = ahead(12, [&](size_t i) { __builtin_prefetch(raw(held_[i].state)); });
+  const auto table = ahead(6, [&](size_t i) {
+    if (raw(held_[i].state)) prefetch_table(raw(held_[i].state));
+  });
+  size_t next = 0, items = 0;
+  const bool same = for_each_parameter(groups, [&](int group, PyObject* param) {
+    prefetch_for(next, held_.size(), header, table);
+    if (next == held_.size()) return false;
+    const Held& h = held_[next++];
+    if (raw(h.object) != param || h.group != group) return false;
+    if (raw(h.state) && !state_is_current(h, names, items_.data() + items)) return false;
+    items += std::max(h.items, 0);
+    return h.repeated || h.complete || !h.grad().defined();
+  });
+  return same && next == held_.size();
+}
+
+void HeldParams::read_state(Held& h, PyObject* dict, const Names& names, int needs) const {
+  Py_INCREF(dict);
+  h.state = dict;
+  for (int slot = 0; slot < kSlots; ++slot) {
+    if (!names[slot]) continue;
+    PyObject* tensor = PyDict_GetItemWithError(dict, raw(names[slot]));
+    h.in_state[slot] = tensor;
+    if (tensor && is_tensor(tensor) && needs >> slot & 1)
+      h.tensors[slot] = THPVariable_Unpack(tensor);
+  }
+}
+
+void HeldParams::bind(PyObject* groups, PyObject* state, const std::vector<int>& needs) {
+  std::vector<Held> held;
+  std::unordered_set<PyObject*> seen;
+  std::vector<THPObjectPtr> keys;
+  Items items, entries;
+  if (!PyDict_Check(state)) fail<TypeError>(op(), ": expected a dict as state");
+  const Names names = interned_names();
+  Py_ssize_t at = 0;
+  PyObject *key, *value;
+  while (PyDict_Next(state, &at, &key, &value)) entries.emplace_back(key, value);
+  const bool valid = for_each_parameter(groups, [&](int group, PyObject* param) {
+    if (!is_tensor(param))
+      fail<TypeError>(op(), ": expected tensors as parameters, got ", Py_TYPE(param)->tp_name,
+                      " for parameter ", held.size());
+    Held h = {};
+    Py_INCREF(param);
+    h.object = param;
+    h.param = THPVariable_Unpack(param);
+    h.autograd = h.param.unsafeGetTensorImpl()->autograd_meta();
+    h.group = group;
+    h.items = -1;
+    h.repeated = !seen.insert(param).second;
+    PyObject* dict = PyDict_GetItemWithError(state, param);
+    if (!dict && PyErr_Occurred()) throw python_error();
+    if (is_dict(dict)) {
+      read_state(h, dict, names, needs[group]);
+      h.items = copy_items(dict, keys, items);
+    }
+    h.complete = true;
+    for (int slot = 0; slot < kSlots; ++slot)
+      if (slot != kMasterParam && needs[group] >> slot & 1) h.complete &= h.tensors[slot].defined();
+    held.push_back(std::move(h));
+    return true;
+  });
+  if (!valid) fail<TypeError>(op(), ": expected param_groups as a list of dicts with lists");
+  needs_ = needs;
+  held_ = std::move(held);
+  keys_ = std::move(keys);
+  items_ = std::move(items);
+  entries_ = std::move(entries);
+}
+
+std::vector<at::Tensor> HeldParams::parameters() const {
+  std::vector<at::Tensor> out;
+  out.reserve(held_.size());
+  for (const Held& h : held_) out.push_back(h.param);
+  return out;
+}
+
+std::vector<at::Tensor> HeldParams::gradients() const {
+  std::vector<at::Tensor> out;
+  out.reserve(held_.size());
+  for (const Held& h : held_) out.push_back(h.repeated ? at::Tensor() : h.grad());
+  return out;
+}
+
+}  // namespace gradfuse

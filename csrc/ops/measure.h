@@ -1,0 +1,50 @@
+// The norm, the plan and the statistics of gradients on any devices, and what a plan does to them.
+// Torch-facing, for all ops that clip; needs no GIL.
+#pragma once
+
+#include <tuple>
+
+#include "../tensor/grad_list.h"
+#include "../tensor/storage.h"
+#include "clip.h"
+
+namespace gradfuse {
+
+struct ClipResult {
+  at::Tensor norm;   // [] float32, or float64 if any gradient is; on the first gradient's device
+  at::Tensor plan;   // [kPlanFields] float64, a ClipPlan; same device
+  at::Tensor stats;  // [list length, kStatsFields] float64, a TensorStats each; same device
+};
+
+using ClipTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // as Python takes it
+inline ClipTuple as_tuple(ClipResult&& r) {
+  return {std::move(r.norm), std::move(r.plan), std::move(r.stats)};
+}
+
+// std::invalid_argument if the number is that of no setting.
+NonFinite nonfinite_of(int code);
+
+// A ClipPlan that lies in a tensor.
+const ClipPlan* plan_in(const at::Tensor& t);
+ClipPlan* mutable_plan_in(const at::Tensor& t);
+
+// What a loss scaler says of the gradients; each one float32 number, on any device.
+struct LossScaleTensors {
+  MaybeTensor scale;      // that the gradients carry
+  MaybeTensor found_inf;  // not 0 if the step is to be skipped
+};
+double scale_on_host(const MaybeTensor& scale);  // 1 without one; on CUDA this waits for the device
+// A float32 number where kernels of the device read it.
+MaybeTensor number_on(at::Device device, const MaybeTensor& t);
+
+// Norm, plan and statistics of the gradients without their loss scale. One read, no write.
+// Throws std::runtime_error if the norm is NaN or inf under NonFinite::Error.
+ClipResult measure_gradients(const char* op, const GradList& grads, double max_norm, NormSpec spec,
+                             NonFinite nonfinite, const LossScaleTensors& scale);
+
+// Does to the gradients what the plan says, and on top of it multiplies each by its row's
+// coefficient. CUDA gradients read the plan on the device; only a CPU gradient makes the host wait
+// for a plan that lies on one.
+void apply_plan(GradList& grads, const at::Tensor& plan, const MaybeTensor& coefficients);
+
+}  // namespace gradfuse

@@ -1,0 +1,138 @@
+// The optimizers' step: reads Python's arguments, binds.
+#include "optim.h"
+
+#include "../tensor/checks.h"
+#include "../tensor/python_args.h"
+#include "step.h"
+
+namespace gradfuse {
+namespace {
+
+constexpr const char* kOp = "step";
+
+MeasureCall read_measure(double max_norm, int nonfinite, OptionalTensorArg scale,
+                         OptionalTensorArg found_inf) {
+  const LossScaleTensors given = {maybe_tensor(kOp, "grad_scale", scale.object),
+                                  maybe_tensor(kOp, "found_inf", found_inf.object)};
+  for (const MaybeTensor& t : {given.scale, given.found_inf})
+    if (t && t->numel() != 1)
+      fail<std::invalid_argument>("step: grad_scale and found_inf must be one number, got ",
+                                  t->sizes());
+  return {max_norm, nonfinite_of(nonfinite), given};
+}
+
+// HeldParams and the step on them, with the checks of Python's arguments.
+class Stepper {
+ public:
+  explicit Stepper(int rule) : held_(static_cast<Rule>(rule)) {
+    if (rule != 0 && rule != 1)
+      fail<std::invalid_argument>("Stepper: rule must be 0 or 1, got ", rule);
+  }
+  bool is_current(ParamGroupsArg groups, StateArg state, SlotsArg needs) const {
+    const auto slots = checked_slots(groups, needs);
+    return held_.is_current(groups.object.ptr(), state.object.ptr(), slots);
+  }
+  void bind(ParamGroupsArg groups, StateArg state, SlotsArg needs) {
+    const auto slots = checked_slots(groups, needs);
+    held_.bind(groups.object.ptr(), state.object.ptr(), slots);
+    groups_ = slots.size();
+  }
+  std::vector<at::Tensor> parameters() const { return held_.parameters(); }
+  ClipTuple measure(double max_norm, int nonfinite, OptionalTensorArg scale,
+                    OptionalTensorArg found_inf) const {
+    const MeasureCall call = read_measure(max_norm, nonfinite, scale, found_inf);
+    const py::gil_scoped_release release;
+    return as_tuple(gradfuse::measure(held_, call));
+  }
+  ClipTuple step(StepGroupsArg groups, double max_norm, int nonfinite, OptionalTensorArg scale,
+                 OptionalTensorArg found_inf, StepOptionsArg options) {
+    const MeasureCall measurement = read_measure(max_norm, nonfinite, scale, found_inf);
+    const StepCall call = read_step(groups, options);
+    const py::gil_scoped_release release;
+    return as_tuple(gradfuse::step(held_, measurement, call));
+  }
+  void update(StepGroupsArg groups, OptionalTensorArg plan, OptionalTensorArg coefficients,
+              StepOptionsArg options) {
+    const StepCall call = read_step(groups, options);
+    const MaybeTensor given = maybe_vector(kOp, "plan", plan.object, kPlanFields);
+    const MaybeTensor each =
+        maybe_vector(kOp, "coefficients", coefficients.object, static_cast<int64_t>(held_.size()));
+    const py::gil_scoped_release release;
+    gradfuse::update(held_, call, given, each);
+  }
+
+ private:
+  // An AdamWGroup or SGDGroup.
+  void read_group(py::handle record, StepCall& call) const {
+    Fields fields(held_.rule() == Rule::AdamW ? "AdamWGroup" : "SGDGroup", record, 6);
+    GroupOptions o = {};
+    MaybeTensor lr_value;
+    const py::handle lr = fields.next();
+    if (is_tensor(lr))
+      lr_value = tensor_of(kOp, "lr", lr).detach();
+    else
+      o.lr = lr.cast<double>();
+    o.maximize = fields.next_as<bool>();
+    if (held_.rule() == Rule::AdamW) {
+      for (double* field : {&o.adamw.beta1, &o.adamw.beta2, &o.adamw.eps, &o.adamw.weight_decay})
+        *field = fields.next_as<double>();
+    } else {
+      for (double* field : {&o.sgd.momentum, &o.sgd.dampening, &o.sgd.weight_decay})
+        *field = fields.next_as<double>();
+      o.sgd.nesterov = fields.next_as<bool>();
+    }
+    call.groups.push_back(o);
+    call.lr_values.push_back(lr_value);
+  }
+  StepCall read_step(StepGroupsArg groups, StepOptionsArg options) const {
+    Fields fields("StepOptions", options.object, 4);
+    StepCall call = {};
+    call.bound = fields.next_as<double>();
+    call.update_clip = fields.next_as<bool>();
+    call.stochastic_rounding = fields.next_as<bool>();
+    call.materialize = fields.next_as<bool>();
+    for (const auto& group : checked_groups(groups.object, groups_)) read_group(group, call);
+    return call;
+  }
+  static std::vector<int> checked_slots(ParamGroupsArg groups, SlotsArg needs) {
+    std::vector<int> slots = needs.object.cast<std::vector<int>>();
+    checked_groups(groups.object, slots.size());
+    return slots;
+  }
+  static py::sequence checked_groups(py::handle groups, size_t expected) {
+    py::sequence found = sequence_of("Stepper", "groups", groups);
+    if (found.size() != expected)
+      fail<std::invalid_argument>("Stepper: expected ", expected, " groups, got ", found.size());
+    return found;
+  }
+
+  HeldParams held_;
+  size_t groups_ = 0;
+};
+
+}  // namespace
+
+void bind_optim(py::module_& m) {
+  add_codes(m, "Rule",
+            {{"ADAMW", static_cast<int>(Rule::AdamW)}, {"SGD", static_cast<int>(Rule::Sgd)}});
+  add_codes(m, "Slot",
+            {{"EXP_AVG", 1 << kExpAvg},
+             {"EXP_AVG_SQ", 1 << kExpAvgSq},
+             {"MAX_EXP_AVG_SQ", 1 << kMaxExpAvgSq},
+             {"MASTER_PARAM", 1 << kMasterParam},
+             {"STEP", 1 << kStep}});
+  py::class_<Stepper>(m, "Stepper")
+      .def(py::init<int>(), py::arg("rule"))
+      .def("is_current", &Stepper::is_current, py::arg("groups"), py::arg("state"),
+           py::arg("needs"))
+      .def("bind", &Stepper::bind, py::arg("groups"), py::arg("state"), py::arg("needs"))
+      .def("parameters", &Stepper::parameters)
+      .def("measure", &Stepper::measure, py::arg("max_norm"), py::arg("nonfinite"),
+           py::arg("scale"), py::arg("found_inf"))
+      .def("step", &Stepper::step, py::arg("groups"), py::arg("max_norm"), py::arg("nonfinite"),
+           py::arg("scale"), py::arg("found_inf"), py::arg("options"))
+      .def("update", &Stepper::update, py::arg("groups"), py::arg("plan"), py::arg("coefficients"),
+           py::arg("options"));
+}
+
+}  // namespace gradfuse

@@ -1,0 +1,100 @@
+// The step of an optimizer: the call as kernels see it, and its twins. Torch-free.
+#pragma once
+
+#include <vector>
+
+#include "../math/clip.h"
+#include "../math/optim.h"
+#include "../math/rounding.h"
+#include "../math/runs.h"
+
+namespace gradfuse {
+
+// gradfuse/_codes.py has the same numbers.
+enum class Rule : int32_t { AdamW, Sgd };
+
+// The tensors of a parameter's state. Slot i is bit i of Python's Slot.
+enum Slot : int { kExpAvg, kExpAvgSq, kMaxExpAvgSq, kMasterParam, kStep, kSlots };
+
+// A parameter, its gradient and its state: dense runs of numel elements in one order. Complex ones
+// count their real parts singly.
+struct ParamRef {
+  void* param;
+  const void* grad;
+  void* exp_avg;  // SGD: momentum_buffer, or null without momentum
+  void* exp_avg_sq;  // AdamW
+  void* max_exp_avg_sq;  // AdamW with amsgrad; else null
+  float* master;  // the parameter in float32 where it is of 16 bits and has one; else null
+  float* step;  // []: steps taken; advanced by an update that is not skipped. Null: not counted
+  int64_t numel;
+  DType dtype;  // of param and grad
+  DType state_dtype;  // of the moments: dtype or Float
+  int32_t group;
+  int32_t row;  // among the optimizer's parameters: in coefficients, and of the random numbers
+};
+
+// Options of a parameter group.
+struct GroupOptions {
+  double lr;
+  const float* lr_value;  // [], in place of lr, in the kernels' memory; or null
+  AdamWOptions adamw;
+  SgdOptions sgd;
+  bool maximize;
+};
+
+// How the gradients come into an update: g = clamp(gradient * factor, -bound, bound).
+struct GradientUse {
+  const ClipPlan* plan;  // in the kernels' memory, with the action and the factor; null: the
+                         // gradients as they are
+  const double* coefficients;  // [rows] on top of the factor, in the kernels' memory; or null
+  double bound;
+
+  // Whether the plan says that nothing changes.
+  GRADFUSE_HD bool is_refused() const { return plan && plan->is_refused(); }
+  GRADFUSE_HD ScaledNorm factor_of_row(int32_t row) const {
+    ScaledNorm factor = {1.0, 0.0};
+    if (plan) factor = plan->factor;
+    if (coefficients) factor.value *= coefficients[row];
+    return factor;
+  }
+};
+
+// Calls f(Type<T>, Type<S>) with the types of a parameter and of its moments.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable
+#endif
+template <class Half, class BFloat16, class F>
+GRADFUSE_HD_FORCED auto with_types(DType dtype, DType state_dtype, F f) {
+  const bool wide = state_dtype == DType::Float;
+  switch (dtype) {
+    case DType::Half: return wide ? f(Type<Half>(), Type<float>()) : f(Type<Half>(), Type<Half>());
+    case DType::BFloat16:
+      return wide ? f(Type<BFloat16>(), Type<float>()) : f(Type<BFloat16>(), Type<BFloat16>());
+    case DType::Float: return f(Type<float>(), Type<float>());
+    default: return f(Type<double>(), Type<double>());
+  }
+}
+
+// A step on the parameters of one device.
+struct OptimStep {
+  Rule rule;
+  std::vector<ParamRef> params;
+  std::vector<GroupOptions> groups;
+  GradientUse use;
+  bool update_clip;  // AdamW: divide a parameter's learning rate by the root mean square of
+                     // g / sqrt(exp_avg_sq) where that is above 1
+  bool stochastic_rounding;
+};
+
+// Reads and writes every stream of every parameter once; nothing if the plan says Skip or Refuse.
+namespace cpu {
+void optim_step(const OptimStep& step);
+}
+namespace cuda {
+void optim_step(const OptimStep& step,
+                void* scratch,  // optim_scratch_bytes(step), 256-byte aligned
+                Stream stream);
+int64_t optim_scratch_bytes(const OptimStep& step);  // what update clipping needs
+}  // namespace cuda
+
+}  // namespace gradfuse

@@ -1,0 +1,40 @@
+// One step on held parameters: their norm, and their update. Torch-facing; needs no GIL.
+#pragma once
+
+#include <vector>
+
+#include "held_params.h"
+#include "measure.h"
+
+namespace gradfuse {
+
+// What a step does. Python's StepOptions has the last four.
+struct StepCall {
+  std::vector<GroupOptions> groups;
+  std::vector<MaybeTensor> lr_values;  // [groups], each [] on any device, in place of lr
+  double bound;  // of each element of the gradients, after the factor
+  bool update_clip;
+  bool stochastic_rounding;
+  bool materialize;  // write the factor to the gradients as well
+};
+
+// What is asked of the gradients' norm.
+struct MeasureCall {
+  double max_norm;
+  NonFinite nonfinite;
+  LossScaleTensors scale;
+};
+
+// Norm, plan and statistics of a step. Writes nothing. Throws as measure_gradients.
+ClipResult measure(const HeldParams& held, const MeasureCall& call);
+
+// The same and the update, in one walk of the parameters. Throws as both.
+ClipResult step(const HeldParams& held, const MeasureCall& measurement, const StepCall& call);
+
+// Updates the parameters that have a gradient as the plan says, unless it says Skip.
+// Throws std::invalid_argument or TypeError, nothing written, where a gradient or a state does not
+// fit its parameter.
+void update(const HeldParams& held, const StepCall& call, const MaybeTensor& plan,
+            const MaybeTensor& coefficients);
+
+}  // namespace gradfuse

@@ -1,0 +1,202 @@
+#include "walk.h"
+
+#include <ATen/MemoryOverlap.h>
+#include <c10/core/impl/COWDeleter.h>
+
+#include "../math/prefetch.h"
+#include "../tensor/checks.h"
+#include "../tensor/dispatch.h"
+#include "../tensor/dtype.h"
+#include "../tensor/storage.h"
+
+namespace gradfuse {
+namespace {
+
+using Held = HeldParams::Held;
+
+// Whether a tensor is one run of memory of its own, in the order of its indices, and holds its
+// values itself. Nearly all are, so that this is told from the fewest fields.
+inline bool is_dense_run(const at::Tensor& t) {
+  using K = c10::DispatchKey;
+  constexpr c10::DispatchKeySet others = kWrappers |
+                                         c10::DispatchKeySet({K::Negative, K::Conjugate}) |
+                                         c10::sparse_ks | c10::sparse_csr_ks | c10::mkldnn_ks;
+  const at::TensorImpl* impl = t.unsafeGetTensorImpl();
+  const at::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
+  if (!storage || impl->key_set().has_any(others) || !impl->is_contiguous()) return false;
+  const uint64_t end = static_cast<uint64_t>(impl->storage_offset() + impl->numel());
+  const at::DataPtr& data = storage->data_ptr();
+  return end * impl->dtype().itemsize() <= storage->nbytes() && (data || impl->numel() == 0) &&
+         data.get_deleter() != c10::impl::cow::cow_deleter;
+}
+
+inline bool same_sizes(const at::Tensor& a, const at::Tensor& b) {
+  const at::IntArrayRef x = a.sizes(), y = b.sizes();
+  if (x.size() != y.size()) return false;
+  for (size_t d = 0; d < x.size(); ++d)
+    if (x[d] != y[d]) return false;
+  return true;
+}
+
+// Whether moments of one type go with parameters of another.
+bool type_fits(at::ScalarType moment, at::ScalarType param) {
+  const bool short_param = param == at::kHalf || param == at::kBFloat16;
+  return moment == param || (short_param && moment == at::kFloat);
+}
+
+// Whether parameter, gradient and state are dense runs of one shape, of types that go together.
+bool is_dense(const Held& h, const at::Tensor& grad) {
+  const at::Tensor& p = h.param;
+  const at::Device device = p.device();
+  if (!h.complete || !is_dense_run(p) || !device_is_supported(device.type()) ||
+      !dtype_of(p.scalar_type()))
+    return false;
+  const auto goes_with = [&](const at::Tensor& t, caffe2::TypeMeta type) {
+    return t.dtype() == type && is_dense_run(t) && t.device() == device && same_sizes(t, p);
+  };
+  if (!goes_with(grad, p.dtype())) return false;
+  const caffe2::TypeMeta single = caffe2::TypeMeta::Make<float>();
+  const at::Tensor &moment = h.tensors[kExpAvg], &step = h.tensors[kStep];
+  if (moment.defined() && !type_fits(moment.scalar_type(), p.scalar_type())) return false;
+  for (Slot slot : {kExpAvg, kExpAvgSq, kMaxExpAvgSq, kMasterParam}) {
+    const at::Tensor& t = h.tensors[slot];
+    if (t.defined() && !goes_with(t, slot == kMasterParam ? single : moment.dtype())) return false;
+  }
+  return !step.defined() || (step.dtype() == single && is_dense_run(step) &&
+                             step.device() == device && step.dim() == 0);
+}
+
+// Whether a tensor of the state has the type, device and layout that its parameter asks for.
+bool state_fits(const Held& h, int slot) {
+  const at::Tensor &p = h.param, &t = h.tensors[slot], &moment = h.tensors[kExpAvg];
+  const at::ScalarType type = t.scalar_type();
+  const bool type_is_right = slot == kStep || slot == kMasterParam
+                                 ? type == at::kFloat
+                                 : type == moment.scalar_type() && type_fits(type, p.scalar_type());
+  if (!type_is_right || t.layout() != at::kStrided || is_wrapper(t) || missing_storage(t) ||
+      t.device() != p.device())
+    return false;
+  if (slot == kStep) return t.dim() == 0;
+  return same_strides(t, layout_of(h)) && t.sizes().equals(p.sizes()) &&
+         t.is_non_overlapping_and_dense();
+}
+
+// Throws unless they can be updated.
+void check_param(const HeldParams& held, size_t index) {
+  const Held& h = held[index];
+  const at::Tensor &p = h.param, &grad = h.grad();
+  const char* const op = held.op();
+  if (!grad.sizes().equals(p.sizes()) || grad.scalar_type() != p.scalar_type() ||
+      grad.device() != p.device())
+    fail<std::invalid_argument>(op,
+                                ": expected a gradient of the parameter's shape, dtype and "
+                                "device, ",
+                                p.sizes(), " of ", p.scalar_type(), " on ", p.device(), ", got ",
+                                grad.sizes(), " of ", grad.scalar_type(), " on ", grad.device(),
+                                " for parameter ", index);
+  if (p.layout() != at::kStrided || is_wrapper(p) || missing_storage(p) || p.is_neg() ||
+      p.is_conj() || (p.numel() && at::has_internal_overlap(p) == at::MemOverlap::Yes))
+    fail<TypeError>(op,
+                    ": expected plain dense parameters with an element per memory location, "
+                    "got another kind for parameter ",
+                    index);
+  if (!h.complete)
+    fail<std::invalid_argument>(op, ": expected a state, got none for parameter ", index,
+                                "; did its gradient come after the step began?");
+  for (int slot = 0; slot < kSlots; ++slot)
+    if (h.tensors[slot].defined() && !state_fits(h, slot)) {
+      const at::Tensor& t = h.tensors[slot];
+      fail<std::invalid_argument>(op, ": expected state ", held.slot_name(slot), " of ",
+                                  slot == kStep ? at::IntArrayRef{} : p.sizes(), " on ", p.device(),
+                                  " in the type of its parameter or float32, got ", t.sizes(),
+                                  " of ", t.scalar_type(), " on ", t.device(), " for parameter ",
+                                  index);
+    }
+}
+
+// Where the addresses of a parameter's lines are: its own and its state's tensors, then their
+// storages and its gradient, then the gradient's storage.
+void prefetch_tensors(const Held& h) {
+  prefetch_fields(h.param);
+  __builtin_prefetch(h.autograd);
+  __builtin_prefetch(static_cast<const char*>(h.autograd) + 64);
+  for (const at::Tensor& t : h.tensors)
+    if (t.defined()) prefetch_fields(t);
+}
+void prefetch_storages(const Held& h) {
+  prefetch_storage(h.param);
+  for (const at::Tensor& t : h.tensors)
+    if (t.defined()) prefetch_storage(t);
+  if (h.grad().defined()) prefetch_fields(h.grad());
+}
+void prefetch_grad_storage(const Held& h) {
+  if (h.grad().defined()) prefetch_storage(h.grad());
+}
+
+}  // namespace
+
+const at::Tensor& layout_of(const HeldParams::Held& h) {
+  for (int slot = 0; slot < kStep; ++slot)
+    if (h.tensors[slot].defined()) return h.tensors[slot];
+  return h.param;
+}
+
+Walk walk(const HeldParams& held) {
+  Walk found;
+  found.grads.tensors.resize(held.size());
+  const auto visit = [&](size_t i) {
+    const Held& h = held[i];
+    if (h.repeated) return;
+    const at::Tensor& grad = h.grad();
+    if (!grad.defined()) return;
+    found.grads.tensors[i] = grad;
+    const bool dense = is_dense(h, grad);
+    const size_t list =
+        dense ? add_dense_gradient(found.grads, i) : add_gradient(held.op(), found.grads, i);
+    if (list == found.params.size()) {
+      found.params.emplace_back();
+      found.params.back().reserve(held.size());
+    }
+    ParamRef ref = {};
+    if (dense) {
+      ref = ref_of(h, h.param, grad, i, false);
+    } else {
+      check_param(held, i);
+      ref.row = static_cast<int32_t>(i);
+      found.noncontiguous.emplace_back(list, found.params[list].size());
+    }
+    found.params[list].push_back(ref);
+  };
+  prefetched(held.size(), visit, ahead(16, [&](size_t i) { prefetch_tensors(held[i]); }),
+             ahead(10, [&](size_t i) { prefetch_storages(held[i]); }),
+             ahead(5, [&](size_t i) { prefetch_grad_storage(held[i]); }));
+  return found;
+}
+
+ParamRef ref_of(const HeldParams::Held& h, const at::Tensor& param, const at::Tensor& grad,
+                size_t index, bool writes) {
+  const auto memory = [&](const at::Tensor& t) {
+    if (!writes) return const_cast<void*>(t.const_data_ptr());
+    return t.numel() ? t.mutable_data_ptr() : nullptr;
+  };
+  ParamRef r = {};
+  const auto of_slot = [&](Slot slot) {
+    return h.tensors[slot].defined() ? memory(h.tensors[slot]) : nullptr;
+  };
+  r.param = memory(param);
+  r.grad = grad.const_data_ptr();
+  r.exp_avg = of_slot(kExpAvg);
+  r.exp_avg_sq = of_slot(kExpAvgSq);
+  r.max_exp_avg_sq = of_slot(kMaxExpAvgSq);
+  r.master = static_cast<float*>(of_slot(kMasterParam));
+  r.step = static_cast<float*>(of_slot(kStep));
+  r.numel = param.numel() * (param.is_complex() ? 2 : 1);
+  r.dtype = *dtype_of(param.scalar_type());
+  const at::Tensor& moment = h.tensors[kExpAvg];
+  r.state_dtype = moment.defined() ? *dtype_of(moment.scalar_type()) : r.dtype;
+  r.group = h.group;
+  r.row = static_cast<int32_t>(index);
+  return r;
+}
+
+}  // namespace gradfuse

@@ -1,0 +1,34 @@
+// One walk through the parameters of an optimizer, which checks them, their gradients and their
+// state, and yields them as kernels see them.
+#pragma once
+
+#include <utility>
+#include <vector>
+
+#include "../tensor/grad_list.h"
+#include "held_params.h"
+
+namespace gradfuse {
+
+// The parameters that have a gradient. They are in as many lists as the gradients have groups, and
+// in the same order.
+struct Walk {
+  GradList grads;
+  std::vector<std::vector<ParamRef>> params;
+  // (list, place in it) of those that an update cannot take as they are: their memory has gaps, or
+  // is shared until it is written.
+  std::vector<std::pair<size_t, size_t>> noncontiguous;
+};
+
+// Throws std::invalid_argument or TypeError, nothing written, where a gradient or a state does not
+// fit its parameter.
+Walk walk(const HeldParams& held);
+
+// The tensor whose strides an update goes along: one of the state, or the parameter.
+const at::Tensor& layout_of(const HeldParams::Held& held);
+
+// A parameter as the kernels see it. `writes` separates memory that is shared until it is written.
+ParamRef ref_of(const HeldParams::Held& held, const at::Tensor& param, const at::Tensor& grad,
+                size_t index, bool writes);
+
+}  // namespace gradfuse

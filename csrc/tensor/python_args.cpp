@@ -1,0 +1,99 @@
+#include "python_args.h"
+
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/object_ptr.h>
+
+#include "checks.h"
+
+namespace gradfuse {
+namespace {
+
+const char* type_name(py::handle object) { return Py_TYPE(object.ptr())->tp_name; }
+
+}  // namespace
+
+bool is_tensor(py::handle object) {
+  return PyType_IsSubtype(Py_TYPE(object.ptr()), reinterpret_cast<PyTypeObject*>(THPVariableClass));
+}
+
+at::Tensor tensor_of(const char* op, const char* name, py::handle object) {
+  if (!is_tensor(object))
+    fail<TypeError>(op, ": ", name, " must be a Tensor, got ", type_name(object));
+  return THPVariable_Unpack(object.ptr());
+}
+
+MaybeTensor maybe_tensor(const char* op, const char* name, py::handle object) {
+  if (object.is_none()) return std::nullopt;
+  return tensor_of(op, name, object);
+}
+
+py::sequence sequence_of(const char* op, const char* name, py::handle object) {
+  if (!PySequence_Check(object.ptr()))
+    fail<TypeError>(op, ": ", name, " must be a sequence, got ", type_name(object));
+  return py::reinterpret_borrow<py::sequence>(object);
+}
+
+std::vector<at::Tensor> read_tensors(const char* op, TensorsArg tensors, bool of_grad) {
+  std::vector<at::Tensor> out;
+  const auto take = [&](PyObject* item) {
+    if (!is_tensor(item))
+      fail<TypeError>(op, ": expected tensors, got ", type_name(item), " for tensor ", out.size());
+    const at::Tensor& t = THPVariable_Unpack(item);
+    // Not t.grad(), which warns about tensors that are no leaves.
+    if (of_grad)
+      out.push_back(t.unsafeGetTensorImpl()->grad());
+    else
+      out.push_back(t);
+  };
+  PyObject* const iterable = tensors.object.ptr();
+  if (is_tensor(iterable)) {
+    take(iterable);
+    return out;
+  }
+  PyObject* sequence = PySequence_Fast(iterable, "");
+  if (!sequence) {
+    if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw python_error();
+    PyErr_Clear();
+    fail<TypeError>(op, ": expected a tensor or an iterable of tensors, got ", type_name(iterable));
+  }
+  const THPObjectPtr owner(sequence);
+  const Py_ssize_t n = PySequence_Fast_GET_SIZE(sequence);
+  out.reserve(n);
+  for (Py_ssize_t i = 0; i < n; ++i) take(PySequence_Fast_GET_ITEM(sequence, i));
+  return out;
+}
+
+at::Tensor checked_vector(const char* op, const char* name, py::handle object, int64_t numel) {
+  const at::Tensor t = tensor_of(op, name, object);
+  if (t.scalar_type() != at::kDouble || t.numel() != numel || !t.is_contiguous())
+    fail<std::invalid_argument>(op, ": ", name, " must be ", numel, " numbers of float64, got ",
+                                t.sizes(), " of ", t.scalar_type());
+  return t;
+}
+
+MaybeTensor maybe_vector(const char* op, const char* name, py::handle object, int64_t numel) {
+  if (object.is_none()) return std::nullopt;
+  return checked_vector(op, name, object, numel);
+}
+
+Fields::Fields(const char* record, py::handle object, size_t count) {
+  if (!PyTuple_Check(object.ptr()) ||
+      PyTuple_GET_SIZE(object.ptr()) != static_cast<Py_ssize_t>(count))
+    fail<TypeError>(record, ": expected a tuple of ", count, ", got ", type_name(object));
+  fields_ = py::reinterpret_borrow<py::tuple>(object);
+}
+
+py::handle Fields::next() {
+  return PyTuple_GET_ITEM(fields_.ptr(), static_cast<Py_ssize_t>(at_++));
+}
+
+void add_codes(py::module_& m, const char* name,
+               std::initializer_list<std::pair<const char*, int>> codes) {
+  py::dict numbers;
+  for (const auto& [key, number] : codes) numbers[key] = number;
+  if (!py::hasattr(m, "codes")) m.attr("codes") = py::dict();
+  m.attr("codes")[name] = numbers;
+}
+
+}  // namespace gradfuse

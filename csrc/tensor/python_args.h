@@ -1,0 +1,107 @@
+// Python's arguments of the bindings: their types, for signatures, and how they are read.
+//
+// A tensor is one by its type. pybind11's casts ask isinstance, which believes a proxy or a mock,
+// and name neither function nor argument in their errors.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <initializer_list>
+#include <utility>
+#include <vector>
+
+#include "storage.h"
+
+namespace gradfuse {
+
+namespace py = pybind11;
+
+// Arguments as they came. Each is an object that its function has to read.
+struct Argument {
+  py::handle object;
+};
+struct TensorArg : Argument {};
+struct OptionalTensorArg : Argument {};
+struct TensorsArg : Argument {};  // one tensor, or an iterable of them
+struct OptionalTensorsArg : Argument {};
+struct NumberArg : Argument {};  // a float, or a tensor of one
+struct ParamGroupsArg : Argument {};  // an optimizer's param_groups
+struct StateArg : Argument {};  // and its state
+struct SlotsArg : Argument {};  // the slots that each group needs, as bits
+struct WantedArg : Argument {};  // whether each gradient is wanted
+// NamedTuples of gradfuse/_records.py.
+struct BatchNormCallArg : Argument {};
+struct BatchNormSavedArg : Argument {};
+struct BatchNormOptionsArg : Argument {};
+struct StepOptionsArg : Argument {};
+struct StepGroupsArg : Argument {};  // a list of AdamWGroup or SGDGroup
+
+bool is_tensor(py::handle object);
+
+// Throw TypeError that names op and argument.
+at::Tensor tensor_of(const char* op, const char* name, py::handle object);
+MaybeTensor maybe_tensor(const char* op, const char* name, py::handle object);
+
+// A sequence as its Python object, or TypeError.
+py::sequence sequence_of(const char* op, const char* name, py::handle object);
+
+// The tensors of a Python iterable, or their .grad. None and missing gradients become undefined.
+std::vector<at::Tensor> read_tensors(const char* op, TensorsArg tensors, bool of_grad);
+
+// float64 and contiguous, as kernels read it, or std::invalid_argument.
+at::Tensor checked_vector(const char* op, const char* name, py::handle object, int64_t numel);
+MaybeTensor maybe_vector(const char* op, const char* name, py::handle object, int64_t numel);
+
+// The fields of a NamedTuple, read one after another.
+class Fields {
+ public:
+  Fields(const char* record, py::handle object, size_t count);
+  py::handle next();
+  template <class T>
+  T next_as() {
+    return next().cast<T>();
+  }
+
+ private:
+  py::tuple fields_;
+  size_t at_ = 0;
+};
+
+// Writes the numbers of an enumeration into m.codes[name], where a test compares them with those of
+// gradfuse/_codes.py.
+void add_codes(py::module_& m, const char* name,
+               std::initializer_list<std::pair<const char*, int>> codes);
+
+}  // namespace gradfuse
+
+// Casts that take every object, and the annotation of each in signatures.
+#define GRADFUSE_ARGUMENT(Type, annotation)                       \
+  template <>                                                     \
+  struct pybind11::detail::type_caster<gradfuse::Type> {          \
+    PYBIND11_TYPE_CASTER(gradfuse::Type, const_name(annotation)); \
+    bool load(handle source, bool) {                              \
+      value.object = source;                                      \
+      return true;                                                \
+    }                                                             \
+  }
+
+GRADFUSE_ARGUMENT(TensorArg, "torch.Tensor");
+GRADFUSE_ARGUMENT(OptionalTensorArg, "torch.Tensor | None");
+GRADFUSE_ARGUMENT(TensorsArg, "torch.Tensor | collections.abc.Iterable[torch.Tensor]");
+GRADFUSE_ARGUMENT(OptionalTensorsArg,
+                  "torch.Tensor | collections.abc.Iterable[torch.Tensor] | None");
+GRADFUSE_ARGUMENT(NumberArg, "float | torch.Tensor");
+GRADFUSE_ARGUMENT(ParamGroupsArg, "list[dict[str, typing.Any]]");
+GRADFUSE_ARGUMENT(StateArg, "dict[torch.Tensor, typing.Any]");
+GRADFUSE_ARGUMENT(SlotsArg, "collections.abc.Sequence[int]");
+GRADFUSE_ARGUMENT(WantedArg, "collections.abc.Sequence[bool]");
+GRADFUSE_ARGUMENT(BatchNormCallArg, "gradfuse._records.BatchNormCall");
+GRADFUSE_ARGUMENT(BatchNormSavedArg, "gradfuse._records.BatchNormSaved");
+GRADFUSE_ARGUMENT(BatchNormOptionsArg, "gradfuse._records.BatchNormOptions");
+GRADFUSE_ARGUMENT(StepOptionsArg, "gradfuse._records.StepOptions");
+GRADFUSE_ARGUMENT(
+    StepGroupsArg,
+    "collections.abc.Sequence[gradfuse._records.AdamWGroup | gradfuse._records.SGDGroup]");
+
+#undef GRADFUSE_ARGUMENT
