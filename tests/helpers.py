@@ -20,7 +20,7 @@ REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COMPLEX = (torch.complex64, torch.complex128)
 NORM_TYPES = (2.0, 1.0, 0.5, 3.0, 7.3, math.inf)
 # For tests of what holds where the host sees the gradients, or of another process.
-HOST_BACKENDS = pytest.mark.parametrize("backend", ["cpu", "reference"], indirect=True)
+HOST_BACKENDS = pytest.mark.backends("cpu", "reference")
 SANITIZED = os.environ.get("GRADFUSE_SANITIZE") == "1"
 
 

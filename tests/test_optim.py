@@ -229,7 +229,7 @@ def test_the_truth_of_a_thousand_steps_is_torchs(index):
 
 @plain_code
 @BOTH
-@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.backends("cpu")
 def test_a_thousand_steps_of_any_number_of_threads(rule, threads, backend):
     def outcome():
         params = fresh(shapes=[(520_000,), (33, 5)])
@@ -473,7 +473,7 @@ def test_the_same_parameter_twice(rule, device):
 
 
 @BOTH
-@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
+@pytest.mark.backends("cpu")
 def test_any_number_of_threads(rule, threads, backend):
     def outcome():
         params = fresh(shapes=[(1_200_000,), (33, 7), *[(5,)] * 50, (100_003,)])

@@ -236,7 +236,7 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"], indirect=True)
+@HOST_BACKENDS
 @pytest.mark.parametrize("case", PUBLISHED.values(), ids=PUBLISHED)
 def test_the_published_rule_step_by_step(backend, case):
     policy, published, arguments = case
