@@ -9,14 +9,24 @@ PY = $(VENV)/bin/python
 PYTEST = OMP_WAIT_POLICY=passive $(abspath $(PY)) -m pytest -q -n logical --maxprocesses 8 --dist loadfile
 CPP = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: demo test build bench stub lint format pytest pytest-native pytest-reference \
-	pytest-isa pytest-ptx traffic sanitize gpu-check clean
+.PHONY: demo test check test-full build bench stub lint format pytest pytest-torch \
+	pytest-reference mutants traffic sanitize gpu-check clean
 
 demo: build
 	$(PY) -m gradfuse demo
 	$(PY) -m gradfuse bench clip --quick
 
-test: build lint pytest
+test: lint pytest
+
+# What a developer wants after each edit: lint, and tests that a change is likely to break.
+CHECKED = $(addprefix tests/test_,ops.py errors.py batch_norm_errors.py clipper.py nn.py \
+	optim_state.py policies.py docs.py)
+check: lint
+	GRADFUSE_PTX=0 $(PYTEST) $(CHECKED)
+
+# All combinations of the tests' parameters, and the emulator's own tests.
+test-full: lint
+	$(PYTEST) --full
 
 build: $(VENV)/.installed
 	$(PY) setup.py -q build_ext --inplace
@@ -58,50 +68,41 @@ format: build
 	$(VENV)/bin/clang-format -i $(CPP)
 
 pytest: build
-	$(PYTEST)
+	$(PYTEST) --slowest-files=10
 
-# Without the pure-torch cases of tests that run over every implementation.
-pytest-native: build
-	$(PYTEST) -k "not reference"
+# What depends on the version of torch: binding, autograd, compile, AMP, fuse. The kernels do not.
+TORCH_TESTS = $(addprefix tests/test_,batch_norm_autograd.py batch_norm_errors.py cli.py \
+	clip_in_step.py compile.py errors.py fuse.py nn.py optim_amp.py optim_state.py process.py)
+pytest-torch: build
+	GRADFUSE_PTX=0 $(PYTEST) --slowest-files=5 -k "not reference" $(TORCH_TESTS)
 
-# Without the compiled module. Leaves out slow tests that do not depend on it: examples, large
-# models, and what `make pytest` runs on the pure-torch path.
+# Without the compiled module. Large models do not depend on it.
 pytest-reference: build
-	GRADFUSE_NATIVE=0 GRADFUSE_PTX=0 $(PYTEST) \
-		-k "not models_of_torchvision and not thousand_steps and not opcheck" \
-		--ignore tests/test_examples.py --ignore tests/ptx
+	GRADFUSE_NATIVE=0 GRADFUSE_PTX=0 $(PYTEST) --slowest-files=5 -k "not models_of_torchvision" \
+		$(TORCH_TESTS) tests/test_clipper.py tests/test_ops.py tests/test_policies.py
 
-# Only the kernels' arithmetic differs between instruction sets. Its tests run on every set below
-# this machine's best one, which `make pytest` covers.
-KERNEL_TESTS = tests/test_clip.py tests/test_range.py tests/test_value.py tests/test_adaptive_clip.py \
-	tests/test_nonfinite.py tests/test_quiet.py tests/test_hypothesis.py tests/test_batch_norm.py \
-	tests/test_batch_norm_hypothesis.py tests/test_optim.py
-ISAS = $(shell grep -q avx512vl /proc/cpuinfo && echo avx2) $(shell grep -q avx2 /proc/cpuinfo && echo baseline)
-pytest-isa: build
-	for isa in $(ISAS); do \
-		GRADFUSE_PTX=0 GRADFUSE_ISA=$$isa $(PYTEST) -k "not reference" $(KERNEL_TESTS) || exit 1; done
-
-# Every test that takes a backend, on the emulated CUDA kernels; `make test` runs a part of each.
-pytest-ptx: build
-	GRADFUSE_PTX=all $(PYTEST) -k ptx
+# Puts faults into copies of the sources, and fails unless a test finds each of them.
+mutants: build
+	$(PY) tests/mutants.py
 
 # Writes the CUDA kernels' traffic, counted by the emulator, and registers, from ptxas, into the
 # tables of a page.
 traffic: build
 	PYTHONPATH=tests:. $(PY) -m ptx.traffic --into docs/cuda.md
 
-# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, in a build of their own.
+# The CPU kernels of the widest instruction set under AddressSanitizer and
+# UndefinedBehaviorSanitizer, in a build of their own.
 SANITIZED = build/sanitize
+SANITIZED_TESTS = $(addprefix ../../tests/test_,adaptive_clip.py batch_norm.py batch_norm_errors.py \
+	clip.py clipper.py errors.py ops.py optim.py optim_state.py quiet.py range.py value.py)
 sanitize: $(VENV)/.installed
 	mkdir -p $(SANITIZED)
 	cp -r gradfuse $(SANITIZED)/ && rm -f $(SANITIZED)/gradfuse/_C*.so
 	CXX="$(abspath tests/sanitize-c++)" GRADFUSE_CUDA=0 GRADFUSE_SANITIZE=1 $(PY) setup.py -q build_ext --build-lib $(SANITIZED)
 	cd $(SANITIZED) && env GRADFUSE_PTX=0 GRADFUSE_SANITIZE=1 PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-		$(PYTEST) -p no:cacheprovider -k "not reference" \
-		$(addprefix ../../,$(KERNEL_TESTS)) ../../tests/test_errors.py ../../tests/test_clipper.py \
-		../../tests/test_optim_state.py \
-		../../tests/test_batch_norm_errors.py
+		$(PYTEST) -p no:cacheprovider --slowest-files=5 -k "not reference and not cpu- and not thousand_steps" \
+		$(SANITIZED_TESTS)
 
 # Everything that needs a real GPU, with the given python3, in under nine minutes.
 gpu-check:
