@@ -39,6 +39,14 @@ class Traffic:
     def bytes_stored(self, prefix: str = "") -> int:
         return sum(n for (name, _), n in self.stored.items() if name.startswith(prefix))
 
+    def widths(self, prefix: str = "", stores: bool = False) -> Counter[int]:
+        """Bytes by width of access."""
+        found: Counter[int] = Counter()
+        for (name, width), n in (self.stored if stores else self.loaded).items():
+            if name.startswith(prefix):
+                found[width] += n
+        return found
+
 
 @dataclass
 class Launch:
