@@ -46,10 +46,10 @@ bench: build
 STUB = build/stubs/gradfuse/_C.pyi
 $(STUB): build
 	$(PY) -m pybind11_stubgen gradfuse._C -o build/stubs
-	sed -i -E 's/^(\w+: str) = .*/\1/; s/^codes: dict = .*/codes: dict[str, dict[str, int]]/; \
-		s/typing.SupportsFloat \| typing.SupportsIndex/float/g; \
-		s/typing.SupportsInt \| typing.SupportsIndex/int/g' $@
-	$(PY) -m ruff check -q --fix --select I,F,UP $@
+	sed -i -E -e 's/^(\w+: str) = .*/\1/' -e 's/^codes: dict = .*/codes: dict[str, dict[str, int]]/' \
+		-e 's/typing.SupportsFloat \| typing.SupportsIndex/float/g' \
+		-e 's/typing.SupportsInt \| typing.SupportsIndex/int/g' $@
+	$(PY) -m ruff check -q --fix-only --select I,F,UP,PYI $@
 	$(PY) -m ruff format -q $@
 
 stub: $(STUB)
