@@ -1,6 +1,6 @@
 """One-line faults, each of which a test has to find: `make mutants` (see mutants.py).
 
-A fault is placed by its text, which occurs once in its folder, so that files may be moved and split.
+A fault is placed by its text, which occurs once in its folder, so that files may move and be split.
 """
 
 from __future__ import annotations
