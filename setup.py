@@ -136,6 +136,21 @@ def flavour():
     return "-sanitize" if os.environ.get("GRADFUSE_SANITIZE") == "1" else ""
 
 
+def write_build_info(torch_version, cuda_version, archs):
+    """The folder of a header that bindings.cpp alone includes. Macros would be arguments of every
+    file, and compile all of them again for other architectures."""
+    text = f"""#define GRADFUSE_TORCH_VERSION "{torch_version}"
+#define GRADFUSE_CUDA_VERSION "{cuda_version}"
+#define GRADFUSE_CUDA_ARCHS "{archs}"
+"""
+    folder = ROOT / "build" / f"objects-{torch_version}{flavour()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    header = folder / "build_info.h"
+    if not header.exists() or header.read_text() != text:
+        header.write_text(text)
+    return folder
+
+
 def extension():
     """The extension without its kernels, and the kernels."""
     import torch
@@ -164,20 +179,15 @@ def extension():
     # compilers cannot call it and runs on one thread.
     if "Free Software Foundation" in compiler_version():
         cxx = [*cxx, "-fopenmp"]
-    macros = [
-        ("GRADFUSE_TORCH_VERSION", f'"{torch.__version__}"'),
-        ("GRADFUSE_CUDA_VERSION", f'"{torch.version.cuda if cuda else ""}"'),
-        ("GRADFUSE_CUDA_ARCHS", f'"{archs}"'),
-    ]
-    if cuda:
-        macros.append(("GRADFUSE_CUDA", "1"))
+    about = write_build_info(torch.__version__, torch.version.cuda if cuda else "", archs)
     make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     sources = sorted((ROOT / "csrc").rglob("*.cpp"))
     return (
         make(
             "gradfuse._C",
             [str(p.relative_to(ROOT)) for p in sources if p.name != "unit.cpp"],
-            define_macros=macros,
+            include_dirs=[str(about)],
+            define_macros=[("GRADFUSE_CUDA", "1")] if cuda else [],
             extra_compile_args={"cxx": cxx},
             extra_link_args=link,
         ),

@@ -3,6 +3,7 @@
 
 #include <ATen/Parallel.h>
 
+#include "build_info.h"  // of setup.py
 #include "cpu/isa.h"
 #include "tensor/checks.h"
 

@@ -46,15 +46,14 @@ def build() -> tuple[Path, list[Compiled]]:
     compiled = compile_all(kernel_sources())
     includes = [*cpp_extension.include_paths(), sysconfig.get_path("include")]
     libraries = cpp_extension.library_paths()
-    torch_version = f'-DGRADFUSE_TORCH_VERSION="{torch.__version__}"'
     library = cuda_library(
         f"{NAME}.so",
         [c.object for c in compiled],
         [*map(str, torch_sources()), "no_cpu.cpp"],
         flags=[
             *[f"-I{i}" for i in includes],
-            *[f'-DGRADFUSE_DEVICE_HEADER="{HERE / "device.h"}"', torch_version],
-            *['-DGRADFUSE_CUDA_VERSION="emulated"', '-DGRADFUSE_CUDA_ARCHS=""'],
+            f"-I{HERE}",  # for build_info.h
+            f'-DGRADFUSE_DEVICE_HEADER="{HERE / "device.h"}"',
             f"-DTORCH_EXTENSION_NAME={NAME}",
         ],
         links=[
