@@ -174,6 +174,7 @@ def test_a_checkpoint_counts_its_batch_once(backend, device, reentrant):
 
 
 @HOST_BACKENDS
+@pytest.mark.elsewhere
 def test_torch_func(backend):
     x, w, b, r = (t.detach() for t in inputs(4, 3, 5))
     mean, var = random(3, dtype=DOUBLE), random(3, dtype=DOUBLE).abs() + 0.5
@@ -195,6 +196,7 @@ def test_torch_func(backend):
 
 
 @HOST_BACKENDS
+@pytest.mark.elsewhere
 def test_torch_func_when_training(backend):
     x, w, b, _ = (t.detach() for t in inputs(4, 3, 5))
 
@@ -308,6 +310,7 @@ def test_opcheck_of_the_backward(backend, code, channels_last):
 
 
 @HOST_BACKENDS
+@pytest.mark.elsewhere
 def test_fake_and_meta_tensors(backend):
     with FakeTensorMode():
         x = torch.empty(4, 3, 5, requires_grad=True)

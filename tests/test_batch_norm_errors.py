@@ -60,6 +60,7 @@ def call(x=None, mean=None, var=None, **options):
         ),
     ],
 )
+@pytest.mark.elsewhere
 def test_refused(backend, arguments, error, message):
     kept = {k: v.clone() for k, v in arguments.items() if k in ("mean", "var")}
     with pytest.raises(error, match=message):
@@ -87,6 +88,7 @@ def test_nothing_is_written_when_a_later_argument_is_wrong(backend):
     ],
     ids=["complex", "elsewhere", "sparse"],
 )
+@pytest.mark.no_kernel
 def test_nothing_is_written_when_the_residual_is_wrong(backend, residual):
     mean, var = torch.zeros(3), torch.ones(3)
     with pytest.raises(TypeError, match="residual must be"):

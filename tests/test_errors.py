@@ -169,6 +169,7 @@ def test_no_iterable(what):
 
 
 @each_writer
+@pytest.mark.no_kernel
 def test_an_error_of_the_callers_generator_is_the_callers(name):
     """Also a TypeError, which is what walking a thing that is no iterable raises."""
     params = [good()]
@@ -203,6 +204,7 @@ def test_bounds_below_zero(bad, device):
 
 
 @pytest.mark.parametrize("bad", [0, 0.0, -1, -2.0, -math.inf, math.nan, "-inf"], ids=str)
+@pytest.mark.no_kernel
 def test_norm_types_that_are_no_norm(bad, device):
     params = [good(device)]
     calls = {
@@ -216,6 +218,7 @@ def test_norm_types_that_are_no_norm(bad, device):
         assert_refused(call, ValueError, words, params, name)
 
 
+@pytest.mark.no_kernel
 def test_unknown_policy():
     params = [good()]
     for name, call in (
@@ -226,6 +229,7 @@ def test_unknown_policy():
         assert_refused(call, ValueError, words, params, name)
 
 
+@pytest.mark.no_kernel
 def test_contradictory_policy():
     params = [good()]
     assert_refused(
@@ -311,6 +315,7 @@ print("refused")
 """
 
 
+@pytest.mark.elsewhere
 def test_storage_that_was_freed_or_shrunk(backend):
     environment = {"GRADFUSE_NATIVE": "0"} if backend == "reference" else {}
     assert assert_ran(run_python(STORAGES, **environment)) == "refused\n"
@@ -344,6 +349,7 @@ print("refused")
 """
 
 
+@pytest.mark.elsewhere
 def test_objects_that_only_isinstance_takes_for_tensors(backend):
     environment = {"GRADFUSE_NATIVE": "0"} if backend == "reference" else {}
     assert assert_ran(run_python(IMPOSTORS, **environment)) == "refused\n"
@@ -367,6 +373,7 @@ print("refused")
 """
 
 
+@pytest.mark.elsewhere
 def test_adaptive_op_with_lists_of_different_lengths(backend):
     environment = {"GRADFUSE_NATIVE": "0"} if backend == "reference" else {}
     assert assert_ran(run_python(LENGTHS, **environment)) == "refused\n"

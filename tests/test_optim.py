@@ -222,6 +222,7 @@ def test_a_thousand_steps(index, dtype, backend):
 
 
 @pytest.mark.parametrize("index", range(len(THOUSAND)), ids=lambda i: named(THOUSAND[i][1]))
+@pytest.mark.no_kernel
 def test_the_truth_of_a_thousand_steps_is_torchs(index):
     truth, torchs = thousand(index, torch.float64, 100)
     np.testing.assert_allclose(torchs, truth.astype(float), rtol=1e-12, atol=1e-14)
@@ -644,6 +645,7 @@ ERRORS = [
 
 @BOTH
 @pytest.mark.parametrize(("options", "kind", "word"), ERRORS)
+@pytest.mark.no_kernel
 def test_errors_of_the_constructor(rule, options, kind, word):
     with pytest.raises(kind, match=word) as caught:
         made(rule, fresh(), **options)

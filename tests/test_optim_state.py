@@ -227,6 +227,7 @@ torch.save([p.detach() for p in net.parameters()], os.path.join(folder, "end"))
 
 
 @HOST_BACKENDS
+@pytest.mark.elsewhere
 def test_killed_at_any_step_it_resumes_bitwise(backend, tmp_path):
     if backend == "reference":
         pytest.skip("the child chooses its own implementation")

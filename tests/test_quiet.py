@@ -169,12 +169,14 @@ def outcomes():
 
 @HOST_BACKENDS
 @pytest.mark.parametrize("call", QUIET)
+@pytest.mark.elsewhere
 def test_quiet_steps_run_on_read_only_pages(call, backend, outcomes):
     assert outcomes(backend)[call] == "ran"
 
 
 @HOST_BACKENDS
 @pytest.mark.parametrize("call", REFUSING)
+@pytest.mark.elsewhere
 def test_refused_steps_write_nothing(call, backend, outcomes):
     assert outcomes(backend)[call] == "raised"
 
@@ -187,6 +189,7 @@ def test_only_what_changes_is_written(call, outcomes):
 
 @HOST_BACKENDS
 @pytest.mark.parametrize("call", WRITING)
+@pytest.mark.elsewhere
 def test_writing_steps_fault_there(call, backend, outcomes):
     """Else the tests above would prove nothing."""
     assert outcomes(backend)[call] == "fault"
