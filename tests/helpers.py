@@ -32,6 +32,8 @@ def short(value: object) -> str:
 def owner(grad: Tensor) -> Tensor:
     """A parameter of zeros that has this gradient."""
     parameter = torch.zeros(grad.shape, dtype=grad.dtype, device=grad.device)
+    if grad.layout == torch.sparse_csr:  # which a dense parameter does not take
+        parameter = grad.clone()
     parameter.grad = grad
     return parameter
 

@@ -1,0 +1,805 @@
+"""The registry of ops. test_ops.py runs over it, so that an op gets these tests by its entry here:
+numbers beside torch's and the reference's, threads, errors that write nothing, opcheck, gradcheck,
+torch.compile, and on the emulator traffic, waits and the order of blocks.
+
+What one op alone promises is in test_<stem>.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from batch_norm_cases import FORMATS
+from batch_norm_cases import assert_close as assert_mean_close
+from helpers import (
+    COMPLEX,
+    NORM_TYPES,
+    REAL,
+    Norm,
+    assert_as_close_as_torch,
+    assert_values,
+    norm_rtol,
+    owner,
+    owners,
+    random,
+    true_norm,
+    truly_clipped,
+    wide,
+)
+from torch import Tensor
+
+import gradfuse
+from gradfuse._codes import Activation
+from gradfuse.reference import ACTIVATIONS, activate
+
+Outcome = dict[str, Tensor]
+Wrap = Callable[[Callable[[], Any]], Callable[[], Any]]
+
+
+def as_it_is(call: Callable[[], Any]) -> Callable[[], Any]:
+    return call
+
+
+@dataclass
+class Sample:
+    """Tensors that a call takes and may write, by name, and its options."""
+
+    tensors: dict[str, Tensor]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def fresh(self, dtype_of: Callable[[torch.dtype], torch.dtype] = lambda d: d) -> Sample:
+        """A copy of the same strides, in other dtypes if asked for."""
+
+        def copied(t: Tensor) -> Tensor:
+            like = {"dtype": dtype_of(t.dtype), "device": t.device}
+            return torch.empty_strided(t.shape, t.stride(), **like).copy_(t)
+
+        return replace(self, tensors={name: copied(t) for name, t in self.tensors.items()})
+
+    def wide(self) -> Sample:
+        """In float64 or complex128."""
+        return self.fresh(lambda d: torch.complex128 if d.is_complex else torch.float64)
+
+    def grads(self) -> list[Tensor]:
+        return [t for name, t in self.tensors.items() if name.startswith("grad")]
+
+    def weights(self) -> list[Tensor]:
+        return [t for name, t in self.tensors.items() if name.startswith("weight")]
+
+
+@dataclass(frozen=True)
+class Bad:
+    """What makes of a good sample one that is refused before anything is written."""
+
+    what: str
+    change: Callable[[Sample], None]
+    error: type[Exception]
+    match: str  # in the message, which begins with the op's name
+    in_python: bool = False  # before any implementation is called
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """A call on the emulator, and how often it reads and writes its tensors, by prefix of their
+    names there: "tensor" is a list's element or a first argument, "grad" a parameter's gradient."""
+
+    what: str
+    make: Callable[[torch.dtype], Sample]
+    loaded: dict[str, float]
+    stored: dict[str, float]
+
+
+Samples = Callable[[torch.dtype, "torch.device | str"], Iterable[Sample]]
+
+
+@dataclass(frozen=True)
+class Op:
+    name: str  # its public name, with which its errors begin
+    # Calls it, as `wrap` makes it if given: the results, and the tensors that it may write.
+    ours: Callable[..., Outcome]
+    stock: Callable[[Sample], Outcome]  # the same by torch's own ops, in any dtype
+    samples: Samples
+    dtypes: Sequence[torch.dtype] = REAL
+    errors: Sequence[Bad] = ()  # of the first sample in float32
+    large: Callable[[torch.dtype], Iterable[Sample]] = lambda dtype: ()  # work for several threads
+    # The torch.library ops behind it, and arguments of theirs.
+    registered: dict[str, Callable[[torch.dtype], Iterable[tuple]]] = field(default_factory=dict)
+    compiles: str = "bits"  # under torch.compile: to the same "bits", "close" numbers, or not ("")
+    traffic: Sequence[Traffic] = ()
+    truth: Callable[[Sample], dict] | None = None  # what is right; if not given, stock in float64
+    compare: Callable[[Outcome, dict, Outcome], None] | None = None  # ours, truth, torch's
+    # Of results beside the reference's: of what is narrower than float64, and of the rest.
+    tolerance: tuple[float, float] = (3e-6, 1e-12)
+
+    def assert_as_close_as_torch(self, sample: Sample, ours: Outcome) -> None:
+        """The error is at most 4 times that of torch."""
+        truth = self.truth(sample.fresh()) if self.truth else self.stock(sample.wide())
+        theirs = self.stock(sample.fresh())
+        if self.compare is not None:
+            self.compare(ours, truth, theirs)
+            return
+        for name, value in ours.items():
+            exact = truth[name]
+            exact = wide(exact) if isinstance(exact, Tensor) else exact
+            assert_as_close_as_torch(value, exact, theirs[name])
+
+
+# Gradients, and what may be wrong with them.
+
+GRADS = [(40, 30), (7,), (), (129, 5)]
+
+
+def gradients(dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    made = [random(*s, dtype=dtype, device=device, seed=i) for i, s in enumerate(GRADS)]
+    return {f"grad {i}": g for i, g in enumerate(made)}
+
+
+def of_many_sizes(dtype: torch.dtype) -> dict[str, Tensor]:
+    """More elements than the half a million from which on threads share the work."""
+    sizes = [1, 33, 4097, 16383, 16385, 32769, 100_003, 1_200_000, *[5] * 100]
+    made = {f"grad {i}": random(n, dtype=dtype, seed=n) for i, n in enumerate(sizes)}
+    return made | {"grad strided": random(400, 300, dtype=dtype).t()[::2]}
+
+
+def of_dense(scale: float = 1.0, **options: Any) -> Callable[[torch.dtype], Sample]:
+    """Gradients at 16-byte boundaries, of a few blocks."""
+
+    def make(dtype: torch.dtype) -> Sample:
+        grads = [random(n, dtype=dtype, scale=scale, seed=n) for n in (32, 4096, 40_960)]
+        return Sample({f"grad {i}": g for i, g in enumerate(grads)}, options)
+
+    return make
+
+
+def with_each(*options: dict[str, Any], make: Callable = gradients) -> Samples:
+    """The usual gradients with each set of options."""
+    return lambda dtype, device: [Sample(make(dtype, device), o) for o in options]
+
+
+def large(
+    *options: dict[str, Any], make: Callable = of_many_sizes
+) -> Callable[[torch.dtype], Iterable[Sample]]:
+    return lambda dtype: (Sample(make(dtype), o) for o in options)
+
+
+def bad_gradient(what: str, make: Callable[[Tensor], Tensor], error: type, match: str) -> Bad:
+    def change(sample: Sample) -> None:
+        sample.tensors["grad 3"] = make(sample.tensors["grad 3"])
+
+    return Bad(what, change, error, f"{match}.* for tensor 3")
+
+
+def overlapping(what: str, part: Callable[[Tensor], Tensor]) -> Bad:
+    def change(sample: Sample) -> None:
+        first = random(8, 8, device=sample.tensors["grad 0"].device)
+        sample.tensors |= {"grad 0": first, "grad 3": part(first)}
+
+    words = "expected gradients that do not overlap in memory.* for tensor 3"
+    return Bad(f"overlap: {what}", change, RuntimeError, words)
+
+
+def bad_option(name: str, value: Any, match: str, error: type[Exception] = ValueError) -> Bad:
+    def change(sample: Sample) -> None:
+        sample.options = sample.options | {name: value}
+
+    return Bad(f"{name}={value}", change, error, match, in_python=True)
+
+
+def freed(t: Tensor) -> Tensor:
+    t.untyped_storage().resize_(4)
+    return t
+
+
+DENSE, FLOATS = "expected dense gradients, got layout .*[Ss]parse", "expected float16.* got .*"
+MEASURED = [
+    bad_gradient("int64", lambda t: t.to(torch.int64), TypeError, FLOATS + "(Long|int64)"),
+    bad_gradient("int8", lambda t: t.to(torch.int8), TypeError, FLOATS + "(Char|int8)"),
+    bad_gradient("bool", lambda t: t > 0, TypeError, FLOATS + "[Bb]ool"),
+    bad_gradient("float8", lambda t: t.to(torch.float8_e4m3fn), TypeError, FLOATS + "[Ff]loat8"),
+    bad_gradient(
+        "complex32",
+        lambda t: t.to(torch.complex32),
+        TypeError,
+        "expected (float16|real).* got .*[Cc]omplex",
+    ),
+    bad_gradient("coo", Tensor.to_sparse, TypeError, DENSE),
+    bad_gradient("csr", Tensor.to_sparse_csr, TypeError, DENSE),
+    bad_gradient("meta", lambda t: t.to("meta"), TypeError, "expected gradients .* got meta"),
+    bad_gradient("freed storage", freed, RuntimeError, "expected storage of at least 2580 bytes"),
+]
+WRITTEN = [
+    *MEASURED,
+    overlapping("the first rows", lambda t: t[:4]),
+    overlapping("the first columns", lambda t: t[:, :4]),
+    overlapping("another dtype", lambda t: t.view(torch.float64)),
+    overlapping("one element", lambda t: t.view(-1)[:1]),
+    overlapping("as many in another order", lambda t: t.t()[:4]),
+    *(
+        bad_gradient(
+            f"expanded {n}",
+            lambda t, s=s, n=n: random(*s, device=t.device).expand(n),
+            RuntimeError,
+            "expanded",
+        )
+        for s, n in (((1,), (5,)), ((3, 1), (3, 4)), ((1, 1, 2), (4, 4, 2)))
+    ),
+]
+
+
+def negative(option: str, shown: str = "") -> list[Bad]:
+    return [
+        bad_option(option, bad, f"{shown or option} must be >= 0, got {bad}")
+        for bad in (-1.0, -1e-30, -math.inf, math.nan)
+    ]
+
+
+NO_NORM = [
+    bad_option("norm_type", bad, f"norm_type must be > 0 or inf, got {float(bad)}")
+    for bad in (0, 0.0, -1, -2.0, -math.inf, math.nan, "-inf")
+]
+
+
+# Clipping by norm and by value.
+
+
+def on_parameters(function: Callable[..., Any], *names: str) -> Callable[..., Outcome]:
+    """Calls it with parameters of the sample's gradients and these options, as far as given."""
+
+    def run(sample: Sample, wrap: Wrap = as_it_is) -> Outcome:
+        options = {name: sample.options[name] for name in names if name in sample.options}
+        params = owners(sample.grads())
+        result = wrap(lambda: function(params, **options))()
+        return sample.tensors | ({} if result is None else {"result": result})
+
+    return run
+
+
+def on_tensors(function: Callable[..., Any], *names: str) -> Callable[..., Outcome]:
+    def run(sample: Sample, wrap: Wrap = as_it_is) -> Outcome:
+        options = {name: sample.options[name] for name in names if name in sample.options}
+        grads = sample.grads()
+        return sample.tensors | {"result": wrap(lambda: function(grads, **options))()}
+
+    return run
+
+
+def scaled_by(norm_of: Callable[[Sample], Norm]) -> Callable[[Sample], dict]:
+    """The truth of a clip to max_norm by this norm, in numpy's extended precision."""
+
+    def truth(sample: Sample) -> dict:
+        norm, bound = norm_of(sample), sample.options.get("max_norm", math.inf)
+        found = {name: truly_clipped(t, norm, bound) for name, t in sample.tensors.items()}
+        return found | {"result": float(norm)}
+
+    return truth
+
+
+def norm_of_sample(sample: Sample) -> Norm:
+    return true_norm(sample.grads(), sample.options.get("norm_type", 2.0))
+
+
+def of_library(*others: Any) -> Callable[[torch.dtype], Iterable[tuple]]:
+    """(gradients, *others), the gradients of all dtypes together, of one, and none at all."""
+
+    def arguments(dtype: torch.dtype) -> Iterable[tuple]:
+        dtypes = REAL if dtype == torch.float32 else (dtype,)
+        grads = [random(4, 5, dtype=d) for d in dtypes]
+        yield ([*grads, random(6, 8, dtype=dtypes[0]).t()[::2]], *others)
+        yield ([], *others)
+
+    return arguments
+
+
+def clip_of(max_norm: float, norm_type: float = 2.0, **more: Any) -> dict[str, Any]:
+    return {"max_norm": max_norm, "norm_type": norm_type, **more}
+
+
+TORCH = torch.nn.utils
+NORM_OPTIONS = ("max_norm", "norm_type", "error_if_nonfinite", "foreach")
+ORDERS = [clip_of(0.5, p) for p in NORM_TYPES]
+
+clip_grad_norm_ = Op(
+    "clip_grad_norm_",
+    on_parameters(gradfuse.clip_grad_norm_, *NORM_OPTIONS, "nonfinite"),
+    on_parameters(TORCH.clip_grad_norm_, *NORM_OPTIONS),
+    with_each(
+        *ORDERS,
+        *(clip_of(m) for m in (0.0, 1e-30, 0.1, 1e4, math.inf)),
+        *(clip_of(1.0, foreach=f) for f in (None, True, False)),
+    ),
+    (*REAL, *COMPLEX),
+    [
+        *WRITTEN,
+        *negative("max_norm"),
+        *NO_NORM,
+        bad_option("nonfinite", "no", "nonfinite must be 'propagate', 'error' or 'zero', got 'no'"),
+    ],
+    large(*(clip_of(0.5, p) for p in (2.0, 1.0, 3.0, math.inf))),
+    {
+        "clip_grads_": lambda d: [
+            *of_library(0.1, 2.0, 0)(d),
+            *of_library(0.1, math.inf, 0)(d),
+        ]
+    },
+    traffic=[
+        Traffic("quiet", of_dense(max_norm=1e9), {"grad": 1}, {"grad": 0}),
+        Traffic("clipping", of_dense(max_norm=0.1), {"grad": 2}, {"grad": 1}),
+        Traffic("order 3", of_dense(max_norm=0.1, norm_type=3.0), {"grad": 2}, {"grad": 1}),
+    ],
+    truth=scaled_by(norm_of_sample),
+)
+
+get_total_norm = Op(
+    "get_total_norm",
+    on_tensors(gradfuse.get_total_norm, "norm_type", "error_if_nonfinite", "foreach"),
+    on_tensors(TORCH.get_total_norm, "norm_type", "error_if_nonfinite", "foreach"),
+    with_each(*({"norm_type": p} for p in NORM_TYPES)),
+    (*REAL, *COMPLEX),
+    [*MEASURED, *NO_NORM],
+    large({"norm_type": 2.0}),
+    {"grad_stats": lambda d: [*of_library(2.0, 0)(d), *of_library(math.inf, 0)(d)]},
+    traffic=[Traffic("all", of_dense(norm_type=2.0), {"tensor": 1}, {"tensor": 0})],
+    truth=scaled_by(norm_of_sample),
+)
+
+clip_grads_with_norm_ = Op(
+    "clip_grads_with_norm_",
+    on_parameters(gradfuse.clip_grads_with_norm_, "max_norm", "total_norm", "foreach"),
+    on_parameters(TORCH.clip_grads_with_norm_, "max_norm", "total_norm", "foreach"),
+    with_each(
+        {"max_norm": 1.0, "total_norm": torch.tensor(4.0)},
+        {"max_norm": 8.0, "total_norm": torch.tensor(4.0), "foreach": True},
+    ),
+    (*REAL, *COMPLEX),
+    [
+        *WRITTEN,
+        *negative("max_norm"),
+        *(
+            replace(
+                bad_option("total_norm", total, "total_norm must be one real number, got"),
+                what=what,
+                in_python=False,
+            )
+            for what, total in {
+                "two norms": torch.ones(2),
+                "no norm": torch.ones(0),
+                "a complex norm": torch.tensor(1j),
+            }.items()
+        ),
+    ],
+    large({"max_norm": 1.0, "total_norm": torch.tensor(3.0)}),
+    {"scale_grads_": of_library(0.1, torch.tensor(5.0))},
+    traffic=[
+        Traffic(
+            "clipping", of_dense(max_norm=0.1, total_norm=torch.tensor(9.0)), {"grad": 1}, {"grad": 1}
+        ),
+        Traffic(
+            "quiet", of_dense(max_norm=10.0, total_norm=torch.tensor(9.0)), {"grad": 0}, {"grad": 0}
+        ),
+    ],
+    truth=scaled_by(lambda s: Norm(np.longdouble(float(s.options["total_norm"])), 0)),
+)
+
+clip_grad_value_ = Op(
+    "clip_grad_value_",
+    on_parameters(gradfuse.clip_grad_value_, "clip_value", "foreach"),
+    on_parameters(TORCH.clip_grad_value_, "clip_value", "foreach"),
+    with_each(
+        *({"clip_value": v} for v in (0.25, 0.0, 1 / 3, 1e4, math.inf)),
+        *({"clip_value": 0.5, "foreach": f} for f in (None, True, False)),
+    ),
+    REAL,
+    [
+        *WRITTEN,
+        *negative("clip_value"),
+        *(
+            bad_gradient(f"{d}", lambda t, d=d: t.to(d), TypeError, "expected real gradients.* got")
+            for d in COMPLEX
+        ),
+    ],
+    large({"clip_value": 0.1}),
+    {"clamp_grads_": of_library(0.1)},
+    traffic=[
+        Traffic("nothing changes", of_dense(clip_value=1e9), {"grad": 1}, {"grad": 0}),
+        Traffic("all change", of_dense(clip_value=0.0), {"grad": 1}, {"grad": 1}),
+    ],
+)
+
+
+# Adaptive clipping, which torch has not.
+
+
+def with_weights(make: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+    """Gradients, and a weight for each."""
+
+    def made(*arguments: Any) -> dict[str, Tensor]:
+        grads = make(*arguments)
+        weights = {}
+        for i, (name, g) in enumerate(grads.items()):
+            w = random(*g.shape, dtype=g.dtype, device=g.device, seed=20 + i)
+            weights[name.replace("grad", "weight")] = w
+        return grads | weights
+
+    return made
+
+
+def weights_of(sample: Sample) -> list[Tensor]:
+    """The weights, which now have their gradients; one of its own for a gradient that is bad."""
+    weights = []
+    for grad, w in zip(sample.grads(), sample.weights(), strict=True):
+        if (grad.shape, grad.dtype, grad.layout, grad.device) == (
+            *(w.shape, w.dtype, w.layout, w.device),
+        ):
+            w.grad = grad
+            weights.append(w)
+        else:
+            weights.append(owner(grad))
+    return weights
+
+
+def adaptive(sample: Sample, wrap: Wrap = as_it_is) -> Outcome:
+    weights = weights_of(sample)
+    wrap(lambda: gradfuse.adaptive_clip_grad_(weights, **sample.options))()
+    return {name: t for name, t in sample.tensors.items() if name.startswith("grad")}
+
+
+def true_units(sample: Sample) -> dict[str, np.ndarray]:
+    """The rule of Brock et al. 2021, unit by unit, in numpy's extended precision."""
+    factor, eps = sample.options.get("clip_factor", 0.01), sample.options.get("eps", 1e-3)
+    p = sample.options.get("norm_type", 2.0)
+    found = {}
+    for name, weight in zip(sample.tensors, weights_of(sample), strict=False):
+        whole = weight.ndim < 2
+        units = []
+        for w, g in [(weight, weight.grad)] if whole else zip(weight, weight.grad, strict=True):
+            limit, norm = factor * max(float(true_norm([w], p)), eps), true_norm([g], p)
+            scale = 1.0 if float(norm) <= limit else limit / max(float(norm), 1e-6)
+            units.append(wide(g) * scale)
+        found[name] = units[0] if whole else np.stack(units)
+    return found
+
+
+def assert_units(ours: Outcome, truth: dict, theirs: Outcome) -> None:
+    for name, value in ours.items():
+        expected = truth[name]
+        if value.is_complex():  # a real factor scales each part
+            value, expected = torch.view_as_real(value), np.stack([expected.real, expected.imag], -1)
+        assert_values(value, expected, 2 * norm_rtol([ours[name].dtype]))
+
+
+def library_units(norm_type: float) -> Callable[[torch.dtype], Iterable[tuple]]:
+    def arguments(dtype: torch.dtype) -> Iterable[tuple]:
+        for grads, *rest in of_library(0.01, 1e-3, norm_type)(dtype):
+            yield ([torch.ones_like(g) for g in grads], grads, *rest)
+
+    return arguments
+
+
+def matrix(scale: float) -> Callable[[torch.dtype], Sample]:
+    """Rows of 2,048, the gradients of which are so large beside weights of about 1."""
+    grads = with_weights(lambda dtype: {"grad 0": random(13, 2048, dtype=dtype, scale=scale)})
+    return lambda dtype: Sample(grads(dtype))
+
+
+adaptive_clip_grad_ = Op(
+    "adaptive_clip_grad_",
+    adaptive,
+    lambda sample: {},  # torch has none
+    with_each(
+        *({"norm_type": p} for p in NORM_TYPES),
+        {},
+        {"clip_factor": 1.0, "eps": 2.0},
+        {"clip_factor": 100.0},
+        make=with_weights(gradients),
+    ),
+    (*REAL, *COMPLEX),
+    [
+        *WRITTEN,
+        *negative("clip_factor"),
+        *negative("eps"),
+        *NO_NORM,
+    ],
+    large({}, {"norm_type": 3.0}, make=with_weights(of_many_sizes)),
+    {"adaptive_clip_grads_": lambda d: [*library_units(2.0)(d), *library_units(math.inf)(d)]},
+    traffic=[
+        Traffic("quiet", matrix(1e-6), {"tensor": 1, "grad": 1}, {"tensor": 0, "grad": 0}),
+        Traffic("all rows", matrix(1.0), {"tensor": 1, "grad": 2}, {"tensor": 0, "grad": 1}),
+    ],
+    truth=true_units,
+    compare=assert_units,
+    tolerance=(2e-5, 1e-11),
+)
+
+
+# Batch norm.
+
+LEAVES = ("x", "r", "w", "b")
+
+
+def batch_norm_sample(
+    shape: Sequence[int], channels_last: bool = False, dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu", residual: bool = True, **options: Any,
+) -> Sample:  # fmt: skip
+    """Of batch_norm_act, with the gradient of its output."""
+    channels, parameter = shape[1], torch.promote_types(dtype, torch.float32)
+
+    def map_of(seed: int, scale: float = 1.0, offset: float = 0.0) -> Tensor:
+        t = random(*shape, dtype=torch.float64, scale=scale, seed=seed) + offset
+        t = t.to(dtype).to(device)
+        return t.contiguous(memory_format=FORMATS[t.ndim]) if channels_last else t
+
+    def vector(seed: int) -> Tensor:
+        return random(channels, dtype=parameter, device=device, seed=seed)
+
+    tensors = {"x": map_of(1, 2.0, 1.0), "grad of y": map_of(3), "w": vector(4), "b": vector(5)}
+    tensors |= {"mean": vector(6), "var": vector(7).abs() + 0.5}
+    if residual:
+        tensors["r"] = map_of(2)
+    usual = {"training": True, "activation": "relu", "momentum": 0.3, "eps": 1e-3}
+    return Sample(tensors, usual | options)
+
+
+def through_backward(
+    function: Callable[[Sample, dict[str, Tensor]], Tensor],
+) -> Callable[..., Outcome]:
+    """The output, the gradients and the running statistics of a call of function."""
+
+    def run(sample: Sample, wrap: Wrap = as_it_is) -> Outcome:
+        t = sample.tensors
+        leaves = {name: t[name].detach().requires_grad_() for name in LEAVES if name in t}
+        y = wrap(lambda: function(sample, leaves))()
+        y.backward(t["grad of y"])
+        grads = {name: leaf.grad for name, leaf in leaves.items()}
+        return {"y": y.detach(), "mean": t["mean"], "var": t["var"], **grads}
+
+    return run
+
+
+def ours_batch_norm(sample: Sample, leaf: dict[str, Tensor]) -> Tensor:
+    t = sample.tensors
+    return gradfuse.batch_norm_act(
+        leaf["x"], t["mean"], t["var"], leaf["w"], leaf["b"], residual=leaf.get("r"),
+        **sample.options,
+    )  # fmt: skip
+
+
+def stock_batch_norm(sample: Sample, leaf: dict[str, Tensor]) -> Tensor:
+    t, o = sample.tensors, sample.options
+    z = F.batch_norm(
+        leaf["x"], t["mean"], t["var"], leaf["w"], leaf["b"], o["training"], o["momentum"], o["eps"]
+    )
+    z = z + leaf["r"] if "r" in leaf else z
+    return activate(z, o["activation"], o.get("negative_slope", 0.01))
+
+
+MAPS = [
+    ((3, 17, 4, 5), False),
+    ((3, 17, 4, 5), True),
+    ((2, 70, 15, 9), False),
+    ((2, 70, 15, 9), True),
+    ((6, 5), False),
+    ((3, 5, 7), False),
+    ((2, 3, 2, 3, 5), True),
+    ((4, 1, 9, 9), False),
+    ((5, 40, 1, 1), False),
+    ((2, 3, 70, 80), False),
+]
+
+
+def batch_norm_samples(dtype: torch.dtype, device: torch.device | str) -> Iterable[Sample]:
+    """Every activation and every shape, training and not, with a residual and without."""
+    for i, activation in enumerate(ACTIVATIONS):
+        shape, last = MAPS[i % len(MAPS)]
+        yield batch_norm_sample(
+            shape, last, dtype, device, i % 3 != 0, activation=activation, training=i % 4 != 0
+        )
+
+
+def library_forward(dtype: torch.dtype) -> Iterable[tuple]:
+    """For each kind of activation, with a mask and without, training and not."""
+    A = Activation
+    for i, (code, masked) in enumerate(
+        [(A.NONE, False), (A.RELU, True), (A.LEAKY_RELU, False), (A.SILU, False), (A.TANH, False)]
+    ):
+        t = batch_norm_sample((4, 3, 5, 6), i % 2 == 0, dtype).tensors
+        stats = (None, None) if i % 2 else (t["mean"], t["var"])
+        x = t["x"].requires_grad_()
+        yield (x, t["r"], t["w"], t["b"], *stats, bool(i % 2), 1e-5, code, 0.01, masked)
+
+
+def library_backward(dtype: torch.dtype) -> Iterable[tuple]:
+    for i, call in enumerate(library_forward(dtype)):
+        x, r, w, b, _, _, training, eps, code, slope, masked = call
+        x = x.detach()
+        y, mask, stats = torch.ops.gradfuse.batch_norm_act(x, *call[1:])
+        saved = (x, r, y, mask if masked else None, w, b, stats)
+        wanted = [i != 1, code != Activation.NONE and i != 2, True, i != 3]
+        yield (x.cos(), *saved, not y.is_contiguous(), training, eps, code, slope, wanted)
+
+
+def large_maps(dtype: torch.dtype) -> Iterable[Sample]:
+    shapes = ((2, 3, 500, 500), (64, 5, 97, 61), (8, 2048, 7, 7))
+    for shape in (*shapes, (700_000, 3), (5000, 3, 40)):
+        for last in (False, True) if len(shape) == 4 else (False,):
+            yield batch_norm_sample(shape, last, dtype)
+
+
+def of_maps(shape: tuple[int, ...], channels_last: bool) -> Callable[[torch.dtype], Sample]:
+    return lambda dtype: batch_norm_sample(shape, channels_last, dtype)
+
+
+def bad_call(what: str, match: str, error: type[Exception] = ValueError, **given: Any) -> Bad:
+    """Tensors or options in place of the good ones; None takes a tensor away."""
+
+    def change(sample: Sample) -> None:
+        for name, value in given.items():
+            if name not in sample.tensors:
+                sample.options = sample.options | {name: value}
+            elif callable(value):
+                sample.tensors[name] = value(sample.tensors[name])
+            else:
+                sample.tensors[name] = value
+
+    return Bad(what, change, error, match)
+
+
+batch_norm_act = Op(
+    "batch_norm_act",
+    through_backward(ours_batch_norm),
+    through_backward(stock_batch_norm),
+    batch_norm_samples,
+    REAL,
+    large=large_maps,
+    registered={
+        "batch_norm_act": library_forward,
+        "batch_norm_act_backward": library_backward,
+    },
+    traffic=[
+        # Of the backward, which is called last: twice the gradient, as argument 0, and the input.
+        Traffic("NCHW", of_maps((2, 2, 80, 64), False), {"tensor 0": 2}, {"tensor 0": 0}),
+        Traffic("NHWC", of_maps((2, 24, 9, 8), True), {"tensor 0": 2}, {"tensor 0": 0}),
+        Traffic("a channel a block", of_maps((2, 3, 8, 8), False), {"tensor 0": 1}, {"tensor 0": 0}),
+    ],
+    compiles="close",  # the running statistics are then torch's ops
+    compare=assert_mean_close,
+    tolerance=(5e-5, 1e-10),
+)
+
+
+# The optimizers' steps, with the clip inside.
+
+ADAMW = [
+    {},
+    {"amsgrad": True},
+    {"maximize": True, "weight_decay": 0.0},
+    {"weight_decay": 0.3, "lr": torch.tensor(0.01)},
+    {"betas": (0.5, 0.7), "eps": 1e-3},
+    {"betas": (0.0, 0.9), "amsgrad": True, "maximize": True},
+]
+SGDS = [
+    {},
+    {"momentum": 0.9},
+    {"momentum": 0.9, "dampening": 0.3},
+    {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+    {"weight_decay": 0.1, "maximize": True},
+    {"momentum": 0.5, "weight_decay": 0.1, "maximize": True, "lr": torch.tensor(0.02)},
+]
+PARAMS = [(40, 30), (1,), (), (0,), (4099,), (7, 3, 2)]
+STEPS = 3
+
+
+def stepped(optimizer: torch.optim.Optimizer, params: list[Tensor], grads: list[Tensor]) -> None:
+    """A step with each gradient, times 1, -1/2 and 1/4."""
+    for step in range(STEPS):
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g * (-0.5) ** step
+        optimizer.step()
+
+
+def state_of(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> Outcome:
+    found = {}
+    for i, p in enumerate(params):
+        found[f"param {i}"] = p.detach()
+        for name, t in sorted(optimizer.state.get(p, {}).items()):
+            if isinstance(t, Tensor) and name != "step":
+                found[f"{name} {i}"] = t
+    return found
+
+
+def parameters_of(sample: Sample) -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(t) for n, t in sample.tensors.items() if n.startswith("param")]
+
+
+def clipped_step(rule: type) -> Callable[[Sample], Outcome]:
+    def run(sample: Sample) -> Outcome:
+        params = parameters_of(sample)
+        optimizer = rule(params, **{"lr": 0.01, "clip": 2.0, **sample.options})
+        stepped(optimizer, params, sample.grads())
+        found = state_of(optimizer, params)
+        return {k: torch.view_as_real(t) if t.is_complex() else t for k, t in found.items()}
+
+    return run
+
+
+def torchs_step(rule: type, **how: bool) -> Callable[[Sample], Outcome]:
+    """torch's clip and optimizer, of the real and imaginary parts of complex numbers."""
+
+    def run(sample: Sample) -> Outcome:
+        def real(t: Tensor) -> Tensor:
+            return torch.view_as_real(t.detach()) if t.is_complex() else t.detach()
+
+        params = [torch.nn.Parameter(real(p)) for p in parameters_of(sample)]
+        # A Python number: torch's own 1 - lr * weight_decay of a Tensor is a float32.
+        options = {"lr": 0.01, **sample.options}
+        optimizer = rule(params, **options | {"lr": float(options["lr"])}, **how)
+
+        def clip(*_: Any) -> None:
+            TORCH.clip_grad_norm_(params, 2.0)
+
+        optimizer.register_step_pre_hook(clip)
+        stepped(optimizer, params, [real(g) for g in sample.grads()])
+        return state_of(optimizer, params)
+
+    return run
+
+
+def assert_steps(ours: Outcome, truth: Outcome, theirs: Outcome) -> None:
+    for name, value in ours.items():
+        if name.startswith("param"):
+            assert_as_close_as_torch(value, wide(truth[name]), theirs[name])
+        else:  # a rounding a step, where torch's single element may have none
+            info = torch.finfo(value.dtype)
+            size = truth[name].abs().max().item() if value.numel() else 0.0
+            difference = (value.double() - truth[name].double()).abs()
+            allowed = 2 * STEPS * info.eps * (size + info.smallest_normal)
+            assert (difference <= allowed).all(), name
+
+
+def step_samples(options: list[dict], shapes: Sequence = PARAMS) -> Samples:
+    def samples(dtype: torch.dtype, device: torch.device | str) -> Iterable[Sample]:
+        for o in options:
+            tensors = {}
+            for i, s in enumerate(shapes):
+                tensors[f"param {i}"] = random(*s, dtype=dtype, device=device, seed=i)
+                tensors[f"grad {i}"] = random(*s, dtype=dtype, device=device, seed=100 + i)
+            yield Sample(tensors, o)
+
+    return samples
+
+
+def step_op(rule: type, options: list[dict], extra: list[dict]) -> Op:
+    torchs = getattr(torch.optim, rule.__name__)
+    many = [(1_200_000,), (33, 7), *[(5,)] * 50, (100_003,)]
+    return Op(
+        f"{rule.__name__}.step",
+        clipped_step(rule),
+        torchs_step(torchs, fused=True),
+        step_samples(options),
+        (*REAL, *COMPLEX),
+        large=lambda dtype: step_samples([*options[1:2], *extra], many)(dtype, "cpu"),
+        compiles="",  # graphs leave it out
+        truth=lambda sample: torchs_step(torchs, foreach=False)(sample.wide()),
+        compare=assert_steps,
+        tolerance=(2e-5, 1e-10),
+    )
+
+
+OPS = {
+    op.name: op
+    for op in (
+        clip_grad_norm_,
+        get_total_norm,
+        clip_grads_with_norm_,
+        clip_grad_value_,
+        adaptive_clip_grad_,
+        batch_norm_act,
+        step_op(gradfuse.optim.AdamW, ADAMW, [{"update_clip": True}]),
+        step_op(gradfuse.optim.SGD, SGDS, [{"momentum": 0.9, "stochastic_rounding": True}]),
+    )
+}
