@@ -1,10 +1,10 @@
 """The implementations that the tests run on, by name.
 
-    cpu          the CPU kernels, with the widest instruction set of this machine
-    cpu-<isa>    with a narrower one
-    reference    plain torch
-    ptx          the CUDA kernels, on the emulator of tests/ptx
-    cuda         the CUDA kernels, on a GPU
+cpu          the CPU kernels, with the widest instruction set of this machine
+cpu-<isa>    with a narrower one
+reference    plain torch
+ptx          the CUDA kernels, on the emulator of tests/ptx
+cuda         the CUDA kernels, on a GPU
 """
 
 from __future__ import annotations

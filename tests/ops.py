@@ -106,7 +106,8 @@ class Op:
     stock: Callable[[Sample], Outcome]  # the same by torch's own ops, in any dtype
     samples: Samples
     dtypes: Sequence[torch.dtype] = REAL
-    errors: Sequence[Bad] = ()  # of the first sample in float32
+    errors: Sequence[Bad] = ()  # of `good`, or of the first sample in float32
+    good: Callable[[], Sample] | None = None
     large: Callable[[torch.dtype], Iterable[Sample]] = lambda dtype: ()  # work for several threads
     # The torch.library ops behind it, and arguments of theirs.
     registered: dict[str, Callable[[torch.dtype], Iterable[tuple]]] = field(default_factory=dict)
@@ -320,8 +321,8 @@ clip_grad_norm_ = Op(
         *NO_NORM,
         bad_option("nonfinite", "no", "nonfinite must be 'propagate', 'error' or 'zero', got 'no'"),
     ],
-    large(*(clip_of(0.5, p) for p in (2.0, 1.0, 3.0, math.inf))),
-    {
+    large=large(*(clip_of(0.5, p) for p in (2.0, 1.0, 3.0, math.inf))),
+    registered={
         "clip_grads_": lambda d: [
             *of_library(0.1, 2.0, 0)(d),
             *of_library(0.1, math.inf, 0)(d),
@@ -342,8 +343,8 @@ get_total_norm = Op(
     with_each(*({"norm_type": p} for p in NORM_TYPES)),
     (*REAL, *COMPLEX),
     [*MEASURED, *NO_NORM],
-    large({"norm_type": 2.0}),
-    {"grad_stats": lambda d: [*of_library(2.0, 0)(d), *of_library(math.inf, 0)(d)]},
+    large=large({"norm_type": 2.0}),
+    registered={"grad_stats": lambda d: [*of_library(2.0, 0)(d), *of_library(math.inf, 0)(d)]},
     traffic=[Traffic("all", of_dense(norm_type=2.0), {"tensor": 1}, {"tensor": 0})],
     truth=scaled_by(norm_of_sample),
 )
@@ -373,11 +374,14 @@ clip_grads_with_norm_ = Op(
             }.items()
         ),
     ],
-    large({"max_norm": 1.0, "total_norm": torch.tensor(3.0)}),
-    {"scale_grads_": of_library(0.1, torch.tensor(5.0))},
+    large=large({"max_norm": 1.0, "total_norm": torch.tensor(3.0)}),
+    registered={"scale_grads_": of_library(0.1, torch.tensor(5.0))},
     traffic=[
         Traffic(
-            "clipping", of_dense(max_norm=0.1, total_norm=torch.tensor(9.0)), {"grad": 1}, {"grad": 1}
+            "clipping",
+            of_dense(max_norm=0.1, total_norm=torch.tensor(9.0)),
+            {"grad": 1},
+            {"grad": 1},
         ),
         Traffic(
             "quiet", of_dense(max_norm=10.0, total_norm=torch.tensor(9.0)), {"grad": 0}, {"grad": 0}
@@ -403,8 +407,8 @@ clip_grad_value_ = Op(
             for d in COMPLEX
         ),
     ],
-    large({"clip_value": 0.1}),
-    {"clamp_grads_": of_library(0.1)},
+    large=large({"clip_value": 0.1}),
+    registered={"clamp_grads_": of_library(0.1)},
     traffic=[
         Traffic("nothing changes", of_dense(clip_value=1e9), {"grad": 1}, {"grad": 0}),
         Traffic("all change", of_dense(clip_value=0.0), {"grad": 1}, {"grad": 1}),
@@ -469,7 +473,10 @@ def assert_units(ours: Outcome, truth: dict, theirs: Outcome) -> None:
     for name, value in ours.items():
         expected = truth[name]
         if value.is_complex():  # a real factor scales each part
-            value, expected = torch.view_as_real(value), np.stack([expected.real, expected.imag], -1)
+            value, expected = (
+                torch.view_as_real(value),
+                np.stack([expected.real, expected.imag], -1),
+            )
         assert_values(value, expected, 2 * norm_rtol([ours[name].dtype]))
 
 
@@ -505,8 +512,10 @@ adaptive_clip_grad_ = Op(
         *negative("eps"),
         *NO_NORM,
     ],
-    large({}, {"norm_type": 3.0}, make=with_weights(of_many_sizes)),
-    {"adaptive_clip_grads_": lambda d: [*library_units(2.0)(d), *library_units(math.inf)(d)]},
+    large=large({}, {"norm_type": 3.0}, make=with_weights(of_many_sizes)),
+    registered={
+        "adaptive_clip_grads_": lambda d: [*library_units(2.0)(d), *library_units(math.inf)(d)]
+    },
     traffic=[
         Traffic("quiet", matrix(1e-6), {"tensor": 1, "grad": 1}, {"tensor": 0, "grad": 0}),
         Traffic("all rows", matrix(1.0), {"tensor": 1, "grad": 2}, {"tensor": 0, "grad": 1}),
@@ -545,6 +554,11 @@ def batch_norm_sample(
     return Sample(tensors, usual | options)
 
 
+def leaf_of(t: Any) -> Any:
+    is_differentiable = isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())
+    return t.detach().requires_grad_() if is_differentiable else t
+
+
 def through_backward(
     function: Callable[[Sample, dict[str, Tensor]], Tensor],
 ) -> Callable[..., Outcome]:
@@ -552,7 +566,7 @@ def through_backward(
 
     def run(sample: Sample, wrap: Wrap = as_it_is) -> Outcome:
         t = sample.tensors
-        leaves = {name: t[name].detach().requires_grad_() for name in LEAVES if name in t}
+        leaves = {name: leaf_of(t[name]) for name in LEAVES if name in t}
         y = wrap(lambda: function(sample, leaves))()
         y.backward(t["grad of y"])
         grads = {name: leaf.grad for name, leaf in leaves.items()}
@@ -634,19 +648,62 @@ def of_maps(shape: tuple[int, ...], channels_last: bool) -> Callable[[torch.dtyp
     return lambda dtype: batch_norm_sample(shape, channels_last, dtype)
 
 
-def bad_call(what: str, match: str, error: type[Exception] = ValueError, **given: Any) -> Bad:
-    """Tensors or options in place of the good ones; None takes a tensor away."""
+def bad_call(match: str, error: type[Exception] = ValueError, kernel: bool = False, **given: Any):
+    """Tensors or options in place of the good ones."""
 
     def change(sample: Sample) -> None:
         for name, value in given.items():
-            if name not in sample.tensors:
-                sample.options = sample.options | {name: value}
-            elif callable(value):
-                sample.tensors[name] = value(sample.tensors[name])
-            else:
-                sample.tensors[name] = value
+            of = sample.options if name in KNOBS else sample.tensors
+            of[name] = value
 
-    return Bad(what, change, error, match)
+    what = ", ".join(
+        f"{name}={list(v.shape)} {v.dtype} {v.layout} {v.device}".replace("torch.", "")
+        if isinstance(v, Tensor)
+        else f"{name}={v}"
+        for name, v in given.items()
+    )
+    return Bad(what, change, error, match, in_python=not kernel)
+
+
+KNOBS = ("training", "activation", "momentum", "eps", "save", "negative_slope")
+ONES = torch.ones
+BATCH_NORM_ERRORS = [
+    bad_call("activation must be None, 'relu'.* got 'swish'", activation="swish"),
+    bad_call("save must be 'bitmask' or 'output', got 'nothing'", save="nothing"),
+    bad_call(
+        "negative_slope must be >= 0 .* got -1.0",
+        save="output", activation="leaky_relu", negative_slope=-1.0,
+    ),
+    bad_call("eps must be >= 0, got -1", kernel=True, eps=-1.0),
+    bad_call("eps must be >= 0, got nan", kernel=True, eps=math.nan),
+    bad_call("eps must be > 0 when training, got 0", kernel=True, eps=0.0),
+    bad_call("momentum must be a number .* got None", TypeError, momentum=None),
+    bad_call("momentum must be one number", kernel=True, momentum=ONES(2)),
+    bad_call(r"input must be \[N, C, ...\], got \[3\]", kernel=True, x=ONES(3), r=None),
+    bad_call("input must be a Tensor, got list", TypeError, x=[1.0]),
+    *(
+        bad_call("input must be float16", TypeError, kernel=True, x=ONES(4, 3, dtype=d), r=None)
+        for d in (torch.int32, torch.complex64)
+    ),
+    bad_call("input must be dense", TypeError, kernel=True, x=ONES(4, 3).to_sparse(), r=None),
+    bad_call("weight must have one element per channel", kernel=True, w=ONES(4)),
+    bad_call("weight must be float16", TypeError, kernel=True, w=ONES(3, dtype=torch.int64)),
+    bad_call("bias must have one element per channel", kernel=True, b=ONES(3, 1)),
+    bad_call("bias must have one element per channel", kernel=True, b=ONES(7)),
+    bad_call("residual must be a Tensor, got float", TypeError, r=1.0),
+    bad_call(r"residual must broadcast .*\[4, 3, 5\], got \[7\]", r=ONES(7)),
+    bad_call("residual must be", TypeError, r=ONES(4, 3, 5, dtype=torch.complex64)),
+    bad_call("residual must be", TypeError, r=ONES(4, 3, 5, dtype=torch.float64, device="meta")),
+    bad_call("residual must be", TypeError, r=ONES(4, 3, 5, dtype=torch.float64).to_sparse()),
+    bad_call(
+        "running_mean and running_var must be given", kernel=True,
+        training=False, mean=None, var=None,
+    ),
+    bad_call("must come together, got only running_mean", kernel=True, var=None),
+    bad_call("running_var must have one element per channel", kernel=True, var=ONES(4)),
+    bad_call("running_mean must have one element per channel", kernel=True, mean=ONES(1)),
+    bad_call("expanded tensor", RuntimeError, kernel=True, mean=torch.zeros(1).expand(3)),
+]  # fmt: skip
 
 
 batch_norm_act = Op(
@@ -655,7 +712,9 @@ batch_norm_act = Op(
     through_backward(stock_batch_norm),
     batch_norm_samples,
     REAL,
-    large=large_maps,
+    BATCH_NORM_ERRORS,
+    lambda: batch_norm_sample((4, 3, 5)),
+    large_maps,
     registered={
         "batch_norm_act": library_forward,
         "batch_norm_act_backward": library_backward,
@@ -664,7 +723,9 @@ batch_norm_act = Op(
         # Of the backward, which is called last: twice the gradient, as argument 0, and the input.
         Traffic("NCHW", of_maps((2, 2, 80, 64), False), {"tensor 0": 2}, {"tensor 0": 0}),
         Traffic("NHWC", of_maps((2, 24, 9, 8), True), {"tensor 0": 2}, {"tensor 0": 0}),
-        Traffic("a channel a block", of_maps((2, 3, 8, 8), False), {"tensor 0": 1}, {"tensor 0": 0}),
+        Traffic(
+            "a channel a block", of_maps((2, 3, 8, 8), False), {"tensor 0": 1}, {"tensor 0": 0}
+        ),
     ],
     compiles="close",  # the running statistics are then torch's ops
     compare=assert_mean_close,
