@@ -25,6 +25,7 @@ from helpers import (
     assert_as_close_as_torch,
     assert_values,
     norm_rtol,
+    owner,
     owners,
     random,
     true_norm,
@@ -38,6 +39,11 @@ from gradfuse._codes import Activation
 from gradfuse.reference import ACTIVATIONS, activate
 
 Outcome = dict[str, Tensor]
+Wrap = Callable[[Callable[[], Any]], Callable[[], Any]]
+
+
+def as_it_is(call: Callable[[], Any]) -> Callable[[], Any]:
+    return call
 
 
 @dataclass
@@ -62,6 +68,9 @@ class Sample:
 
     def grads(self) -> list[Tensor]:
         return [t for name, t in self.tensors.items() if name.startswith("grad")]
+
+    def weights(self) -> list[Tensor]:
+        return [t for name, t in self.tensors.items() if name.startswith("weight")]
 
 
 @dataclass(frozen=True)
@@ -92,15 +101,17 @@ Samples = Callable[[torch.dtype, "torch.device | str"], Iterable[Sample]]
 @dataclass(frozen=True)
 class Op:
     name: str  # its public name, with which its errors begin
-    ours: Callable[[Sample], Outcome]  # calls it: the results, and the tensors that it may write
+    # Calls it, as `wrap` makes it if given: the results, and the tensors that it may write.
+    ours: Callable[..., Outcome]
     stock: Callable[[Sample], Outcome]  # the same by torch's own ops, in any dtype
     samples: Samples
     dtypes: Sequence[torch.dtype] = REAL
-    errors: Sequence[Bad] = ()  # of the first sample in float32
+    errors: Sequence[Bad] = ()  # of `good`, or of the first sample in float32
+    good: Callable[[], Sample] | None = None
     large: Callable[[torch.dtype], Iterable[Sample]] = lambda dtype: ()  # work for several threads
     # The torch.library ops behind it, and arguments of theirs.
     registered: dict[str, Callable[[torch.dtype], Iterable[tuple]]] = field(default_factory=dict)
-    compiles: bool = True
+    compiles: str = "bits"  # under torch.compile: to the same "bits", "close" numbers, or not ("")
     traffic: Sequence[Traffic] = ()
     truth: Callable[[Sample], dict] | None = None  # what is right; if not given, stock in float64
     compare: Callable[[Outcome, dict, Outcome], None] | None = None  # ours, truth, torch's
@@ -147,13 +158,15 @@ def of_dense(scale: float = 1.0, **options: Any) -> Callable[[torch.dtype], Samp
     return make
 
 
-def with_each(*options: dict[str, Any]) -> Samples:
+def with_each(*options: dict[str, Any], make: Callable = gradients) -> Samples:
     """The usual gradients with each set of options."""
-    return lambda dtype, device: [Sample(gradients(dtype, device), o) for o in options]
+    return lambda dtype, device: [Sample(make(dtype, device), o) for o in options]
 
 
-def large(*options: dict[str, Any]) -> Callable[[torch.dtype], Iterable[Sample]]:
-    return lambda dtype: (Sample(of_many_sizes(dtype), o) for o in options)
+def large(
+    *options: dict[str, Any], make: Callable = of_many_sizes
+) -> Callable[[torch.dtype], Iterable[Sample]]:
+    return lambda dtype: (Sample(make(dtype), o) for o in options)
 
 
 def bad_gradient(what: str, make: Callable[[Tensor], Tensor], error: type, match: str) -> Bad:
@@ -236,21 +249,23 @@ NO_NORM = [
 # Clipping by norm and by value.
 
 
-def on_parameters(function: Callable[..., Any], *names: str) -> Callable[[Sample], Outcome]:
+def on_parameters(function: Callable[..., Any], *names: str) -> Callable[..., Outcome]:
     """Calls it with parameters of the sample's gradients and these options, as far as given."""
 
-    def run(sample: Sample) -> Outcome:
+    def run(sample: Sample, wrap: Wrap = as_it_is) -> Outcome:
         options = {name: sample.options[name] for name in names if name in sample.options}
-        result = function(owners(sample.grads()), **options)
+        params = owners(sample.grads())
+        result = wrap(lambda: function(params, **options))()
         return sample.tensors | ({} if result is None else {"result": result})
 
     return run
 
 
-def on_tensors(function: Callable[..., Any], *names: str) -> Callable[[Sample], Outcome]:
-    def run(sample: Sample) -> Outcome:
+def on_tensors(function: Callable[..., Any], *names: str) -> Callable[..., Outcome]:
+    def run(sample: Sample, wrap: Wrap = as_it_is) -> Outcome:
         options = {name: sample.options[name] for name in names if name in sample.options}
-        return sample.tensors | {"result": function(sample.grads(), **options)}
+        grads = sample.grads()
+        return sample.tensors | {"result": wrap(lambda: function(grads, **options))()}
 
     return run
 
@@ -306,8 +321,8 @@ clip_grad_norm_ = Op(
         *NO_NORM,
         bad_option("nonfinite", "no", "nonfinite must be 'propagate', 'error' or 'zero', got 'no'"),
     ],
-    large(*(clip_of(0.5, p) for p in (2.0, 1.0, 3.0, math.inf))),
-    {
+    large=large(*(clip_of(0.5, p) for p in (2.0, 1.0, 3.0, math.inf))),
+    registered={
         "clip_grads_": lambda d: [
             *of_library(0.1, 2.0, 0)(d),
             *of_library(0.1, math.inf, 0)(d),
@@ -328,8 +343,8 @@ get_total_norm = Op(
     with_each(*({"norm_type": p} for p in NORM_TYPES)),
     (*REAL, *COMPLEX),
     [*MEASURED, *NO_NORM],
-    large({"norm_type": 2.0}),
-    {"grad_stats": lambda d: [*of_library(2.0, 0)(d), *of_library(math.inf, 0)(d)]},
+    large=large({"norm_type": 2.0}),
+    registered={"grad_stats": lambda d: [*of_library(2.0, 0)(d), *of_library(math.inf, 0)(d)]},
     traffic=[Traffic("all", of_dense(norm_type=2.0), {"tensor": 1}, {"tensor": 0})],
     truth=scaled_by(norm_of_sample),
 )
@@ -359,11 +374,14 @@ clip_grads_with_norm_ = Op(
             }.items()
         ),
     ],
-    large({"max_norm": 1.0, "total_norm": torch.tensor(3.0)}),
-    {"scale_grads_": of_library(0.1, torch.tensor(5.0))},
+    large=large({"max_norm": 1.0, "total_norm": torch.tensor(3.0)}),
+    registered={"scale_grads_": of_library(0.1, torch.tensor(5.0))},
     traffic=[
         Traffic(
-            "clipping", of_dense(max_norm=0.1, total_norm=torch.tensor(9.0)), {"grad": 1}, {"grad": 1}
+            "clipping",
+            of_dense(max_norm=0.1, total_norm=torch.tensor(9.0)),
+            {"grad": 1},
+            {"grad": 1},
         ),
         Traffic(
             "quiet", of_dense(max_norm=10.0, total_norm=torch.tensor(9.0)), {"grad": 0}, {"grad": 0}
@@ -389,8 +407,8 @@ clip_grad_value_ = Op(
             for d in COMPLEX
         ),
     ],
-    large({"clip_value": 0.1}),
-    {"clamp_grads_": of_library(0.1)},
+    large=large({"clip_value": 0.1}),
+    registered={"clamp_grads_": of_library(0.1)},
     traffic=[
         Traffic("nothing changes", of_dense(clip_value=1e9), {"grad": 1}, {"grad": 0}),
         Traffic("all change", of_dense(clip_value=0.0), {"grad": 1}, {"grad": 1}),
@@ -401,18 +419,38 @@ clip_grad_value_ = Op(
 # Adaptive clipping, which torch has not.
 
 
+def with_weights(make: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+    """Gradients, and a weight for each."""
+
+    def made(*arguments: Any) -> dict[str, Tensor]:
+        grads = make(*arguments)
+        weights = {}
+        for i, (name, g) in enumerate(grads.items()):
+            w = random(*g.shape, dtype=g.dtype, device=g.device, seed=20 + i)
+            weights[name.replace("grad", "weight")] = w
+        return grads | weights
+
+    return made
+
+
 def weights_of(sample: Sample) -> list[Tensor]:
-    """A weight for each gradient, with the gradient."""
-    weights = owners(sample.grads())
-    for i, w in enumerate(weights):
-        if w.layout == torch.strided:
-            w.copy_(random(*w.shape, dtype=torch.float64, device=w.device, seed=20 + i))
+    """The weights, which now have their gradients; one of its own for a gradient that is bad."""
+    weights = []
+    for grad, w in zip(sample.grads(), sample.weights(), strict=True):
+        if (grad.shape, grad.dtype, grad.layout, grad.device) == (
+            *(w.shape, w.dtype, w.layout, w.device),
+        ):
+            w.grad = grad
+            weights.append(w)
+        else:
+            weights.append(owner(grad))
     return weights
 
 
-def adaptive(sample: Sample) -> Outcome:
-    gradfuse.adaptive_clip_grad_(weights_of(sample), **sample.options)
-    return sample.tensors
+def adaptive(sample: Sample, wrap: Wrap = as_it_is) -> Outcome:
+    weights = weights_of(sample)
+    wrap(lambda: gradfuse.adaptive_clip_grad_(weights, **sample.options))()
+    return {name: t for name, t in sample.tensors.items() if name.startswith("grad")}
 
 
 def true_units(sample: Sample) -> dict[str, np.ndarray]:
@@ -420,7 +458,7 @@ def true_units(sample: Sample) -> dict[str, np.ndarray]:
     factor, eps = sample.options.get("clip_factor", 0.01), sample.options.get("eps", 1e-3)
     p = sample.options.get("norm_type", 2.0)
     found = {}
-    for name, weight in zip(sample.tensors, weights_of(sample), strict=True):
+    for name, weight in zip(sample.tensors, weights_of(sample), strict=False):
         whole = weight.ndim < 2
         units = []
         for w, g in [(weight, weight.grad)] if whole else zip(weight, weight.grad, strict=True):
@@ -435,7 +473,10 @@ def assert_units(ours: Outcome, truth: dict, theirs: Outcome) -> None:
     for name, value in ours.items():
         expected = truth[name]
         if value.is_complex():  # a real factor scales each part
-            value, expected = torch.view_as_real(value), np.stack([expected.real, expected.imag], -1)
+            value, expected = (
+                torch.view_as_real(value),
+                np.stack([expected.real, expected.imag], -1),
+            )
         assert_values(value, expected, 2 * norm_rtol([ours[name].dtype]))
 
 
@@ -449,7 +490,8 @@ def library_units(norm_type: float) -> Callable[[torch.dtype], Iterable[tuple]]:
 
 def matrix(scale: float) -> Callable[[torch.dtype], Sample]:
     """Rows of 2,048, the gradients of which are so large beside weights of about 1."""
-    return lambda dtype: Sample({"grad 0": random(13, 2048, dtype=dtype, scale=scale)})
+    grads = with_weights(lambda dtype: {"grad 0": random(13, 2048, dtype=dtype, scale=scale)})
+    return lambda dtype: Sample(grads(dtype))
 
 
 adaptive_clip_grad_ = Op(
@@ -461,6 +503,7 @@ adaptive_clip_grad_ = Op(
         {},
         {"clip_factor": 1.0, "eps": 2.0},
         {"clip_factor": 100.0},
+        make=with_weights(gradients),
     ),
     (*REAL, *COMPLEX),
     [
@@ -469,8 +512,10 @@ adaptive_clip_grad_ = Op(
         *negative("eps"),
         *NO_NORM,
     ],
-    large({}, {"norm_type": 3.0}),
-    {"adaptive_clip_grads_": lambda d: [*library_units(2.0)(d), *library_units(math.inf)(d)]},
+    large=large({}, {"norm_type": 3.0}, make=with_weights(of_many_sizes)),
+    registered={
+        "adaptive_clip_grads_": lambda d: [*library_units(2.0)(d), *library_units(math.inf)(d)]
+    },
     traffic=[
         Traffic("quiet", matrix(1e-6), {"tensor": 1, "grad": 1}, {"tensor": 0, "grad": 0}),
         Traffic("all rows", matrix(1.0), {"tensor": 1, "grad": 2}, {"tensor": 0, "grad": 1}),
@@ -509,13 +554,20 @@ def batch_norm_sample(
     return Sample(tensors, usual | options)
 
 
-def through_backward(function: Callable[[Sample, dict[str, Tensor]], Tensor]):
+def leaf_of(t: Any) -> Any:
+    is_differentiable = isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())
+    return t.detach().requires_grad_() if is_differentiable else t
+
+
+def through_backward(
+    function: Callable[[Sample, dict[str, Tensor]], Tensor],
+) -> Callable[..., Outcome]:
     """The output, the gradients and the running statistics of a call of function."""
 
-    def run(sample: Sample) -> Outcome:
+    def run(sample: Sample, wrap: Wrap = as_it_is) -> Outcome:
         t = sample.tensors
-        leaves = {name: t[name].detach().requires_grad_() for name in LEAVES if name in t}
-        y = function(sample, leaves)
+        leaves = {name: leaf_of(t[name]) for name in LEAVES if name in t}
+        y = wrap(lambda: function(sample, leaves))()
         y.backward(t["grad of y"])
         grads = {name: leaf.grad for name, leaf in leaves.items()}
         return {"y": y.detach(), "mean": t["mean"], "var": t["var"], **grads}
@@ -596,19 +648,62 @@ def of_maps(shape: tuple[int, ...], channels_last: bool) -> Callable[[torch.dtyp
     return lambda dtype: batch_norm_sample(shape, channels_last, dtype)
 
 
-def bad_call(what: str, match: str, error: type[Exception] = ValueError, **given: Any) -> Bad:
-    """Tensors or options in place of the good ones; None takes a tensor away."""
+def bad_call(match: str, error: type[Exception] = ValueError, kernel: bool = False, **given: Any):
+    """Tensors or options in place of the good ones."""
 
     def change(sample: Sample) -> None:
         for name, value in given.items():
-            if name not in sample.tensors:
-                sample.options = sample.options | {name: value}
-            elif callable(value):
-                sample.tensors[name] = value(sample.tensors[name])
-            else:
-                sample.tensors[name] = value
+            of = sample.options if name in KNOBS else sample.tensors
+            of[name] = value
 
-    return Bad(what, change, error, match)
+    what = ", ".join(
+        f"{name}={list(v.shape)} {v.dtype} {v.layout} {v.device}".replace("torch.", "")
+        if isinstance(v, Tensor)
+        else f"{name}={v}"
+        for name, v in given.items()
+    )
+    return Bad(what, change, error, match, in_python=not kernel)
+
+
+KNOBS = ("training", "activation", "momentum", "eps", "save", "negative_slope")
+ONES = torch.ones
+BATCH_NORM_ERRORS = [
+    bad_call("activation must be None, 'relu'.* got 'swish'", activation="swish"),
+    bad_call("save must be 'bitmask' or 'output', got 'nothing'", save="nothing"),
+    bad_call(
+        "negative_slope must be >= 0 .* got -1.0",
+        save="output", activation="leaky_relu", negative_slope=-1.0,
+    ),
+    bad_call("eps must be >= 0, got -1", kernel=True, eps=-1.0),
+    bad_call("eps must be >= 0, got nan", kernel=True, eps=math.nan),
+    bad_call("eps must be > 0 when training, got 0", kernel=True, eps=0.0),
+    bad_call("momentum must be a number .* got None", TypeError, momentum=None),
+    bad_call("momentum must be one number", kernel=True, momentum=ONES(2)),
+    bad_call(r"input must be \[N, C, ...\], got \[3\]", kernel=True, x=ONES(3), r=None),
+    bad_call("input must be a Tensor, got list", TypeError, x=[1.0]),
+    *(
+        bad_call("input must be float16", TypeError, kernel=True, x=ONES(4, 3, dtype=d), r=None)
+        for d in (torch.int32, torch.complex64)
+    ),
+    bad_call("input must be dense", TypeError, kernel=True, x=ONES(4, 3).to_sparse(), r=None),
+    bad_call("weight must have one element per channel", kernel=True, w=ONES(4)),
+    bad_call("weight must be float16", TypeError, kernel=True, w=ONES(3, dtype=torch.int64)),
+    bad_call("bias must have one element per channel", kernel=True, b=ONES(3, 1)),
+    bad_call("bias must have one element per channel", kernel=True, b=ONES(7)),
+    bad_call("residual must be a Tensor, got float", TypeError, r=1.0),
+    bad_call(r"residual must broadcast .*\[4, 3, 5\], got \[7\]", r=ONES(7)),
+    bad_call("residual must be", TypeError, r=ONES(4, 3, 5, dtype=torch.complex64)),
+    bad_call("residual must be", TypeError, r=ONES(4, 3, 5, dtype=torch.float64, device="meta")),
+    bad_call("residual must be", TypeError, r=ONES(4, 3, 5, dtype=torch.float64).to_sparse()),
+    bad_call(
+        "running_mean and running_var must be given", kernel=True,
+        training=False, mean=None, var=None,
+    ),
+    bad_call("must come together, got only running_mean", kernel=True, var=None),
+    bad_call("running_var must have one element per channel", kernel=True, var=ONES(4)),
+    bad_call("running_mean must have one element per channel", kernel=True, mean=ONES(1)),
+    bad_call("expanded tensor", RuntimeError, kernel=True, mean=torch.zeros(1).expand(3)),
+]  # fmt: skip
 
 
 batch_norm_act = Op(
@@ -617,7 +712,9 @@ batch_norm_act = Op(
     through_backward(stock_batch_norm),
     batch_norm_samples,
     REAL,
-    large=large_maps,
+    BATCH_NORM_ERRORS,
+    lambda: batch_norm_sample((4, 3, 5)),
+    large_maps,
     registered={
         "batch_norm_act": library_forward,
         "batch_norm_act_backward": library_backward,
@@ -626,8 +723,11 @@ batch_norm_act = Op(
         # Of the backward, which is called last: twice the gradient, as argument 0, and the input.
         Traffic("NCHW", of_maps((2, 2, 80, 64), False), {"tensor 0": 2}, {"tensor 0": 0}),
         Traffic("NHWC", of_maps((2, 24, 9, 8), True), {"tensor 0": 2}, {"tensor 0": 0}),
-        Traffic("a channel a block", of_maps((2, 3, 8, 8), False), {"tensor 0": 1}, {"tensor 0": 0}),
+        Traffic(
+            "a channel a block", of_maps((2, 3, 8, 8), False), {"tensor 0": 1}, {"tensor 0": 0}
+        ),
     ],
+    compiles="close",  # the running statistics are then torch's ops
     compare=assert_mean_close,
     tolerance=(5e-5, 1e-10),
 )
@@ -744,7 +844,7 @@ def step_op(rule: type, options: list[dict], extra: list[dict]) -> Op:
         step_samples(options),
         (*REAL, *COMPLEX),
         large=lambda dtype: step_samples([*options[1:2], *extra], many)(dtype, "cpu"),
-        compiles=False,  # it is left out of graphs
+        compiles="",  # graphs leave it out
         truth=lambda sample: torchs_step(torchs, foreach=False)(sample.wide()),
         compare=assert_steps,
         tolerance=(2e-5, 1e-10),

@@ -1,4 +1,4 @@
-"""What batch_norm_act refuses: one sentence, before anything is written."""
+"""What batch_norm_act refuses, beside the errors of its entry in ops.py."""
 
 import pytest
 import torch
@@ -16,84 +16,19 @@ def call(x=None, mean=None, var=None, **options):
 
 
 @HOST_BACKENDS
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"activation": "swish"}, ValueError, "activation must be None, 'relu'.* got 'swish'"),
-        ({"save": "nothing"}, ValueError, "save must be 'bitmask' or 'output', got 'nothing'"),
-        (
-            {"save": "output", "activation": "leaky_relu", "negative_slope": -1.0},
-            ValueError,
-            "negative_slope must be >= 0 .* got -1.0",
-        ),
-        ({"eps": -1.0}, ValueError, "eps must be >= 0, got -1"),
-        ({"eps": float("nan")}, ValueError, "eps must be >= 0, got nan"),
-        ({"eps": 0.0}, ValueError, "eps must be > 0 when training, got 0"),
-        ({"x": torch.ones(1, 3)}, ValueError, "Expected more than 1 value per channel"),
-        ({"x": torch.ones(3)}, ValueError, r"input must be \[N, C, ...\], got \[3\]"),
-        ({"x": torch.ones(4, 3, dtype=torch.int32)}, TypeError, "input must be float16, bfloat16"),
-        ({"x": torch.ones(4, 3, dtype=torch.complex64)}, TypeError, "input must be float16"),
-        ({"x": torch.ones(4, 3).to_sparse()}, TypeError, "input must be dense"),
-        ({"x": [1.0]}, TypeError, "input must be a Tensor, got list"),
-        ({"weight": torch.ones(4)}, ValueError, "weight must have one element per channel"),
-        ({"bias": torch.ones(3, 1)}, ValueError, "bias must have one element per channel"),
-        ({"weight": torch.ones(3, dtype=torch.int64)}, TypeError, "weight must be float16"),
-        ({"residual": 1.0}, TypeError, "residual must be a Tensor, got float"),
-        (
-            {"residual": torch.ones(7)},
-            ValueError,
-            r"residual must broadcast .*\[4, 3, 5\], got \[7\]",
-        ),
-        ({"x": [1.0], "residual": torch.ones(3)}, TypeError, "input must be a Tensor, got list"),
-        ({"momentum": None}, TypeError, "momentum must be a number .* got None"),
-        ({"training": False}, ValueError, "running_mean and running_var must be given"),
-        ({"mean": torch.zeros(3)}, ValueError, "must come together, got only running_mean"),
-        (
-            {"mean": torch.zeros(1).expand(3), "var": torch.ones(3)},
-            RuntimeError,
-            "expanded tensor",
-        ),
-        (
-            {"momentum": torch.ones(2), "mean": torch.zeros(3), "var": torch.ones(3)},
-            ValueError,
-            "momentum must be one number",
-        ),
-    ],
-)
-@pytest.mark.elsewhere
-def test_refused(backend, arguments, error, message):
-    kept = {k: v.clone() for k, v in arguments.items() if k in ("mean", "var")}
-    with pytest.raises(error, match=message):
-        call(**arguments)
-    for name, value in kept.items():
-        assert torch.equal(arguments[name], value)
+def test_one_value_per_channel(backend):
+    """torch's own message, which begins with no name."""
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        call(torch.ones(1, 3))
 
 
 @HOST_BACKENDS
-def test_nothing_is_written_when_a_later_argument_is_wrong(backend):
+def test_statistics_stay_when_a_later_argument_is_wrong(backend):
     mean, var = torch.zeros(3), torch.ones(3)
     with pytest.raises(ValueError, match="bias"):
         call(mean=mean, var=var, bias=torch.ones(7))
     assert not mean.any()
     assert var.eq(1).all()
-
-
-@HOST_BACKENDS
-@pytest.mark.parametrize(
-    "residual",
-    [
-        torch.ones(4, 3, 5, dtype=torch.complex64),
-        torch.ones(4, 3, 5, dtype=torch.float64, device="meta"),
-        torch.ones(4, 3, 5, dtype=torch.float64).to_sparse(),
-    ],
-    ids=["complex", "elsewhere", "sparse"],
-)
-@pytest.mark.no_kernel
-def test_nothing_is_written_when_the_residual_is_wrong(backend, residual):
-    mean, var = torch.zeros(3), torch.ones(3)
-    with pytest.raises(TypeError, match="residual must be"):
-        call(mean=mean, var=var, residual=residual)
-    assert not mean.any()
 
 
 @pytest.mark.parametrize(
@@ -154,7 +89,7 @@ def test_records_are_tuples_of_their_fields(native):
         lambda: native.batch_norm_forward(None),
         lambda: native.batch_norm_backward(random(4, 3, 5), (None,) * 6, (), (True,) * 4),
     ):
-        with pytest.raises(TypeError, match=r"BatchNorm(Call|Saved): expected a tuple of"):
+        with pytest.raises(TypeError, match="BatchNorm(Call|Saved): expected a tuple of"):
             call()
 
 

@@ -1,6 +1,5 @@
-"""The same bits for any number of threads and from run to run; close ones for each GRADFUSE_ISA."""
+"""What the order of sums, threads and instruction sets do to the results, beside test_ops.py."""
 
-import json
 import math
 import os
 
@@ -12,7 +11,6 @@ from helpers import (
     assert_ran,
     bits,
     owner,
-    owners,
     random,
     run_python,
     short,
@@ -20,7 +18,6 @@ from helpers import (
 )
 
 import gradfuse
-from gradfuse import _native
 
 # More than the half a million elements from which on the library uses threads.
 SIZES = [1, 33, 4097, 16383, 16385, 32769, 100_003, 1_200_000]
@@ -31,46 +28,6 @@ def fresh(dtype, device="cpu"):
     grads = [random(n, dtype=dtype, device=device, seed=n) for n in SIZES]
     grads += [random(5, dtype=dtype, device=device, seed=i) for i in range(500)]
     return [*grads, random(400, 300, dtype=dtype, device=device).t()[::2]]
-
-
-def everything(dtype, device="cpu"):
-    """The exact outcome of every function."""
-    outcome = []
-    for norm_type in (2.0, 1.0, 3.0, math.inf):
-        grads = fresh(dtype, device)
-        report = gradfuse.GradClipper(owners(grads), 0.5, norm_type).clip_()
-        outcome += [bits(grads), bits(report.norm_tensor), str(report.to_dict())]
-    grads = fresh(dtype, device)
-    outcome.append(bits(gradfuse.get_total_norm(grads)))
-    gradfuse.clip_grad_value_(owners(grads), 0.1)
-    outcome.append(bits(grads))
-    grads = fresh(dtype, device)
-    params = owners(grads)
-    for p in params:
-        p.fill_(1.0)
-    gradfuse.adaptive_clip_grad_(params)
-    return [*outcome, bits(grads)]
-
-
-@pytest.mark.parametrize("dtype", REAL, ids=short)
-def test_any_number_of_threads(dtype, native, threads):
-    threads(1)
-    expected = everything(dtype)
-    for n in (2, 3, 7):
-        threads(n)
-        assert torch.get_num_threads() == n
-        assert everything(dtype) == expected, f"{n} threads"
-
-
-def test_run_to_run(native, threads, device):
-    """More threads than cores, so that they finish in ever new orders."""
-    threads(7)
-    first = everything(torch.float32, device)
-    assert all(everything(torch.float32, device) == first for _ in range(4))
-
-    grads = fresh(torch.bfloat16, device)
-    norms = {bits(gradfuse.get_total_norm(grads))[0] for _ in range(100)}
-    assert len(norms) == 1
 
 
 @pytest.mark.parametrize("n", [1000, 1_500_000])
@@ -99,62 +56,57 @@ def test_another_order_is_another_sum(native):
     assert len({bits(gradfuse.get_total_norm(r, 1.0))[0] for r in rotated}) > 1
 
 
-ISA_SCRIPT = """
-import json, torch, gradfuse
-from gradfuse import _native
-
-generator = torch.Generator().manual_seed(0)
-dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-norms, clipped = [], []
-for dtype in dtypes:
-    for n in (1, 31, 33, 4097, 100003):
-        for p in (2.0, 1.0, 3.0, float("inf")):
-            x = torch.randn(n, generator=generator, dtype=torch.float64).to(dtype)
-            norms.append(gradfuse.get_total_norm(x, p).item())
-            owner = torch.zeros_like(x)
-            owner.grad = x
-            gradfuse.clip_grad_norm_(owner, 0.5, p)
-            clipped += [x.double().sum().item(), x.double().abs().max().item()]
-print(json.dumps({"isa": _native.backend.isa(), "norms": norms, "clipped": clipped}))
-"""
 ISAS = ("baseline", "avx2", "avx512")
 
 
-@pytest.fixture(scope="module")
-def of_each_isa():
-    """What the script prints, for every instruction set that this machine runs."""
-    if not _native.available:
-        pytest.skip(f"no compiled module: {_native.reason}")
-    found = {}
-    for isa in ISAS:
-        done = run_python(ISA_SCRIPT, GRADFUSE_ISA=isa)
-        if "this machine does not run" in done.stderr:
-            assert isa != "baseline"
-            continue
-        found[isa] = json.loads(assert_ran(done))
-    return found
+def outcome():
+    """Norms and clipped gradients of many sizes and dtypes."""
+    norms, clipped = [], []
+    for dtype in REAL:
+        for n in (1, 31, 33, 4097, 100003):
+            for p in (2.0, 1.0, 3.0, math.inf):
+                x = random(n, dtype=dtype, seed=n)
+                norms.append(gradfuse.get_total_norm(x, p).item())
+                gradfuse.clip_grad_norm_(owner(x), 0.5, p)
+                clipped += [x.double().sum().item(), x.double().abs().max().item()]
+    return norms, clipped
 
 
-def test_instruction_sets_agree(native, of_each_isa):
-    baseline = of_each_isa["baseline"]
-    for isa, outcome in of_each_isa.items():
-        assert outcome["isa"] == isa
-        assert outcome["norms"] == pytest.approx(baseline["norms"], rel=1e-6, abs=0.0)
-        assert outcome["clipped"] == pytest.approx(baseline["clipped"], rel=1e-3, abs=1e-3)
+def test_instruction_sets_agree(native):
+    widest = native.isa()
+    narrower = list(ISAS[: ISAS.index(widest)])
+    expected = outcome()
+    try:
+        for name in narrower:
+            native.set_isa(name)
+            assert native.isa() == name
+            norms, clipped = outcome()
+            assert norms == pytest.approx(expected[0], rel=1e-6, abs=0.0)
+            assert clipped == pytest.approx(expected[1], rel=1e-3, abs=1e-3)
+    finally:
+        native.set_isa(os.environ.get("GRADFUSE_ISA", ""))
+    assert native.isa() == widest
 
 
-def test_the_chosen_instruction_set_is_the_widest(native, of_each_isa):
-    done = run_python(ISA_SCRIPT, GRADFUSE_ISA="")
-    assert json.loads(assert_ran(done))["isa"] == list(of_each_isa)[-1]
+def test_the_environment_chooses_the_instruction_set(native):
+    script = "from gradfuse import _native; print(_native.backend.isa())"
+    assert assert_ran(run_python(script, GRADFUSE_ISA="baseline")) == "baseline\n"
     if os.environ.get("GRADFUSE_ISA"):
         assert native.isa() == os.environ["GRADFUSE_ISA"]
+    else:  # the widest that there is
+        wider = ISAS[ISAS.index(native.isa()) + 1 :]
+        for name in wider:
+            with pytest.raises(ValueError, match=f"this machine does not run {name}"):
+                native.set_isa(name)
 
 
 def test_an_unknown_instruction_set_is_an_error(native):
+    words = "GRADFUSE_ISA: expected baseline, avx2 or avx512, got nonsense"
+    with pytest.raises(ValueError, match=words):
+        native.set_isa("nonsense")
     done = run_python("import gradfuse", GRADFUSE_ISA="nonsense")
     assert done.returncode != 0
-    last = done.stderr.strip().splitlines()[-1]
-    assert "GRADFUSE_ISA: expected baseline, avx2 or avx512, got nonsense" in last
+    assert words in done.stderr.strip().splitlines()[-1]
 
 
 def test_native_0_runs_quietly_without_the_compiled_module():
@@ -162,8 +114,7 @@ def test_native_0_runs_quietly_without_the_compiled_module():
     import warnings
     warnings.simplefilter("error")
     import sys, torch, gradfuse
-    from gradfuse import _native
-    assert not _native.available and _native.reason == "GRADFUSE_NATIVE=0"
+        assert not _native.available and _native.reason == "GRADFUSE_NATIVE=0"
     assert "gradfuse._C" not in sys.modules
     p = torch.zeros(4)
     p.grad = torch.full((4,), 2.0)

@@ -88,7 +88,7 @@ def test_models_of_torchvision_and_timm(name):
     assert patterns(fused.report) == expected
     assert sum(not s.fused for s in fused.report) == left
     assert list(fused.state_dict()) == list(model.state_dict())
-    if "wide" in name:  # resnet50's graph, with three times the numbers
+    if "wide" in name or "resnext" in name:  # resnet50's graph, with other numbers of channels
         return
     size = 64 if "densenet" in name else 40  # whose pools would leave two values per channel
     x = random(2, 3, size, size, dtype=torch.float64)

@@ -68,10 +68,11 @@ def test_numbers(case, backend, device, monkeypatch):
 @every("errors")
 def test_errors_leave_everything_untouched(case, backend, device):
     op, bad = case
-    sample = next(iter(op.samples(torch.float32, device)))
+    sample = op.good() if op.good else next(iter(op.samples(torch.float32, device)))
     bad.change(sample)
-    kept = [t for t in sample.tensors.values() if t.layout == torch.strided]
-    kept = [t for t in kept if t.device.type != "meta" and t.untyped_storage().nbytes() >= t.nbytes]
+    kept = [t for t in sample.tensors.values() if isinstance(t, torch.Tensor)]
+    kept = [t for t in kept if t.layout == torch.strided and t.device.type != "meta"]
+    kept = [t for t in kept if t.untyped_storage().nbytes() >= t.nbytes or not t.is_contiguous()]
     before, versions = bits(kept), [t._version for t in kept]
     with pytest.raises(bad.error, match=bad.match) as raised:
         op.ours(sample)
@@ -117,13 +118,16 @@ def test_opcheck(op, name, dtype, backend):
 
 @pytest.mark.parametrize("dynamo", ["eager", "aot_eager"])
 @pytest.mark.parametrize("op", [op for op in OPS.values() if op.compiles], ids=lambda op: op.name)
-def test_compiles_to_one_graph_of_the_same_bits(op, dynamo):
-    for sample in [*op.samples(torch.float32, "cpu")][:2]:
+def test_compiles_to_one_graph(op, dynamo):
+    for sample in [*op.samples(torch.float32, "cpu")][:3]:
         torch._dynamo.reset()
-        compiled = torch.compile(op.ours, fullgraph=True, backend=dynamo)
-        expected, got = op.ours(sample.fresh()), compiled(sample.fresh())
-        assert got.keys() == expected.keys()
-        assert bits([*got.values()]) == bits([*expected.values()])
+        expected = op.ours(sample.fresh())
+        got = op.ours(
+            sample.fresh(), lambda call: torch.compile(call, fullgraph=True, backend=dynamo)
+        )
+        if op.compiles == "bits":
+            assert bits([*got.values()]) == bits([*expected.values()])
+        assert_as_the_reference(op, got, expected)
 
 
 # On the emulator.
@@ -172,7 +176,8 @@ def test_no_module_binds_an_implementation():
         id(getattr(module, name)): name
         for module in (reference, *([_native._module] if _native.available else []))
         for name in dir(reference)
-        if name in {"stats", "clip_", "scale_", "clamp_", "adaptive_clip_", "Stepper"}
+        if name
+        in {"stats", "clip_", "scale_", "clamp_", "adaptive_clip_", "Stepper"}
         | {"batch_norm_forward", "batch_norm_backward", "ParameterList"}
     }
     modules = {id(reference): "reference", id(_native.backend): "backend"}

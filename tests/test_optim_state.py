@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from helpers import HOST_BACKENDS, bits, random
+from helpers import bits, random
 from test_optim import BOTH, TORCHS, contents, fill, fresh, made
 
 from gradfuse.optim import SGD, AdamW
@@ -226,11 +226,9 @@ torch.save([p.detach() for p in net.parameters()], os.path.join(folder, "end"))
 """
 
 
-@HOST_BACKENDS
-@pytest.mark.elsewhere
-def test_killed_at_any_step_it_resumes_bitwise(backend, tmp_path):
-    if backend == "reference":
-        pytest.skip("the child chooses its own implementation")
+@pytest.mark.no_kernel
+def test_killed_at_any_step_it_resumes_bitwise(tmp_path):
+    """By children, which choose their implementation themselves."""
 
     def train(folder, kill_after=None):
         folder.mkdir(exist_ok=True)

@@ -19,6 +19,7 @@ from helpers import (
     run_python,
     short,
 )
+from implementations import NATIVE_OFF
 
 import gradfuse
 
@@ -151,6 +152,11 @@ WRITING = [
 ]
 
 
+each_implementation = pytest.mark.parametrize(
+    "implementation", ["reference"] if NATIVE_OFF else ["cpu", "reference"]
+)
+
+
 @pytest.fixture(scope="module")
 def outcomes():
     """What became of a call on read-only pages: outcomes(implementation)[call]."""
@@ -167,18 +173,16 @@ def outcomes():
     return run
 
 
-@HOST_BACKENDS
+@each_implementation
 @pytest.mark.parametrize("call", QUIET)
-@pytest.mark.elsewhere
-def test_quiet_steps_run_on_read_only_pages(call, backend, outcomes):
-    assert outcomes(backend)[call] == "ran"
+def test_quiet_steps_run_on_read_only_pages(call, implementation, outcomes):
+    assert outcomes(implementation)[call] == "ran"
 
 
-@HOST_BACKENDS
+@each_implementation
 @pytest.mark.parametrize("call", REFUSING)
-@pytest.mark.elsewhere
-def test_refused_steps_write_nothing(call, backend, outcomes):
-    assert outcomes(backend)[call] == "raised"
+def test_refused_steps_write_nothing(call, implementation, outcomes):
+    assert outcomes(implementation)[call] == "raised"
 
 
 @pytest.mark.usefixtures("native")
@@ -187,9 +191,8 @@ def test_only_what_changes_is_written(call, outcomes):
     assert outcomes("cpu")[call] == "ran"
 
 
-@HOST_BACKENDS
+@each_implementation
 @pytest.mark.parametrize("call", WRITING)
-@pytest.mark.elsewhere
-def test_writing_steps_fault_there(call, backend, outcomes):
+def test_writing_steps_fault_there(call, implementation, outcomes):
     """Else the tests above would prove nothing."""
-    assert outcomes(backend)[call] == "fault"
+    assert outcomes(implementation)[call] == "fault"
