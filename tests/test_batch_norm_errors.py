@@ -89,7 +89,7 @@ def test_records_are_tuples_of_their_fields(native):
         lambda: native.batch_norm_forward(None),
         lambda: native.batch_norm_backward(random(4, 3, 5), (None,) * 6, (), (True,) * 4),
     ):
-        with pytest.raises(TypeError, match="BatchNorm(Call|Saved): expected a tuple of"):
+        with pytest.raises(TypeError, match=r"BatchNorm(Call|Saved): expected a tuple of"):
             call()
 
 
