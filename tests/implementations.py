@@ -73,7 +73,8 @@ def isas(definition: Any) -> list[str]:
 
 
 def backends(definition: Any) -> list[str]:
-    """Those that a test takes: all, or those of its `backends` mark."""
+    """Those that a test takes: all, or those of its `backends` mark, which may say that it is not
+    about arithmetic."""
     if NATIVE_OFF:
         return ["reference"]
     mark = definition.get_closest_marker("backends")
@@ -85,7 +86,8 @@ def backends(definition: Any) -> list[str]:
         if name == "ptx" and (PTX == "0" or definition.path.name in NOT_ON_PTX):
             continue
         found.append(name)
-        if name == "cpu" and definition.path.name in ARITHMETIC:
+        is_arithmetic = not mark or mark.kwargs.get("arithmetic", True)
+        if name == "cpu" and is_arithmetic and definition.path.name in ARITHMETIC:
             found += [f"cpu-{isa}" for isa in narrower_isas()]
     return found
 

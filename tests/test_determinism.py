@@ -114,7 +114,8 @@ def test_native_0_runs_quietly_without_the_compiled_module():
     import warnings
     warnings.simplefilter("error")
     import sys, torch, gradfuse
-        assert not _native.available and _native.reason == "GRADFUSE_NATIVE=0"
+    from gradfuse import _native
+    assert not _native.available and _native.reason == "GRADFUSE_NATIVE=0"
     assert "gradfuse._C" not in sys.modules
     p = torch.zeros(4)
     p.grad = torch.full((4,), 2.0)

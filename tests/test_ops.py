@@ -64,7 +64,7 @@ def test_numbers(case, backend, device, monkeypatch):
                 assert_as_the_reference(op, ours, op.ours(sample.fresh()))
 
 
-@pytest.mark.backends("cpu", "reference")
+@pytest.mark.backends("cpu", "reference", arithmetic=False)
 @every("errors")
 def test_errors_leave_everything_untouched(case, backend, device):
     op, bad = case
@@ -103,7 +103,7 @@ def test_bits_do_not_depend_on_threads(case, native, threads):
 REGISTERED = [(op, name) for op in OPS.values() for name in op.registered]
 
 
-@pytest.mark.backends("cpu", "reference")
+@pytest.mark.backends("cpu", "reference", arithmetic=False)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=short)
 @pytest.mark.parametrize(("op", "name"), REGISTERED, ids=[name for _, name in REGISTERED])
 def test_opcheck(op, name, dtype, backend):
