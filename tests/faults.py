@@ -504,7 +504,7 @@ FAULTS = [
     Fault(
         "a parameter is held twice",
         "gradfuse/clipping",
-        "if id(parameter) in self._held:",
+        "if id(parameter) in self._ids:",
         "if parameter is None:",
         "a clipper's names and rows come twice",
         "tests/test_clipper.py",
