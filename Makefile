@@ -101,7 +101,7 @@ sanitize: $(VENV)/.installed
 	CXX="$(abspath tests/sanitize-c++)" GRADFUSE_CUDA=0 GRADFUSE_SANITIZE=1 $(PY) setup.py -q build_ext --build-lib $(SANITIZED)
 	cd $(SANITIZED) && env GRADFUSE_PTX=0 GRADFUSE_SANITIZE=1 PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-		$(PYTEST) -p no:cacheprovider --slowest-files=5 -k "not reference and not baseline and not avx2 and not thousand_steps and not compile" \
+		$(PYTEST) -p no:cacheprovider --slowest-files=5 -k "not reference and not baseline and not avx2 and not thousand_steps and not compile and not opcheck" \
 		$(SANITIZED_TESTS)
 
 # Everything that needs a real GPU, with the given python3, in under nine minutes.
