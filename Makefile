@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch>=2.11
 PY = $(VENV)/bin/python
+EXTRAS ?= demo,test,models,lint,docs
+# Python compiles a file when it first imports it, which for most of these files is never.
+PIP = $(PY) -m pip install -q --no-compile
 # One process per core, of some 2 GB each. The tests of a file share a process and what they cache.
 # Waiting threads leave the cores to the other processes.
 PYTEST = OMP_WAIT_POLICY=passive $(abspath $(PY)) -m pytest -q -n logical --maxprocesses 8 --dist loadfile
@@ -34,8 +37,8 @@ build: $(VENV)/.installed
 # Once per environment. The editable install also compiles into build/, where `build` continues.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q "$(TORCH)" numpy "setuptools>=77" wheel ninja pybind11
-	$(PY) -m pip install -q --no-build-isolation -e ".[demo,test,lint,docs]"
+	$(PIP) "$(TORCH)" numpy "setuptools>=77" wheel ninja pybind11
+	$(PIP) --no-build-isolation "$(TORCH)" -e ".[$(EXTRAS)]"
 	touch $@
 
 bench: build
@@ -98,7 +101,8 @@ SANITIZED_TESTS = $(addprefix ../../tests/test_,adaptive_clip.py batch_norm.py b
 sanitize: $(VENV)/.installed
 	mkdir -p $(SANITIZED)
 	cp -r gradfuse $(SANITIZED)/ && rm -f $(SANITIZED)/gradfuse/_C*.so
-	CXX="$(abspath tests/sanitize-c++)" GRADFUSE_CUDA=0 GRADFUSE_SANITIZE=1 $(PY) setup.py -q build_ext --build-lib $(SANITIZED)
+	CXX="$(abspath tests/sanitize-c++)" GRADFUSE_CUDA=0 GRADFUSE_SANITIZE=1 GRADFUSE_UNITY=1 \
+		$(PY) setup.py -q build_ext --build-lib $(SANITIZED)
 	cd $(SANITIZED) && env GRADFUSE_PTX=0 GRADFUSE_SANITIZE=1 PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 		$(PYTEST) -p no:cacheprovider --slowest-files=5 -k "not reference and not baseline and not avx2 and not thousand_steps and not compile and not opcheck" \

@@ -4,6 +4,8 @@ Environment:
     GRADFUSE_CUDA         auto (default) | 0 | 1. auto: CUDA if torch has it and nvcc is found.
     GRADFUSE_NATIVE       0 installs the pure-torch package, without the compiled module.
     GRADFUSE_SANITIZE     1 builds with AddressSanitizer and UndefinedBehaviorSanitizer.
+    GRADFUSE_UNITY        1 compiles all that includes torch's headers as one file: a third of the
+                          time, but for each change again.
     TORCH_CUDA_ARCH_LIST  architectures, by default those of DEFAULT_ARCHS.
 """
 
@@ -136,6 +138,12 @@ def flavour():
     return "-sanitize" if os.environ.get("GRADFUSE_SANITIZE") == "1" else ""
 
 
+def write_changed(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
 def write_build_info(torch_version, cuda_version, archs):
     """The folder of a header that bindings.cpp alone includes. Macros would be arguments of every
     file, and compile all of them again for other architectures."""
@@ -144,11 +152,19 @@ def write_build_info(torch_version, cuda_version, archs):
 #define GRADFUSE_CUDA_ARCHS "{archs}"
 """
     folder = ROOT / "build" / f"objects-{torch_version}{flavour()}"
-    folder.mkdir(parents=True, exist_ok=True)
-    header = folder / "build_info.h"
-    if not header.exists() or header.read_text() != text:
-        header.write_text(text)
+    write_changed(folder / "build_info.h", text)
     return folder
+
+
+def sources(folder):
+    """The files that include torch's headers, relative to ROOT; with GRADFUSE_UNITY=1 one in
+    `folder` that includes them."""
+    found = [p for p in sorted((ROOT / "csrc").rglob("*.cpp")) if p.name != "unit.cpp"]
+    if os.environ.get("GRADFUSE_UNITY") == "1":
+        unity = folder / "unity.cpp"
+        write_changed(unity, "".join(f'#include "{p}"\n' for p in found))
+        found = [unity]
+    return [str(p.relative_to(ROOT)) for p in found]
 
 
 def extension():
@@ -181,11 +197,10 @@ def extension():
         cxx = [*cxx, "-fopenmp"]
     about = write_build_info(torch.__version__, torch.version.cuda if cuda else "", archs)
     make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
-    sources = sorted((ROOT / "csrc").rglob("*.cpp"))
     return (
         make(
             "gradfuse._C",
-            [str(p.relative_to(ROOT)) for p in sources if p.name != "unit.cpp"],
+            sources(about),
             include_dirs=[str(about)],
             define_macros=[("GRADFUSE_CUDA", "1")] if cuda else [],
             extra_compile_args={"cxx": cxx},

@@ -78,7 +78,7 @@ def native(isa):
 @pytest.fixture(scope="session")
 def nvcc():
     """The CUDA toolkit. Without one the CUDA kernels cannot be compiled to PTX."""
-    from ptx import toolchain
+    from ptx.emulator import toolchain
 
     if PTX == "0":
         pytest.skip("GRADFUSE_PTX=0")
@@ -91,7 +91,7 @@ def nvcc():
 @pytest.fixture
 def ptx(nvcc, monkeypatch):
     """gradfuse's functions, with the CUDA kernels on the emulator as no test has left it."""
-    from ptx import emulated
+    from ptx.emulator import emulated
 
     found = emulated.backend()
     found.reset()

@@ -18,7 +18,7 @@ namespace gradfuse::cpu {
 namespace {
 
 // Prefetches the beginning of an upcoming chunk.
-constexpr int64_t kAhead = 6;
+constexpr int64_t kClipAhead = 6;
 void prefetch_chunk(const std::vector<GradRef>& grads, const Chunk& c) {
   const GradRef& g = grads[c.tensor];
   if (!g.layout) prefetch_run(at(g, c.start), c.length * element_bytes(g.dtype));
@@ -52,7 +52,7 @@ Stats stats(const std::vector<GradRef>& grads, const std::vector<int64_t>& rows,
     for (int64_t k = first; k < end; ++k) {
       const Chunk& c = work.chunks[k];
       const GradRef& g = grads[c.tensor];
-      if (k + kAhead < chunks) prefetch_chunk(grads, work.chunks[k + kAhead]);
+      if (k + kClipAhead < chunks) prefetch_chunk(grads, work.chunks[k + kClipAhead]);
       const Stats s = run_stats(g, c.start, c.length, spec);
       sum = merge(sum, s, spec.p);
       if (c.length == g.numel)

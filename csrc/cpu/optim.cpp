@@ -16,7 +16,7 @@ namespace gradfuse::cpu {
 
 namespace {
 
-constexpr int64_t kAhead = 5;  // chunks
+constexpr int64_t kUpdatesAhead = 5;  // chunks
 
 // Values shared by all elements of a parameter, and mostly by its neighbours.
 struct Prepared {
@@ -129,8 +129,8 @@ void optim_step(const OptimStep& step) {
   if (step.update_clip) clip_updates(step, work, prepared);
   work.for_each(true, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t k = end - 1; k >= begin; --k) {
-      if (k >= kAhead) {
-        const Chunk& next = work.chunks[k - kAhead];
+      if (k >= kUpdatesAhead) {
+        const Chunk& next = work.chunks[k - kUpdatesAhead];
         prefetch_chunk(step.params[next.tensor], next);
       }
       const Chunk& c = work.chunks[k];

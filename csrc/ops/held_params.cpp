@@ -1,8 +1,6 @@
 #include "held_params.h"
 
 #include <Python.h>
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
 #include <unordered_set>
@@ -138,8 +136,7 @@ void HeldParams::read_state(Held& h, PyObject* dict, const Names& names, int nee
     if (!names[slot]) continue;
     PyObject* tensor = PyDict_GetItemWithError(dict, raw(names[slot]));
     h.in_state[slot] = tensor;
-    if (tensor && is_tensor(tensor) && needs >> slot & 1)
-      h.tensors[slot] = THPVariable_Unpack(tensor);
+    if (tensor && is_tensor(tensor) && needs >> slot & 1) h.tensors[slot] = unpacked(tensor);
   }
 }
 
@@ -160,13 +157,13 @@ void HeldParams::bind(PyObject* groups, PyObject* state, const std::vector<int>&
     Held h = {};
     Py_INCREF(param);
     h.object = param;
-    h.param = THPVariable_Unpack(param);
+    h.param = unpacked(param);
     h.autograd = h.param.unsafeGetTensorImpl()->autograd_meta();
     h.group = group;
     h.items = -1;
     h.repeated = !seen.insert(param).second;
     PyObject* dict = PyDict_GetItemWithError(state, param);
-    if (!dict && PyErr_Occurred()) throw python_error();
+    if (!dict && PyErr_Occurred()) throw py::error_already_set();
     if (is_dict(dict)) {
       read_state(h, dict, names, needs[group]);
       h.items = copy_items(dict, keys, items);

@@ -8,12 +8,12 @@
 namespace gradfuse {
 namespace {
 
-constexpr const char* kOp = "step";
+constexpr const char* kStepOp = "step";
 
 MeasureCall read_measure(double max_norm, int nonfinite, OptionalTensorArg scale,
                          OptionalTensorArg found_inf) {
-  const LossScaleTensors given = {maybe_tensor(kOp, "grad_scale", scale.object),
-                                  maybe_tensor(kOp, "found_inf", found_inf.object)};
+  const LossScaleTensors given = {maybe_tensor(kStepOp, "grad_scale", scale.object),
+                                  maybe_tensor(kStepOp, "found_inf", found_inf.object)};
   for (const MaybeTensor& t : {given.scale, given.found_inf})
     if (t && t->numel() != 1)
       fail<std::invalid_argument>("step: grad_scale and found_inf must be one number, got ",
@@ -54,9 +54,9 @@ class Stepper {
   void update(StepGroupsArg groups, OptionalTensorArg plan, OptionalTensorArg coefficients,
               StepOptionsArg options) {
     const StepCall call = read_step(groups, options);
-    const MaybeTensor given = maybe_vector(kOp, "plan", plan.object, kPlanFields);
-    const MaybeTensor each =
-        maybe_vector(kOp, "coefficients", coefficients.object, static_cast<int64_t>(held_.size()));
+    const MaybeTensor given = maybe_vector(kStepOp, "plan", plan.object, kPlanFields);
+    const MaybeTensor each = maybe_vector(kStepOp, "coefficients", coefficients.object,
+                                          static_cast<int64_t>(held_.size()));
     const py::gil_scoped_release release;
     gradfuse::update(held_, call, given, each);
   }
@@ -69,7 +69,7 @@ class Stepper {
     MaybeTensor lr_value;
     const py::handle lr = fields.next();
     if (is_tensor(lr))
-      lr_value = tensor_of(kOp, "lr", lr).detach();
+      lr_value = tensor_of(kStepOp, "lr", lr).detach();
     else
       o.lr = lr.cast<double>();
     o.maximize = fields.next_as<bool>();

@@ -1,6 +1,6 @@
 // Devices as the code above the launchers needs them: which kernels they run, their memory and
-// streams, waiting for them. tests/ptx/device.h replaces this file where an emulator runs the CUDA
-// kernels; dispatch.h includes one of the two.
+// streams, waiting for them. tests/ptx/emulator/device.h replaces this file where an emulator runs
+// the CUDA kernels; dispatch.h includes one of the two.
 #pragma once
 
 #include <ATen/core/Tensor.h>

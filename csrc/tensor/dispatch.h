@@ -1,7 +1,7 @@
 // Picks the device's kernels for a call.
 #pragma once
 
-// The emulated build of tests/ptx passes its own.
+// The emulated build of tests/ptx/emulator passes its own.
 #if defined(GRADFUSE_DEVICE_HEADER)
 #include GRADFUSE_DEVICE_HEADER
 #else

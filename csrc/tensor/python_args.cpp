@@ -1,6 +1,5 @@
 #include "python_args.h"
 
-#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
 
@@ -17,10 +16,12 @@ bool is_tensor(py::handle object) {
   return PyType_IsSubtype(Py_TYPE(object.ptr()), reinterpret_cast<PyTypeObject*>(THPVariableClass));
 }
 
+const at::Tensor& unpacked(py::handle tensor) { return THPVariable_Unpack(tensor.ptr()); }
+
 at::Tensor tensor_of(const char* op, const char* name, py::handle object) {
   if (!is_tensor(object))
     fail<TypeError>(op, ": ", name, " must be a Tensor, got ", type_name(object));
-  return THPVariable_Unpack(object.ptr());
+  return unpacked(object);
 }
 
 MaybeTensor maybe_tensor(const char* op, const char* name, py::handle object) {
@@ -39,7 +40,7 @@ std::vector<at::Tensor> read_tensors(const char* op, TensorsArg tensors, bool of
   const auto take = [&](PyObject* item) {
     if (!is_tensor(item))
       fail<TypeError>(op, ": expected tensors, got ", type_name(item), " for tensor ", out.size());
-    const at::Tensor& t = THPVariable_Unpack(item);
+    const at::Tensor& t = unpacked(item);
     // Not t.grad(), which warns about tensors that are not leaves.
     if (of_grad)
       out.push_back(t.unsafeGetTensorImpl()->grad());
@@ -53,7 +54,7 @@ std::vector<at::Tensor> read_tensors(const char* op, TensorsArg tensors, bool of
   }
   PyObject* sequence = PySequence_Fast(iterable, "");
   if (!sequence) {
-    if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw python_error();
+    if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();
     PyErr_Clear();
     fail<TypeError>(op, ": expected a tensor or an iterable of tensors, got ", type_name(iterable));
   }

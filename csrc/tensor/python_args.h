@@ -39,6 +39,10 @@ struct StepGroupsArg : Argument {};  // a list of AdamWGroup or SGDGroup
 
 bool is_tensor(py::handle object);
 
+// The tensor of an object that is one. Defined in one file, because the header of torch that it
+// needs doubles the time of compiling a file.
+const at::Tensor& unpacked(py::handle tensor);
+
 // Throw a TypeError that names op and argument.
 at::Tensor tensor_of(const char* op, const char* name, py::handle object);
 MaybeTensor maybe_tensor(const char* op, const char* name, py::handle object);

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from ptx.instructions import numpy_type
-from ptx.machine import run_ptx
-from ptx.parser import SIZES
+from ptx.emulator.instructions import numpy_type
+from ptx.emulator.machine import run_ptx
+from ptx.emulator.parser import SIZES
 
 
 def container(kind):

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from ptx.machine import Machine
-from ptx.parser import Module
+from ptx.emulator.machine import Machine
+from ptx.emulator.parser import Module
 from ptx.snippets import aligned, evaluate, same
 
 

@@ -11,7 +11,7 @@ import gradfuse
 from gradfuse import reference
 from gradfuse._codes import Activation
 from gradfuse._records import BatchNormCall, BatchNormOptions, BatchNormSaved
-from ptx import emulated
+from ptx.emulator import emulated
 from ptx.test_traffic import Operations
 
 DTYPES = pytest.mark.parametrize("dtype", REAL, ids=short)

@@ -2,14 +2,16 @@
 
 import ctypes
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ptx.checks import Violation
-from ptx.cudart import Runtime
-from ptx.toolchain import HERE, compile_cuda, cuda_library
+from ptx.emulator.checks import Violation
+from ptx.emulator.cudart import Runtime
+from ptx.emulator.toolchain import compile_cuda, cuda_library
 
+BUGS_CU = Path(__file__).with_name("bugs.cu")
 # Host function of bugs.cu: the check that finds its bug, and a word of what the message says.
 BUGS = {
     "out_of_bounds_load": ("out of bounds", "0 bytes past the end of in"),
@@ -55,7 +57,7 @@ ORDERS = ["forward", "backward", "shuffled"]
 
 @pytest.fixture(scope="module")
 def runtime():
-    compiled = compile_cuda(HERE / "bugs.cu")
+    compiled = compile_cuda(BUGS_CU)
     return Runtime(cuda_library("bugs.so", [compiled.object]), [compiled.ptx])
 
 
@@ -83,7 +85,7 @@ def run(runtime, name, bug):
 
 
 def marked_line(name):
-    for number, line in enumerate((HERE / "bugs.cu").read_text().splitlines(), 1):
+    for number, line in enumerate((BUGS_CU).read_text().splitlines(), 1):
         if line.endswith(f"// BUG: {name}"):
             return number
     raise AssertionError(f"bugs.cu marks no line for {name}")
@@ -109,4 +111,4 @@ def test_the_correct_twin_is_silent(runtime, name, order):
 
 
 def test_every_host_function_is_tested():
-    assert set(re.findall(r"^RUN\((\w+)\)", (HERE / "bugs.cu").read_text(), re.M)) == set(BUGS)
+    assert set(re.findall(r"^RUN\((\w+)\)", (BUGS_CU).read_text(), re.M)) == set(BUGS)

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from ptx.checks import Violation
-from ptx.machine import Machine
-from ptx.parser import Module, ParseError
+from ptx.emulator.checks import Violation
+from ptx.emulator.machine import Machine
+from ptx.emulator.parser import Module, ParseError
 from ptx.snippets import aligned, evaluate, program, same
 
 LANES = np.arange(64)

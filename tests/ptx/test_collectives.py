@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ptx.checks import Violation
+from ptx.emulator.checks import Violation
 from ptx.snippets import evaluate, same
 
 

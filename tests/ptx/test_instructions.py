@@ -4,15 +4,15 @@ import ast
 import math
 import re
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ptx import accesses, collectives
 from ptx.cases import CASES
-from ptx.instructions import TABLE, UnknownInstruction, numpy_type
+from ptx.emulator import accesses, collectives
+from ptx.emulator.instructions import TABLE, UnknownInstruction, numpy_type
 from ptx.snippets import evaluate, instruction, same
-from ptx.toolchain import HERE
 
 INF, NAN = math.inf, math.nan
 
@@ -181,7 +181,7 @@ def test_every_instruction_is_tested():
     strings = [
         node.value
         for name in ("cases.py", "test_instructions.py", "test_accesses.py", "test_collectives.py")
-        for node in ast.walk(ast.parse((HERE / name).read_text()))
+        for node in ast.walk(ast.parse(Path(__file__).with_name(name).read_text()))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     ]
     tested = set(re.findall(r"\b([a-z]\w*)\.[a-z]", "\n".join(strings)))

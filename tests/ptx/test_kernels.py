@@ -12,10 +12,10 @@ from helpers import COMPLEX, REAL, bits, random, short
 import gradfuse
 import gradfuse.optim
 from gradfuse import reference
-from ptx import emulated
-from ptx.checks import Violation
-from ptx.parser import Module
-from ptx.toolchain import demangled, ptxas, resources
+from ptx.emulator import emulated
+from ptx.emulator.checks import Violation
+from ptx.emulator.parser import Module
+from ptx.emulator.toolchain import demangled, ptxas, resources
 from ptx.traffic import architectures
 
 # A step of each op, on parameters with gradients.

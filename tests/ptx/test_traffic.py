@@ -9,7 +9,7 @@ from helpers import REAL, owners, random, short
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradfuse
-from ptx import emulated
+from ptx.emulator import emulated
 
 # Awkward sizes: around a warp, a block of words, and the chunk of 32,768 elements.
 SIZES = [1, 31, 32, 33, 4097, 32767, 32768, 32769]

@@ -19,9 +19,9 @@ from torch import Tensor
 from gradfuse._codes import Activation, NonFinite
 from gradfuse._records import BatchNormCall, BatchNormOptions, BatchNormSaved
 from gradfuse.optim import SGD, AdamW
-from ptx import emulated
-from ptx.counts import Launch, Traffic
-from ptx.toolchain import demangled, ptxas, resources, setup_script
+from ptx.emulator import emulated
+from ptx.emulator.counts import Launch, Traffic
+from ptx.emulator.toolchain import demangled, ptxas, resources, setup_script
 
 SIZES = (100_003, 4_097, 33)
 ROWS, COLUMNS = 40, 2_500

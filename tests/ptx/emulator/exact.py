@@ -7,7 +7,7 @@ import functools
 
 import numpy as np
 
-from ptx.toolchain import shared_library
+from ptx.emulator.toolchain import shared_library
 
 
 @functools.cache

@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ptx import memory as host
-from ptx.batch import Batch, Lanes
-from ptx.checks import Conflict, Shadow, Violation
-from ptx.counts import Request, sectors_of_warps
-from ptx.instructions import UNSIGNED, UnknownInstruction, numpy_type, opcode
-from ptx.memory import Buffer
-from ptx.operands import WINDOW, parts, reader, writer
-from ptx.parser import SIZES, Address, Instruction
+from ptx.emulator import memory as host
+from ptx.emulator.batch import Batch, Lanes
+from ptx.emulator.checks import Conflict, Shadow, Violation
+from ptx.emulator.counts import Request, sectors_of_warps
+from ptx.emulator.instructions import UNSIGNED, UnknownInstruction, numpy_type, opcode
+from ptx.emulator.memory import Buffer
+from ptx.emulator.operands import WINDOW, parts, reader, writer
+from ptx.emulator.parser import SIZES, Address, Instruction
 
 if TYPE_CHECKING:
-    from ptx.compiler import Step
-    from ptx.machine import Machine
+    from ptx.emulator.compiler import Step
+    from ptx.emulator.machine import Machine
 
 SPACES = ("global", "shared", "local", "param", "const")
 # What does not change the meaning of an access: volatility, scope, order, caching.

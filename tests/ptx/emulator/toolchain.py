@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+ROOT = HERE.parents[2]
 BUILD = ROOT / "build" / "ptx"
 TARGET = "sm_90"  # below it, bfloat16 atomics are loops of compare-and-swap
 NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-DGRADFUSE_CUDA"]  # as setup.py's
@@ -142,8 +142,10 @@ def shared_library(
     objects: Sequence[Path] = (),
     flags: Sequence[str] = (),
     links: Sequence[str] = (),
+    unity: Sequence[Path] = (),
 ) -> Path:
-    """A library of C++ sources (of this folder unless their path is absolute) and objects."""
+    """A library of C++ sources of this folder, of others that are compiled as one file, because
+    they include the same large headers, and of objects."""
     paths = [HERE / s for s in sources or [name]]
     flags = [*CXX_FLAGS, *flags]
 
@@ -153,8 +155,12 @@ def shared_library(
             run([*compiler(), *flags, "-c", source, "-o", out])
             return out
 
+        files = list(paths)
+        if unity:
+            files.append(folder / "unity.cpp")
+            files[-1].write_text("".join(f'#include "{source}"\n' for source in unity))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            made = list(pool.map(compile_one, paths))
+            made = list(pool.map(compile_one, files))
         library = folder / f"{Path(name).stem}.so"
         run([*compiler(), "-shared", "-Wl,-Bsymbolic", *made, *objects, *links, "-o", library])
         missing = re.findall(r" U (\w*cuda\w+)", run(["nm", "-uD", library]))

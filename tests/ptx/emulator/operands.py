@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ptx.batch import Batch, Lanes
-from ptx.instructions import SIGNED, UNSIGNED, UnknownInstruction, numpy_type
-from ptx.parser import SIZES, Immediate, Operand, Register, Symbol, Vector
+from ptx.emulator.batch import Batch, Lanes
+from ptx.emulator.instructions import SIGNED, UNSIGNED, UnknownInstruction, numpy_type
+from ptx.emulator.parser import SIZES, Immediate, Operand, Register, Symbol, Vector
 
 Reader = Callable[[Batch, Lanes], np.ndarray]
 Writer = Callable[[Batch, Lanes, np.ndarray], None]

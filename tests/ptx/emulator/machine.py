@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ptx import collectives
-from ptx.batch import Batch, Lanes, Layout
-from ptx.checks import Violation
-from ptx.compiler import Program, compile_kernel
-from ptx.counts import Launch
-from ptx.memory import Memory
-from ptx.parser import Instruction, Kernel, Module
-from ptx.toolchain import ROOT, demangled
+from ptx.emulator import collectives
+from ptx.emulator.batch import Batch, Lanes, Layout
+from ptx.emulator.checks import Violation
+from ptx.emulator.compiler import Program, compile_kernel
+from ptx.emulator.counts import Launch
+from ptx.emulator.memory import Memory
+from ptx.emulator.parser import Instruction, Kernel, Module
+from ptx.emulator.toolchain import ROOT, demangled
 
 BATCH_LANES = 4096
 

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ptx.batch import Batch, Lanes
-from ptx.checks import Violation
-from ptx.instructions import UNSIGNED, Opcode, UnknownInstruction, numpy_type, opcode
-from ptx.operands import reader, writer
-from ptx.parser import Immediate, Instruction, Vector
+from ptx.emulator.batch import Batch, Lanes
+from ptx.emulator.checks import Violation
+from ptx.emulator.instructions import UNSIGNED, Opcode, UnknownInstruction, numpy_type, opcode
+from ptx.emulator.operands import reader, writer
+from ptx.emulator.parser import Immediate, Instruction, Vector
 
 if TYPE_CHECKING:
-    from ptx.machine import Machine
+    from ptx.emulator.machine import Machine
 
 WARP = np.arange(32, dtype=np.uint32)
 ALL = np.uint32(0xFFFFFFFF)

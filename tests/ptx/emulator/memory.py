@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ptx.checks import Shadow
+from ptx.emulator.checks import Shadow
 
 _LOW = 1 << 16  # no buffer lies below
 _HIGH = 1 << 47

@@ -1,6 +1,6 @@
 """gradfuse's compiled module with its CUDA kernels and their launchers, run on CPU tensors.
 
-The torch-facing sources of csrc/ are built against tests/ptx/device.h and linked with the ordinary
+The torch-facing sources of csrc/ are built against device.h and linked with the ordinary
 nvcc objects and fake_cudart.cpp. `backend()` has the functions of gradfuse._C; a call registers the
 memory of its tensors and raises what the emulator found.
 """
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from torch.utils import cpp_extension
 
-from ptx.counts import Launch, Traffic
-from ptx.cudart import Runtime
-from ptx.memory import Buffer
-from ptx.toolchain import HERE, ROOT, Compiled, compile_all, cuda_library
+from ptx.emulator.counts import Launch, Traffic
+from ptx.emulator.cudart import Runtime
+from ptx.emulator.memory import Buffer
+from ptx.emulator.toolchain import HERE, ROOT, Compiled, compile_all, cuda_library
 
 NAME = "gradfuse_emulated"
 HUGE, EDGE = 1 << 30, 1 << 20
@@ -49,7 +49,8 @@ def build() -> tuple[Path, list[Compiled]]:
     library = cuda_library(
         f"{NAME}.so",
         [c.object for c in compiled],
-        [*map(str, torch_sources()), "no_cpu.cpp"],
+        ["no_cpu.cpp"],
+        unity=torch_sources(),
         flags=[
             *[f"-I{i}" for i in includes],
             f"-I{HERE}",  # for build_info.h

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ptx.checks import Actors, Shadow
-from ptx.instructions import numpy_type
-from ptx.parser import Kernel, Variable
+from ptx.emulator.checks import Actors, Shadow
+from ptx.emulator.instructions import numpy_type
+from ptx.emulator.parser import Kernel, Variable
 
 # Lanes of a batch: None for all of them, else their indices in ascending order.
 Lanes = np.ndarray | None

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ptx.exact import fma
-from ptx.parser import SIZES
+from ptx.emulator.exact import fma
+from ptx.emulator.parser import SIZES
 
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 SIGNED = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}

@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from ptx.checks import Violation
-from ptx.machine import Machine
-from ptx.parser import Module
+from ptx.emulator.checks import Violation
+from ptx.emulator.machine import Machine
+from ptx.emulator.parser import Module
 
 LAUNCH = ctypes.CFUNCTYPE(
     ctypes.c_int,

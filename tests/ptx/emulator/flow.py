@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ptx.parser import Address, Instruction, Kernel, Operand, Register, Symbol, Vector
+from ptx.emulator.parser import Address, Instruction, Kernel, Operand, Register, Symbol, Vector
 
 # Instructions whose first operand is not a destination.
 WITHOUT_RESULT = {

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ptx.instructions import (
+from ptx.emulator.instructions import (
     Arithmetic,
     Opcode,
     UnknownInstruction,
@@ -14,7 +14,7 @@ from ptx.instructions import (
     is_float,
     numpy_type,
 )
-from ptx.parser import SIZES
+from ptx.emulator.parser import SIZES
 
 ROUND = {"i": np.rint, "n": np.rint, "z": np.trunc, "m": np.floor, "p": np.ceil}
 

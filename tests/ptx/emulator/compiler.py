@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ptx import accesses, collectives, flow
-from ptx import conversions as conversions  # enters cvt in the table of instructions
-from ptx.batch import Batch, Lanes
-from ptx.checks import Violation
-from ptx.instructions import DivisionByZero, Opcode, UnknownInstruction, arithmetic, opcode
-from ptx.operands import packed_reader, packed_writer, reader, writer
-from ptx.parser import SIZES, Instruction, Kernel, Vector
+from ptx.emulator import accesses, collectives, flow
+from ptx.emulator import conversions as conversions  # enters cvt in the table of instructions
+from ptx.emulator.batch import Batch, Lanes
+from ptx.emulator.checks import Violation
+from ptx.emulator.instructions import DivisionByZero, Opcode, UnknownInstruction, arithmetic, opcode
+from ptx.emulator.operands import packed_reader, packed_writer, reader, writer
+from ptx.emulator.parser import SIZES, Instruction, Kernel, Vector
 
 if TYPE_CHECKING:
-    from ptx.machine import Machine
+    from ptx.emulator.machine import Machine
 
 Step = Callable[[Batch, Lanes], None]
 # Where the lanes go after a block: (start of a block, lanes), ...; nowhere if they have exited.
