@@ -95,7 +95,7 @@ class Policy:
         """Decides on a step.
 
         Args:
-            measured: [8] float64 Tensor, a ClipPlan that leaves finite gradients alone.
+            measured: [8] float64 Tensor, a ClipPlan that leaves finite gradients alone. Overwritten.
             stats: [n, 5] float64 Tensor, the TensorStats of each parameter's gradient.
             skips: whether a step can be left out; else its gradients become 0.
 
@@ -109,46 +109,17 @@ class Policy:
         state = self._state_of(norms)
         decision = self.decide(before.norm, norms, dict(state))
         self._check(decision, state, len(norms))
-        plan, each = self._plan_of(decision, before, norms, decided, skips)
+        left_out = float(Action.SKIP if skips else Action.ZERO)
+        wanted, each = _wanted(decision, before, norms, left_out)
+        # Finite gradients of a norm beyond float64 are beyond any threshold.
+        is_beyond = before.norm.isinf() & (before.action == Action.KEEP)
+        before.action.masked_fill_(is_beyond, left_out)
+        plan = torch.where(decided, ClipPlan.pack(wanted), measured)
         kept = {
             name: torch.where(decided, decision.state.get(name, old).to(old), old)
             for name, old in state.items()
         }
-        return ClipPlan.pack(plan), each, kept
-
-    def _plan_of(
-        self,
-        decision: Decision,
-        before: ClipPlan[Tensor],
-        norms: Tensor,
-        decided: Tensor,
-        skips: bool,
-    ) -> tuple[ClipPlan[Tensor], Tensor | None]:
-        """`before` with the decision in it where it counts; a coefficient for each parameter."""
-        left_out = float(Action.SKIP if skips else Action.ZERO)
-        coefficient = decision.coefficient.to(before.norm)
-        factor, each = before.factor, None
-        if coefficient.ndim:
-            clipped_norm = (norms * coefficient).norm()
-            mean = clipped_norm / before.norm.clamp(min=_TINY)
-            each = coefficient
-        else:
-            clipped_norm, mean = before.norm * coefficient, coefficient
-            factor = torch.where(decided, factor * coefficient, factor)
-        is_kept = (coefficient == 1.0).all()
-        action = torch.where(is_kept, float(Action.KEEP), float(Action.SCALE)).to(before.action)
-        if decision.skip is not None:
-            action = torch.where(decision.skip, left_out, action)
-        action = torch.where(decided, action, before.action)
-        # Finite gradients of a norm beyond float64 are beyond any threshold.
-        is_beyond = before.norm.isinf() & (before.action == Action.KEEP)
-        plan = before._replace(
-            coefficient=torch.where(decided, mean, before.coefficient),
-            clipped_norm=torch.where(decided, clipped_norm, before.clipped_norm),
-            action=torch.where(is_beyond, left_out, action),
-            factor=factor,
-        )
-        return plan, each
+        return plan, each, kept
 
     def keep(self, state: dict[str, Tensor]) -> None:
         """Stores the state that `plan` returned; in place, for CUDA graphs."""
@@ -193,6 +164,29 @@ class Policy:
     def __repr__(self) -> str:
         given = (f"{k}={v!r}" for k, v in vars(self).items() if k not in ("state", "bound"))
         return f"{type(self).__name__}({', '.join(given)})"
+
+
+def _wanted(
+    decision: Decision, before: ClipPlan[Tensor], norms: Tensor, left_out: float
+) -> tuple[ClipPlan[Tensor], Tensor | None]:
+    """`before` with the decision in it, and a coefficient for each parameter or None."""
+    coefficient = decision.coefficient.to(before.norm)
+    factor, each = before.factor, None
+    if coefficient.ndim:
+        clipped_norm = (norms * coefficient).norm()
+        mean = clipped_norm / before.norm.clamp(min=_TINY)
+        each = coefficient
+    else:
+        clipped_norm, mean = before.norm * coefficient, coefficient
+        factor = factor * coefficient
+    is_kept = (coefficient == 1.0).all()
+    action = torch.where(is_kept, float(Action.KEEP), float(Action.SCALE)).to(before.action)
+    if decision.skip is not None:
+        action = torch.where(decision.skip, left_out, action)
+    plan = before._replace(
+        coefficient=mean, clipped_norm=clipped_norm, action=action, factor=factor
+    )
+    return plan, each
 
 
 class PlannedStep(NamedTuple):
