@@ -5,10 +5,10 @@ VENV ?= .venv
 TORCH ?= torch>=2.11
 PY = $(VENV)/bin/python
 EXTRAS ?= demo,test,models,lint,docs
-# Python compiles a file when it first imports it, which for most of these files is never.
+# --no-compile: Python compiles a file on its first import, and most of these are never imported.
 PIP = $(PY) -m pip install -q --no-compile
-# One process per core, of some 2 GB each. The tests of a file share a process and what they cache.
-# Waiting threads leave the cores to the other processes.
+# One process per core, at about 2 GB each. The tests of a file share a process and its caches.
+# OMP_WAIT_POLICY=passive makes waiting threads leave the cores to the other processes.
 PYTEST = OMP_WAIT_POLICY=passive $(abspath $(PY)) -m pytest -q -n logical --maxprocesses 8 --dist loadfile
 CPP = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
@@ -21,7 +21,7 @@ demo: build
 
 test: lint pytest
 
-# What a developer wants after each edit: lint, and tests that a change is likely to break.
+# For use after each edit: lint, and the tests that a change is likely to break.
 CHECKED = $(addprefix tests/test_,ops.py errors.py batch_norm_errors.py clipper.py nn.py \
 	optim_state.py policies.py docs.py)
 check: lint
@@ -73,23 +73,23 @@ format: build
 pytest: build
 	$(PYTEST) --slowest-files=10
 
-# What depends on the version of torch: binding, autograd, compile, AMP, fuse. The kernels do not.
+# The tests that depend on torch's version: binding, autograd, compile, AMP, fuse. Kernels do not.
 TORCH_TESTS = $(addprefix tests/test_,batch_norm_autograd.py batch_norm_errors.py cli.py \
 	clip_in_step.py compile.py errors.py fuse.py nn.py optim_amp.py optim_state.py process.py)
 pytest-torch: build
 	GRADFUSE_PTX=0 $(PYTEST) --slowest-files=5 -k "not reference" $(TORCH_TESTS)
 
-# Without the compiled module. Large models do not depend on it.
+# Without the compiled module. Leaves out the large models, which do not depend on it.
 pytest-reference: build
 	GRADFUSE_NATIVE=0 GRADFUSE_PTX=0 $(PYTEST) --slowest-files=5 -k "not models_of_torchvision" \
 		$(TORCH_TESTS) tests/test_clipper.py tests/test_ops.py tests/test_policies.py
 
-# Puts faults into copies of the sources, and fails unless a test finds each of them.
+# Puts faults into a copy of the sources, and fails unless a test finds each of them.
 mutants: build
 	$(PY) tests/mutants.py
 
-# Writes the CUDA kernels' traffic, counted by the emulator, and registers, from ptxas, into the
-# tables of a page.
+# Updates the tables of docs/cuda.md: the CUDA kernels' traffic, which the emulator counts, and
+# registers, which ptxas reports.
 traffic: build
 	PYTHONPATH=tests:. $(PY) -m ptx.traffic --into docs/cuda.md
 
@@ -129,7 +129,7 @@ docs: build
 # Tests a wheel in a fresh environment without a compiler. A .pth file there adds the packages of
 # $(VENV), for torch and its dependencies; Python does not read the .pth files of that path, so the
 # checkout stays invisible. The wheel reuses the objects of `build` and only links. build/lib is
-# removed first, because what an older layout left there would be packed too.
+# removed first, because files that an older layout left there would be packed too.
 WHEEL_ENV = build/wheel-env
 wheel: build
 	rm -rf dist build/lib.* build/bdist.* $(WHEEL_ENV)

@@ -4,8 +4,8 @@ Environment:
     GRADFUSE_CUDA         auto (default) | 0 | 1. auto: CUDA if torch has it and nvcc is found.
     GRADFUSE_NATIVE       0 installs the pure-torch package, without the compiled module.
     GRADFUSE_SANITIZE     1 builds with AddressSanitizer and UndefinedBehaviorSanitizer.
-    GRADFUSE_UNITY        1 compiles all that includes torch's headers as one file: a third of the
-                          time, but for each change again.
+    GRADFUSE_UNITY        1 compiles all files that include torch's headers as one: a third of the
+                          time, but every change compiles all of them again.
     TORCH_CUDA_ARCH_LIST  architectures, by default those of DEFAULT_ARCHS.
 """
 
@@ -101,8 +101,8 @@ class Kernels:
 
     def build(self):
         """Compiles what has changed, and returns the objects."""
-        # -fwrapv, as Python builds extensions: it decides which product of a sum GCC fuses with the
-        # addition, and so the last bit.
+        # -fwrapv, because Python builds extensions with it: it decides which product of a sum GCC
+        # fuses with the addition, and so the last bit of the result.
         host = ["-std=c++17", "-fPIC", "-fwrapv", *self.cxx]
         device = ["-std=c++17", "-O3", "--threads=2", "--expt-relaxed-constexpr"]
         device += ["-Xcompiler=-fPIC,-fvisibility=hidden", "-DGRADFUSE_CUDA", *self.arch_flags]
@@ -145,8 +145,8 @@ def write_changed(path, text):
 
 
 def write_build_info(torch_version, cuda_version, archs):
-    """The folder of a header that bindings.cpp alone includes. Macros would be arguments of every
-    file, and compile all of them again for other architectures."""
+    """Writes a header that only bindings.cpp includes, and returns its folder. Macros instead would
+    be arguments of every file, and other architectures would compile all of them again."""
     text = f"""#define GRADFUSE_TORCH_VERSION "{torch_version}"
 #define GRADFUSE_CUDA_VERSION "{cuda_version}"
 #define GRADFUSE_CUDA_ARCHS "{archs}"
@@ -157,8 +157,8 @@ def write_build_info(torch_version, cuda_version, archs):
 
 
 def sources(folder):
-    """The files that include torch's headers, relative to ROOT; with GRADFUSE_UNITY=1 one in
-    `folder` that includes them."""
+    """The files that include torch's headers, relative to ROOT. With GRADFUSE_UNITY=1, one file in
+    `folder` that includes all of them."""
     found = [p for p in sorted((ROOT / "csrc").rglob("*.cpp")) if p.name != "unit.cpp"]
     if os.environ.get("GRADFUSE_UNITY") == "1":
         unity = folder / "unity.cpp"

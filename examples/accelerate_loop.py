@@ -1,4 +1,4 @@
-"""Accelerate: the loop has no accelerator.clip_grad_norm_, the prepared optimizer clips."""
+"""Accelerate: the prepared optimizer clips, so the loop has no accelerator.clip_grad_norm_."""
 
 import torch
 from accelerate import Accelerator

@@ -1,4 +1,4 @@
-"""Hugging Face Trainer: max_grad_norm=0 turns its own clip off, the optimizer clips in its step."""
+"""Hugging Face Trainer: max_grad_norm=0 turns its clip off; the optimizer clips in its step."""
 
 import tempfile
 

@@ -1,4 +1,4 @@
-"""A plain training loop: the optimizer clips in its step and skips what is NaN."""
+"""A plain training loop: the optimizer clips in its step, and skips a step with NaN."""
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ for step in range(60):
     batch = torch.randint(len(x), (64,))
     loss = nn.functional.cross_entropy(model(x[batch]), y[batch])
     if step == 30:
-        loss = loss * float("nan")  # a broken batch: the step is left out
+        loss = loss * float("nan")  # a broken batch: the step is skipped
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

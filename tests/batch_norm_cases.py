@@ -1,4 +1,4 @@
-"""What the batch norm tests share: inputs, the op in float64, comparisons with torch's error."""
+"""Helpers of the batch norm tests: inputs, the op in float64, comparisons with torch's error."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def run_ours(case: Case, **options) -> dict[str, Tensor]:
 
 
 def run_torch(case: Case, dtype=None, negative_slope=0.01) -> dict[str, Tensor]:
-    """The same by torch's ops, in another dtype if given."""
+    """The same results from torch's ops, computed in `dtype` if given."""
 
     def stock(x, r, w, b, mean, var):
         z = F.batch_norm(x, mean, var, w, b, case.training, **case.options)
@@ -105,9 +105,10 @@ def run_torch(case: Case, dtype=None, negative_slope=0.01) -> dict[str, Tensor]:
 
 
 def assert_close(ours: dict, truth: dict, theirs: dict, exact: float = 1e-12) -> None:
-    """Each result's root mean square error is at most 4x torch's, or a few roundings.
+    """Each result's root mean square error is at most 4x torch's plus a few roundings.
 
-    A sum over elements carries their roundings: it is off by the square root of their number.
+    The gradients of weight and bias are sums over elements: the allowed rounding error grows with
+    the square root of the number of elements.
     """
     elements = truth["y"].numel() / truth["y"].shape[1]
     for name, value in ours.items():

@@ -1,4 +1,4 @@
-"""--slowest-files=N: the time by file, summed over all processes, at the end of the run."""
+"""--slowest-files=N prints the N slowest test files, with their time summed over all processes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slowest-files", type=int, default=0, help="says what these took")
+    parser.addoption("--slowest-files", type=int, default=0, help="print the N slowest test files")
 
 
 class Budget:

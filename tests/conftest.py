@@ -1,4 +1,4 @@
-"""Which tests run, on which implementation and device."""
+"""Hooks and fixtures that choose the implementation and the device of each test."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import hypothesis
 import pytest
 import torch
 import torch._inductor.config
-import torch.testing._internal.common_utils  # loads a hypothesis profile: before ours
+import torch.testing._internal.common_utils  # loads a hypothesis profile; must come before ours
 from implementations import DEVICES, NATIVE_OFF, PTX, PTX_REQUIRED, Recorder, backends, isas
 
 from gradfuse import _native, reference
@@ -23,7 +23,7 @@ hypothesis.settings.register_profile(
     deadline=None,
     max_examples=120,
     suppress_health_check=[
-        hypothesis.HealthCheck.function_scoped_fixture,  # `backend` holds for all examples
+        hypothesis.HealthCheck.function_scoped_fixture,  # `backend` is the same for all examples
         hypothesis.HealthCheck.too_slow,
     ],
 )
@@ -36,7 +36,7 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 def pytest_generate_tests(metafunc):
     definition, names = metafunc.definition, metafunc.fixturenames
     if "backend" in names:
-        # Tests of what has nothing to do with kernels may call something else a backend.
+        # A test without kernels may parametrize another `backend`, such as torch.compile's.
         own = [m.args[0] for m in definition.iter_markers("parametrize")]
         if "backend" not in own:
             metafunc.parametrize("backend", backends(definition), indirect=True)
@@ -56,7 +56,7 @@ def pytest_runtest_makereport(item, call):
 
 @pytest.fixture
 def isa(request):
-    """The instruction set of the CPU kernels, the widest where the test does not say."""
+    """The instruction set of the CPU kernels; the widest unless the test is parametrized."""
     name = getattr(request, "param", "")
     if name:
         _native.backend.set_isa(name)
@@ -67,8 +67,8 @@ def isa(request):
 
 @pytest.fixture
 def native(isa):
-    """The compiled module, for tests of what only it promises. One that cannot be loaded is a
-    failure, so that a broken build is never green."""
+    """The compiled module, for tests that apply to no other implementation. The test fails if it
+    cannot be loaded, so that a broken build is never green."""
     if NATIVE_OFF:
         pytest.skip(f"no compiled module: {_native.reason}")
     assert _native.available, _native.reason
@@ -90,7 +90,7 @@ def nvcc():
 
 @pytest.fixture
 def ptx(nvcc, monkeypatch):
-    """gradfuse's functions, with the CUDA kernels on the emulator as no test has left it."""
+    """The CUDA kernels on the emulator, reset to its initial state, as gradfuse's backend."""
     from ptx.emulator import emulated
 
     found = emulated.backend()
@@ -102,7 +102,7 @@ def ptx(nvcc, monkeypatch):
 @pytest.fixture
 def backend(request, monkeypatch):
     """The name of the implementation that gradfuse's public functions use. A test that passes
-    without having called it proves nothing of it, and fails."""
+    without calling it fails, because it proves nothing about the implementation."""
     name, _, isa = request.param.partition("-")
     if name == "reference":
         found = reference
@@ -125,7 +125,7 @@ def backend(request, monkeypatch):
 
 @pytest.fixture
 def device(request):
-    """Where the test's tensors lie: the backend's device, or one of all where there is none."""
+    """The device of the test's tensors: the backend's, or each device in turn without a backend."""
     name = getattr(request, "param", None)
     if name is None:
         on_gpu = "backend" in request.fixturenames and request.getfixturevalue("backend") == "cuda"
@@ -137,7 +137,7 @@ def device(request):
 
 @pytest.fixture
 def threads():
-    """torch.set_num_threads, undone afterwards."""
+    """torch.set_num_threads; the previous number is restored after the test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)

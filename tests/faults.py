@@ -1,6 +1,6 @@
-"""One-line faults, each of which a test has to find: `make mutants` (see mutants.py).
+"""One-line faults for `make mutants` (see mutants.py). At least one test must find each of them.
 
-A fault is placed by its text, which occurs once in its folder, so that files may move and be split.
+A fault is located by its text, which occurs once in its folder: files may move and be split.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 class Fault(NamedTuple):
     name: str
-    folder: str  # of the repository, in whose files the text occurs once
+    folder: str  # of the repository; the text occurs once in its files
     old: str
     new: str
     why: str  # what goes wrong
-    tests: str  # that are to find it, as pytest's arguments; the whole suite follows
+    tests: str  # expected to find it, as pytest arguments; they run before the whole suite
 
 
 MATH, CPU, CUDA, CSRC = "csrc/math", "csrc/cpu", "csrc/cuda", "csrc"

@@ -1,4 +1,4 @@
-"""What the tests share: gradients to clip, the truth in float64, comparisons."""
+"""Helpers of all tests: gradients to clip, the truth in float64, comparisons."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor
 REAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COMPLEX = (torch.complex64, torch.complex128)
 NORM_TYPES = (2.0, 1.0, 0.5, 3.0, 7.3, math.inf)
-# For tests of what holds where the host sees the gradients, or of another process.
+# For tests that hold only if the host can read the gradients, or that run another process.
 HOST_BACKENDS = pytest.mark.backends("cpu", "reference")
 SANITIZED = os.environ.get("GRADFUSE_SANITIZE") == "1"
 
@@ -32,7 +32,7 @@ def short(value: object) -> str:
 def owner(grad: Tensor) -> Tensor:
     """A parameter of zeros that has this gradient."""
     parameter = torch.zeros(grad.shape, dtype=grad.dtype, device=grad.device)
-    if grad.layout == torch.sparse_csr:  # which a dense parameter does not take
+    if grad.layout == torch.sparse_csr:  # a dense parameter accepts no CSR gradient
         parameter = grad.clone()
     parameter.grad = grad
     return parameter
@@ -96,18 +96,18 @@ def truly_clipped(grad: Tensor, norm: Norm, max_norm: float) -> np.ndarray:
 
 
 def norm_rtol(dtypes: Sequence[torch.dtype]) -> float:
-    """What a norm may be off by: 32 additions in float32, unless all is float64."""
+    """The allowed relative error of a norm: 32 additions in float32, unless all is float64."""
     wide_ones = (torch.float64, torch.complex64, torch.complex128)
     return 1e-12 if all(d in wide_ones for d in dtypes) else 1.2e-6
 
 
 def result_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
-    """Of a norm over such gradients."""
+    """The dtype of a norm over gradients of these dtypes."""
     return torch.float64 if {torch.float64, torch.complex128} & {*dtypes} else torch.float32
 
 
 def assert_norm(got: Tensor, norm: Norm, dtypes: Sequence[torch.dtype]) -> None:
-    """got is this norm, as exact as its gradients' dtypes allow, in the right dtype."""
+    """got equals the norm to the precision of the gradients' dtypes, and has the right dtype."""
     assert got.dtype == result_dtype(dtypes)
     assert got.shape == ()
     rounding = torch.finfo(got.dtype).eps
@@ -145,7 +145,7 @@ def assert_as_close_as_torch(
 
 
 def ulps_apart(a: Tensor, b: Tensor) -> int:
-    """The most representable values that lie between two tensors' elements."""
+    """The largest distance between corresponding elements, counted in representable values."""
     kind = {2: np.int16, 4: np.int32, 8: np.int64}[a.element_size()]
 
     def ordered(x: Tensor) -> list[int]:
@@ -157,8 +157,8 @@ def ulps_apart(a: Tensor, b: Tensor) -> int:
 
 
 def run_python(code: str, timeout: float = 150, **environment: str) -> subprocess.CompletedProcess:
-    """Runs a script in a fresh interpreter with this environment changed. Past the timeout it is
-    killed with all its children, so that a hang is a failure and no more."""
+    """Runs a script in a fresh interpreter, with these environment variables added. After the
+    timeout the script and its children are killed, so that a hang fails only this test."""
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)],
         env={**os.environ, **environment},
@@ -177,6 +177,6 @@ def run_python(code: str, timeout: float = 150, **environment: str) -> subproces
 
 
 def assert_ran(done: subprocess.CompletedProcess) -> str:
-    """The output of a script that ended well."""
+    """Asserts that a script succeeded, and returns its output."""
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout

@@ -25,7 +25,8 @@ NARROWER = ("avx2", "baseline")
 PTX = os.environ.get("GRADFUSE_PTX", "auto")
 PTX_REQUIRED = PTX == "1"
 
-# What differs between instruction sets is the kernels' arithmetic: these files try each.
+# These files run with each instruction set, because they test the kernels' arithmetic. Nothing else
+# differs between instruction sets.
 ARITHMETIC = {
     "test_adaptive_clip.py",
     "test_batch_norm.py",
@@ -39,9 +40,9 @@ ARITHMETIC = {
     "test_range.py",
     "test_value.py",
 }
-# The emulator takes a thousand times as long as the CPU kernels. None of these files run on it:
-# thousands of examples, other processes, what is refused before any kernel runs, or what torch
-# makes of an op, whichever kernel it calls.
+# These files do not run on the emulator, a thousand times slower than the CPU kernels: they test
+# thousands of examples, other processes, errors raised before any kernel runs, or how torch treats
+# an op, which does not depend on the kernel.
 NOT_ON_PTX = {
     "test_compile.py",
     "test_errors.py",
@@ -53,7 +54,7 @@ NOT_ON_PTX = {
 
 @functools.cache
 def narrower_isas() -> list[str]:
-    """The instruction sets below the one in use that this machine runs."""
+    """The instruction sets that this machine runs and that are narrower than the one in use."""
     if not _native.available:
         return []
     now, found = _native.backend.isa(), []
@@ -68,13 +69,13 @@ def narrower_isas() -> list[str]:
 
 
 def isas(definition: Any) -> list[str]:
-    """Those that a test of the compiled module takes; "" is the widest."""
+    """The instruction sets that a test of the compiled module runs with; "" is the widest."""
     return ["", *(narrower_isas() if definition.path.name in ARITHMETIC else [])]
 
 
 def backends(definition: Any) -> list[str]:
-    """Those that a test takes: all, or those of its `backends` mark, which may say that it is not
-    about arithmetic."""
+    """The implementations that a test runs on: all, or those of its `backends` mark. With
+    arithmetic=False in the mark, the test runs with the widest instruction set only."""
     if NATIVE_OFF:
         return ["reference"]
     mark = definition.get_closest_marker("backends")
@@ -93,9 +94,9 @@ def backends(definition: Any) -> list[str]:
 
 
 class Recorder:
-    """An implementation, and whether one of its functions was called."""
+    """Wraps an implementation and records whether one of its functions was called."""
 
-    # What says something of the module, and calls no kernel.
+    # Functions that describe or configure the module and call no kernel.
     _SAID = frozenset({"codes", "isa", "num_threads", "set_isa"})
 
     def __init__(self, implementation: Any) -> None:

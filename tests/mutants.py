@@ -1,10 +1,11 @@
-"""make mutants: puts each fault of faults.py into a copy of the tree, and sees which test finds it.
+"""make mutants: puts each fault of faults.py into a copy of the tree and runs the tests on it.
 
-The copy is build/mutants/tree. A fault in csrc is compiled there, the files that include it and no
-others; one of csrc/cuda is compiled by the emulator of tests/ptx. The tests that are to find it
-run first, then the whole suite, up to the first that fails. Survivors make the exit status 1.
+The copy is build/mutants/tree. A fault in csrc recompiles only the files that include it; the
+emulator of tests/ptx compiles a fault in csrc/cuda. The tests that are expected to find the fault
+run first, then the whole suite; both stop at the first failure. The exit status is 1 if a fault
+survives.
 
-    python tests/mutants.py [--list] [--tests-only] [part of a name ...]
+    python tests/mutants.py [--list] [--expected-only] [part of a name ...]
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from faults import CUDA, FAULTS, Fault
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {".h", ".cuh", ".cu", ".cpp", ".py"}
-TIMEOUT = 1800.0  # of a run of the tests, in seconds; a fault that hangs is found by that
+TIMEOUT = 1800.0  # seconds of one run of the tests; a fault that makes it hang counts as found
 FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)", re.M)
 
 
 class Outcome(NamedTuple):
     fault: Fault
-    by: str  # the test that failed, or why there is none; "" for a survivor
+    by: str  # the failed test, or what else showed the fault; "" for a survivor
     seconds: float
 
 
 def place(root: Path, fault: Fault) -> Path:
-    """The file that holds the fault's text, once."""
+    """The file that contains the fault's text. Exits unless the text occurs exactly once."""
     folder = root / fault.folder
     files = [folder] if folder.is_file() else sorted(folder.rglob("*"))
     found = [f for f in files if f.suffix in SOURCES and fault.old in f.read_text()]
@@ -44,7 +45,7 @@ def place(root: Path, fault: Fault) -> Path:
 
 
 class Tree:
-    """A copy of the repository's files, compiled, and of what compiling made."""
+    """A compiled copy of the repository's files, and a clean copy of the build's outputs."""
 
     def __init__(self, folder: Path) -> None:
         self.root, self.clean = folder / "tree", folder / "clean"
@@ -61,7 +62,7 @@ class Tree:
             copy_if_changed(file, self.clean / file.relative_to(self.root))
 
     def made(self) -> list[Path]:
-        """Objects and libraries, without those of the emulator, whose names tell them apart."""
+        """Objects and libraries, except the emulator's, which lie under a hash of their inputs."""
         build = self.root / "build"
         found = [*self.root.glob("gradfuse/_C*.so"), *build.rglob("*")]
         return [f for f in found if f.is_file() and build / "ptx" not in f.parents]
@@ -74,7 +75,7 @@ class Tree:
         )  # fmt: skip
 
     def restore(self, file: Path, text: str, times: tuple[int, int]) -> None:
-        """The tree as it was, times of files included: nothing is compiled for that."""
+        """Restores the tree with the files' times, so that nothing is compiled again."""
         file.write_text(text)
         os.utime(file, ns=times)
         for made in self.made():
@@ -134,8 +135,8 @@ def copy_if_changed(source: Path, target: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="parts of the names of the faults to try")
-    parser.add_argument("--list", action="store_true", help="says where each fault is, no more")
-    parser.add_argument("--expected-only", action="store_true", help="without the whole suite")
+    parser.add_argument("--list", action="store_true", help="only print where each fault is")
+    parser.add_argument("--expected-only", action="store_true", help="skip the whole suite")
     options = parser.parse_args()
     chosen = [f for f in FAULTS if not options.names or any(n in f.name for n in options.names)]
     if options.list:

@@ -1,8 +1,8 @@
-"""The registry of ops. test_ops.py runs over it, so that an op gets these tests by its entry here:
-numbers beside torch's and the reference's, threads, errors that write nothing, opcheck, gradcheck,
-torch.compile, and on the emulator traffic, waits and the order of blocks.
+"""The registry of ops. test_ops.py tests every entry: numbers against torch's and the reference's,
+threads, errors that write nothing, opcheck, torch.compile, and on the emulator traffic, waits and
+the order of blocks.
 
-What one op alone promises is in test_<stem>.py.
+Tests of a single op are in test_<stem>.py.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ def as_it_is(call: Callable[[], Any]) -> Callable[[], Any]:
 
 @dataclass
 class Sample:
-    """Tensors that a call takes and may write, by name, and its options."""
+    """The arguments of a call: tensors by name, which the call may write, and options."""
 
     tensors: dict[str, Tensor]
     options: dict[str, Any] = field(default_factory=dict)
 
     def fresh(self, dtype_of: Callable[[torch.dtype], torch.dtype] = lambda d: d) -> Sample:
-        """A copy of the same strides, in other dtypes if asked for."""
+        """A copy with the same strides, in other dtypes if asked for."""
 
         def copied(t: Tensor) -> Tensor:
             like = {"dtype": dtype_of(t.dtype), "device": t.device}
@@ -75,19 +75,20 @@ class Sample:
 
 @dataclass(frozen=True)
 class Bad:
-    """What makes of a good sample one that is refused before anything is written."""
+    """A change that turns a good sample into one that the op refuses before it writes anything."""
 
     what: str
     change: Callable[[Sample], None]
     error: type[Exception]
     match: str  # in the message, which begins with the op's name
-    in_python: bool = False  # before any implementation is called
+    in_python: bool = False  # refused before any implementation is called
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """A call on the emulator, and how often it reads and writes its tensors, by prefix of their
-    names there: "tensor" is a list's element or a first argument, "grad" a parameter's gradient."""
+    """A call on the emulator, and how often it reads and writes its tensors. Keys are prefixes of
+    the emulator's names: "tensor" is a list's element or a first argument, "grad" a parameter's
+    gradient."""
 
     what: str
     make: Callable[[torch.dtype], Sample]
@@ -100,22 +101,22 @@ Samples = Callable[[torch.dtype, "torch.device | str"], Iterable[Sample]]
 
 @dataclass(frozen=True)
 class Op:
-    name: str  # its public name, with which its errors begin
-    # Calls it, as `wrap` makes it if given: the results, and the tensors that it may write.
+    name: str  # its public name; its errors begin with it
+    # Calls the op, through `wrap` if given. Returns the results and the tensors it may write.
     ours: Callable[..., Outcome]
     stock: Callable[[Sample], Outcome]  # the same by torch's own ops, in any dtype
     samples: Samples
     dtypes: Sequence[torch.dtype] = REAL
-    errors: Sequence[Bad] = ()  # of `good`, or of the first sample in float32
+    errors: Sequence[Bad] = ()  # changes to `good`, or to the first float32 sample
     good: Callable[[], Sample] | None = None
     large: Callable[[torch.dtype], Iterable[Sample]] = lambda dtype: ()  # work for several threads
-    # The torch.library ops behind it, and arguments of theirs.
+    # The torch.library ops that it calls, and sample arguments for each.
     registered: dict[str, Callable[[torch.dtype], Iterable[tuple]]] = field(default_factory=dict)
-    compiles: str = "bits"  # under torch.compile: to the same "bits", "close" numbers, or not ("")
+    compiles: str = "bits"  # torch.compile gives the same "bits" or "close" numbers; "": not tested
     traffic: Sequence[Traffic] = ()
-    truth: Callable[[Sample], dict] | None = None  # what is right; if not given, stock in float64
+    truth: Callable[[Sample], dict] | None = None  # exact results; default: stock in float64
     compare: Callable[[Outcome, dict, Outcome], None] | None = None  # ours, truth, torch's
-    # Of results beside the reference's: of what is narrower than float64, and of the rest.
+    # Against the reference: for results narrower than float64, and for the others.
     tolerance: tuple[float, float] = (3e-6, 1e-12)
 
     def assert_as_close_as_torch(self, sample: Sample, ours: Outcome) -> None:
@@ -131,7 +132,7 @@ class Op:
             assert_as_close_as_torch(value, exact, theirs[name])
 
 
-# Gradients, and what may be wrong with them.
+# Gradients, and the errors that they may have.
 
 GRADS = [(40, 30), (7,), (), (129, 5)]
 
@@ -142,14 +143,14 @@ def gradients(dtype: torch.dtype, device: torch.device | str = "cpu") -> dict[st
 
 
 def of_many_sizes(dtype: torch.dtype) -> dict[str, Tensor]:
-    """More elements than the half a million from which on threads share the work."""
+    """More than half a million elements: from there on threads share the work."""
     sizes = [1, 33, 4097, 16383, 16385, 32769, 100_003, 1_200_000, *[5] * 100]
     made = {f"grad {i}": random(n, dtype=dtype, seed=n) for i, n in enumerate(sizes)}
     return made | {"grad strided": random(400, 300, dtype=dtype).t()[::2]}
 
 
 def of_dense(scale: float = 1.0, **options: Any) -> Callable[[torch.dtype], Sample]:
-    """Gradients at 16-byte boundaries, of a few blocks."""
+    """Gradients that begin at 16-byte boundaries and span a few blocks."""
 
     def make(dtype: torch.dtype) -> Sample:
         grads = [random(n, dtype=dtype, scale=scale, seed=n) for n in (32, 4096, 40_960)]
@@ -250,7 +251,8 @@ NO_NORM = [
 
 
 def on_parameters(function: Callable[..., Any], *names: str) -> Callable[..., Outcome]:
-    """Calls it with parameters of the sample's gradients and these options, as far as given."""
+    """Calls the function with parameters that own the sample's gradients, and with those of the
+    named options that the sample sets."""
 
     def run(sample: Sample, wrap: Wrap = as_it_is) -> Outcome:
         options = {name: sample.options[name] for name in names if name in sample.options}
@@ -271,7 +273,7 @@ def on_tensors(function: Callable[..., Any], *names: str) -> Callable[..., Outco
 
 
 def scaled_by(norm_of: Callable[[Sample], Norm]) -> Callable[[Sample], dict]:
-    """The truth of a clip to max_norm by this norm, in numpy's extended precision."""
+    """The exact result of clipping this norm to max_norm, in numpy's extended precision."""
 
     def truth(sample: Sample) -> dict:
         norm, bound = norm_of(sample), sample.options.get("max_norm", math.inf)
@@ -286,7 +288,7 @@ def norm_of_sample(sample: Sample) -> Norm:
 
 
 def of_library(*others: Any) -> Callable[[torch.dtype], Iterable[tuple]]:
-    """(gradients, *others), the gradients of all dtypes together, of one, and none at all."""
+    """(gradients, *others): gradients of all real dtypes for float32, else of one; then none."""
 
     def arguments(dtype: torch.dtype) -> Iterable[tuple]:
         dtypes = REAL if dtype == torch.float32 else (dtype,)
@@ -416,7 +418,7 @@ clip_grad_value_ = Op(
 )
 
 
-# Adaptive clipping, which torch has not.
+# Adaptive clipping. torch has no such function.
 
 
 def with_weights(make: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
@@ -434,7 +436,7 @@ def with_weights(make: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[s
 
 
 def weights_of(sample: Sample) -> list[Tensor]:
-    """The weights, which now have their gradients; one of its own for a gradient that is bad."""
+    """The weights, with .grad set. A gradient that does not fit its weight gets a new owner."""
     weights = []
     for grad, w in zip(sample.grads(), sample.weights(), strict=True):
         if (grad.shape, grad.dtype, grad.layout, grad.device) == (
@@ -489,7 +491,7 @@ def library_units(norm_type: float) -> Callable[[torch.dtype], Iterable[tuple]]:
 
 
 def matrix(scale: float) -> Callable[[torch.dtype], Sample]:
-    """Rows of 2,048, the gradients of which are so large beside weights of about 1."""
+    """Rows of 2,048 elements: weights of about 1, and gradients of about `scale`."""
     grads = with_weights(lambda dtype: {"grad 0": random(13, 2048, dtype=dtype, scale=scale)})
     return lambda dtype: Sample(grads(dtype))
 
@@ -535,7 +537,7 @@ def batch_norm_sample(
     shape: Sequence[int], channels_last: bool = False, dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu", residual: bool = True, **options: Any,
 ) -> Sample:  # fmt: skip
-    """Of batch_norm_act, with the gradient of its output."""
+    """A sample of batch_norm_act, with the gradient of its output."""
     channels, parameter = shape[1], torch.promote_types(dtype, torch.float32)
 
     def map_of(seed: int, scale: float = 1.0, offset: float = 0.0) -> Tensor:
@@ -616,7 +618,7 @@ def batch_norm_samples(dtype: torch.dtype, device: torch.device | str) -> Iterab
 
 
 def library_forward(dtype: torch.dtype) -> Iterable[tuple]:
-    """For each kind of activation, with a mask and without, training and not."""
+    """Arguments for each kind of activation, with a mask and without, training and not."""
     A = Activation
     for i, (code, masked) in enumerate(
         [(A.NONE, False), (A.RELU, True), (A.LEAKY_RELU, False), (A.SILU, False), (A.TANH, False)]
@@ -649,7 +651,7 @@ def of_maps(shape: tuple[int, ...], channels_last: bool) -> Callable[[torch.dtyp
 
 
 def bad_call(match: str, error: type[Exception] = ValueError, kernel: bool = False, **given: Any):
-    """Tensors or options in place of the good ones."""
+    """Replaces tensors or options of the good sample."""
 
     def change(sample: Sample) -> None:
         for name, value in given.items():
@@ -720,14 +722,15 @@ batch_norm_act = Op(
         "batch_norm_act_backward": library_backward,
     },
     traffic=[
-        # Of the backward, which is called last: twice the gradient, as argument 0, and the input.
+        # The backward is the last call, so it is counted. It reads grad_output ("tensor 0") and the
+        # input twice, or once if a block holds a channel.
         Traffic("NCHW", of_maps((2, 2, 80, 64), False), {"tensor 0": 2}, {"tensor 0": 0}),
         Traffic("NHWC", of_maps((2, 24, 9, 8), True), {"tensor 0": 2}, {"tensor 0": 0}),
         Traffic(
             "a channel a block", of_maps((2, 3, 8, 8), False), {"tensor 0": 1}, {"tensor 0": 0}
         ),
     ],
-    compiles="close",  # the running statistics are then torch's ops
+    compiles="close",  # torch's ops then update the running statistics
     compare=assert_mean_close,
     tolerance=(5e-5, 1e-10),
 )
@@ -756,7 +759,7 @@ STEPS = 3
 
 
 def stepped(optimizer: torch.optim.Optimizer, params: list[Tensor], grads: list[Tensor]) -> None:
-    """A step with each gradient, times 1, -1/2 and 1/4."""
+    """Three steps, with the gradients times 1, -1/2 and 1/4."""
     for step in range(STEPS):
         for p, g in zip(params, grads, strict=True):
             p.grad = g * (-0.5) ** step
@@ -789,14 +792,14 @@ def clipped_step(rule: type) -> Callable[[Sample], Outcome]:
 
 
 def torchs_step(rule: type, **how: bool) -> Callable[[Sample], Outcome]:
-    """torch's clip and optimizer, of the real and imaginary parts of complex numbers."""
+    """torch's clip and optimizer, on the real and imaginary parts of complex numbers."""
 
     def run(sample: Sample) -> Outcome:
         def real(t: Tensor) -> Tensor:
             return torch.view_as_real(t.detach()) if t.is_complex() else t.detach()
 
         params = [torch.nn.Parameter(real(p)) for p in parameters_of(sample)]
-        # A Python number: torch's own 1 - lr * weight_decay of a Tensor is a float32.
+        # A Python number: torch computes 1 - lr * weight_decay in float32 if lr is a Tensor.
         options = {"lr": 0.01, **sample.options}
         optimizer = rule(params, **options | {"lr": float(options["lr"])}, **how)
 
@@ -814,7 +817,7 @@ def assert_steps(ours: Outcome, truth: Outcome, theirs: Outcome) -> None:
     for name, value in ours.items():
         if name.startswith("param"):
             assert_as_close_as_torch(value, wide(truth[name]), theirs[name])
-        else:  # a rounding a step, where torch's single element may have none
+        else:  # one rounding per step: torch's error in a single element may be 0
             info = torch.finfo(value.dtype)
             size = truth[name].abs().max().item() if value.numel() else 0.0
             difference = (value.double() - truth[name].double()).abs()
@@ -844,7 +847,7 @@ def step_op(rule: type, options: list[dict], extra: list[dict]) -> Op:
         step_samples(options),
         (*REAL, *COMPLEX),
         large=lambda dtype: step_samples([*options[1:2], *extra], many)(dtype, "cpu"),
-        compiles="",  # graphs leave it out
+        compiles="",  # torch.compile leaves it out of its graphs
         truth=lambda sample: torchs_step(torchs, foreach=False)(sample.wide()),
         compare=assert_steps,
         tolerance=(2e-5, 1e-10),

@@ -1,4 +1,4 @@
-"""Which of a test's parameters run: all with --full, else a sample that covers them."""
+"""Selects the combinations of a test's parameters: all with --full, else a covering sample."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def pytest_addoption(parser):
 
 
 def covering(variants, strength):
-    """Few of a test's variants, in which each combination of `strength` values of its parameters
-    occurs that occurs in any. Always the same ones, and mostly close to the fewest."""
+    """A sample of a test's variants that covers every combination of `strength` parameter values
+    that occurs in any variant. It is always the same, and usually close to the smallest."""
     order = random.Random(0).sample(variants, len(variants))
     covers = {}
     for item in order:
@@ -30,11 +30,11 @@ def covering(variants, strength):
 
 
 def left_out(items):
-    """What the samples do without.
+    """The variants that the samples leave out.
 
-    Each pair of values runs on the CPU kernels and on a GPU. On the others each value does: the
-    emulator is a thousand times slower, narrower instruction sets are the same source, and the
-    reference has hardly any code for one dtype or layout.
+    Each pair of values runs on the CPU kernels and on a GPU. Elsewhere only each single value runs:
+    the emulator is a thousand times slower, narrower instruction sets share the source, and the
+    reference has hardly any code for a particular dtype or layout.
     """
     by_test = defaultdict(list)
     for item in items:
@@ -49,7 +49,7 @@ def left_out(items):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Also leaves out the slow tests, unless -m says what to run."""
+    """Leaves out what the samples do not need, and the slow tests unless -m selects tests."""
     out = set() if config.getoption("--full") else set(left_out(items))
     if not config.getoption("markexpr"):
         out |= {item for item in items if item.get_closest_marker("slow")}
@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 class EmulatedTests:
-    """Where the emulator is required, a session in which none of its tests passed is a failure."""
+    """Makes a session fail in which no emulator test passed although the emulator is required."""
 
     def __init__(self):
         self.passed = 0
@@ -74,6 +74,6 @@ class EmulatedTests:
 
 
 def pytest_configure(config):
-    # Of several processes, the one that hears of all tests and runs none.
+    # Only in the main process: with several, it receives all reports and runs no tests.
     if PTX_REQUIRED and not hasattr(config, "workerinput"):
         config.pluginmanager.register(EmulatedTests())

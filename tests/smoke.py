@@ -1,7 +1,7 @@
-"""Whether an installed gradfuse works: python tests/smoke.py [FOLDER IT MUST LIE IN].
+"""Checks that an installed gradfuse works: python tests/smoke.py [FOLDER IT MUST LIE IN].
 
-Run where there is no compiler, as `make wheel` does, it shows that the wheel needs none. It uses
-nothing but torch and gradfuse.
+`make wheel` runs it without a compiler, which shows that the wheel needs none. It uses only torch
+and gradfuse.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Adaptive clipping against the rule of Brock et al. 2021, written here once more in float64."""
+"""Adaptive clipping against the rule of Brock et al. 2021, which this file computes in float64."""
 
 import math
 
@@ -38,7 +38,7 @@ def units(x):
 
 
 def truth(weight, factor=0.01, eps=1e-3, p=2.0):
-    """What each unit of the gradient becomes, and whether it is clipped."""
+    """The expected gradient of each unit, and whether the unit is clipped."""
     expected, clipped = [], []
     for w, g in zip(units(weight), units(weight.grad), strict=True):
         limit = factor * max(float(true_norm([w], p)), eps)
@@ -51,7 +51,7 @@ def truth(weight, factor=0.01, eps=1e-3, p=2.0):
 
 
 def check(weight, factor=0.01, eps=1e-3, p=2.0):
-    """Clips, and compares unit by unit: clipped ones with the truth, others bit for bit."""
+    """Clips and compares each unit: clipped ones with the truth, the others bit for bit."""
     expected, clipped = truth(weight, factor, eps, p)
     before, weight_before = [bits(g) for g in units(weight.grad.clone())], bits(weight)
     assert gradfuse.adaptive_clip_grad_([weight], factor, eps, p) is None
@@ -177,7 +177,7 @@ def test_values_whose_squares_leave_the_dtype(dtype, weight_scale, grad_scale, d
 
 
 def test_a_weight_norm_beyond_float64(device):
-    """Its 0.01 part is not, and limits a gradient that is as large as the weight."""
+    """0.01 times the norm is within float64, and limits a gradient as large as the weight."""
     weight = torch.full((2, 9), 1e308, dtype=torch.float64, device=device)
     weight.grad = torch.full((2, 9), 1e308, dtype=torch.float64, device=device)
     gradfuse.adaptive_clip_grad_(weight)
@@ -186,7 +186,7 @@ def test_a_weight_norm_beyond_float64(device):
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 def test_nonfinite_rows_do_not_touch_the_others(poison, device):
-    """As timm's agc: limit / norm is 0 or NaN in the poisoned row."""
+    """The poisoned row is scaled by limit / norm, which is 0 or NaN, as in timm's agc."""
     weight = parameter((3, 50), device=device)
     weight.grad[1, 7] = poison
     expected, _ = truth(parameter((3, 50), device=device))
@@ -210,7 +210,7 @@ def test_mixed_dtypes_and_many_parameters(device):
 @pytest.mark.parametrize("grad_dtype", REAL, ids=short)
 @pytest.mark.parametrize("weight_dtype", REAL, ids=short)
 def test_weight_and_gradient_of_different_dtypes(weight_dtype, grad_dtype, device):
-    """.grad has its parameter's dtype; the op behind torch.compile takes any two."""
+    """A .grad has its parameter's dtype; the torch.library op accepts any two dtypes."""
     weight = random(9, 40, dtype=weight_dtype, device=device, seed=1)
     grad = random(9, 40, dtype=grad_dtype, device=device, seed=2)
     expected = []

@@ -51,7 +51,7 @@ def test_slopes_of_leaky_relu(backend, device, slope):
 
 
 def test_values_of_every_size_go_through_the_activations(backend, device):
-    """Normalised with mean 0 and variance 1 - eps, the input is the activation's argument."""
+    """With mean 0, variance 1 and eps 0, the input is the activation's argument."""
     z = torch.cat([torch.linspace(-20, 20, 4001), torch.tensor([-1e4, -88.8, 88.8, 1e4, 1e-30])])
     z = z.to(device).reshape(1, 1, -1)
     mean, var = torch.zeros(1, device=device), torch.ones(1, device=device)
@@ -87,7 +87,7 @@ def test_momentum_as_a_tensor_is_that_number(backend, device):
 
 
 def test_the_statistics_of_a_mean_far_from_zero(backend, device):
-    """E[x^2] - E[x]^2 would have no digit left here."""
+    """E[x^2] - E[x]^2 would lose all digits here."""
     for dtype, offset in ((torch.float32, 1e5), (torch.float64, 1e8)):
         case = Case(
             (8, 3, 20, 20), dtype=dtype, device=device, activation=None, scale=1.0, offset=offset
@@ -136,7 +136,7 @@ def test_constant_channels(backend, device, value):
 
 
 def test_a_huge_constant_channel_and_a_small_eps(backend, device):
-    """(0 - mean) / deviation overflows: the lanes past a run's end must not count."""
+    """(0 - mean) / deviation overflows, so the lanes past a run's end must not count."""
     for shape in ((4, 5, 3, 3), (4, 5, 6, 6), (64, 5)):
         case = Case(shape, device=device, residual=False, activation=None)
         case.x = torch.full(shape, 3e36, device=device)
@@ -189,8 +189,8 @@ def test_differences_or_squares_that_overflow(
     ],
 )
 def test_an_outlier_where_the_sums_begin(backend, device, shape, channels_last):
-    """The sums are of differences from a channel's first element: far from all others, the squares
-    cancel."""
+    """The kernels sum differences from a channel's first element. If it is far from all others,
+    the squares cancel."""
     case = Case(shape, channels_last, device=device, residual=False, activation=None)
     case.x = case.x * 0.0 + 1.0 / 3.0
     case.x[(0, slice(None), *[0] * (len(shape) - 2))] = 1e4
@@ -207,7 +207,7 @@ def test_odd_channel_counts_and_many_channels(backend, device):
 
 
 def test_the_mask_is_that_of_the_rounded_output(backend, device):
-    """bfloat16 rounds 2^-134 to 0 and 6 - 2^-6 to 6, float16 likewise: no gradient passes there."""
+    """bfloat16 rounds 2^-134 to 0 and 6 - 2^-6 to 6, so no gradient passes. float16 does so too."""
     for dtype, tiny, gap in (
         (torch.bfloat16, 2.0**-134, 2.0**-6),
         (torch.float16, 2.0**-25, 2.0**-9),
@@ -233,7 +233,7 @@ def test_no_gradient_where_the_activation_is_exactly_zero(backend, device):
 
 def test_nan_and_inf_go_where_torch_lets_them(backend, device):
     for name in ACTIVATIONS:
-        # Of inf * 0, as in silu and gelu, torch's own kernels make this or that.
+        # silu and gelu compute inf * 0, for which torch's own kernels do not agree.
         piecewise = name in (None, "relu", "relu6", "leaky_relu", "sigmoid", "tanh")
         for bad in (math.nan, math.inf, -math.inf) if piecewise else (math.nan,):
             case = Case((2, 3, 4, 4), device=device, activation=name, training=False)
@@ -266,7 +266,7 @@ def test_layouts_of_every_tensor(backend, device):
 
 
 def test_gaps_keep_the_memory_format(backend, device):
-    """As torch does, and what a compiled graph is told beforehand."""
+    """As in torch. A compiled graph gets the strides from output_like, which must agree."""
     dense = random(4, 8, 5, 6, device=device)
     last = dense.contiguous(memory_format=torch.channels_last)
     for x in (last[:, :4], last[..., ::2], dense[:, :4], dense.transpose(2, 3), last[..., :1, :1]):
@@ -315,14 +315,14 @@ def test_residuals_of_other_dtypes_promote_as_an_add_does(backend, device):
     leaf = x.clone().requires_grad_()
     y = gradfuse.batch_norm_act(leaf, None, None, residual=r, training=True)
     z = F.relu(F.batch_norm(wide, None, None, None, None, True) + r)
-    torch.testing.assert_close(y, z)  # float32, and rounded nowhere in between
+    torch.testing.assert_close(y, z)  # float32, without rounding in between
     y.square().sum().backward()
     z.square().sum().backward()
     torch.testing.assert_close(leaf.grad, wide.grad.bfloat16())
     y = gradfuse.batch_norm_act(r, None, None, residual=x, training=True)
     z = F.relu(F.batch_norm(r, None, None, None, None, True) + x)
     torch.testing.assert_close(y, z)
-    number = torch.tensor(0.5, dtype=torch.float64, device=device)  # without dimensions: widens not
+    number = torch.tensor(0.5, dtype=torch.float64, device=device)  # 0-d: does not widen
     assert gradfuse.batch_norm_act(r, None, None, residual=number, training=True).dtype == r.dtype
     larger = random(2, 4, 6, 5, device=device)
     y = gradfuse.batch_norm_act(r, None, None, residual=larger, training=True)

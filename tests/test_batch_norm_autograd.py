@@ -1,4 +1,4 @@
-"""batch_norm_act under autograd, torch.func and torch.compile: what is saved, and for whom."""
+"""batch_norm_act under autograd, torch.func and torch.compile, and the tensors that it saves."""
 
 import itertools
 
@@ -28,7 +28,7 @@ def inputs(*shape, dtype=DOUBLE):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("save", ["bitmask", "output"])
 def test_first_and_second_derivatives(backend, activation, training, save):
-    x, w, b, r = inputs(3, 2, 2)  # each element is a column of three Jacobians
+    x, w, b, r = inputs(3, 2, 2)  # small: each element is a column of three Jacobians
     mean, var = random(2, dtype=DOUBLE), random(2, dtype=DOUBLE).abs() + 0.5
     stats = (None, None) if training else (mean, var)
 
@@ -48,7 +48,7 @@ def test_first_and_second_derivatives(backend, activation, training, save):
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 @pytest.mark.parametrize("training", [True, False])
 def test_second_derivatives_of_nothing(backend, activation, training):
-    """torch's backward divides by the number of elements, and takes the process with it."""
+    """torch's backward divides by the number of elements, here 0, and kills the process."""
     for shape in ((0, 3, 4, 4), (2, 3, 0)):
         x, w, b, r = inputs(*shape)
         mean, var = torch.zeros(3, dtype=DOUBLE), torch.ones(3, dtype=DOUBLE)
@@ -93,7 +93,7 @@ def test_without_an_activation_the_residuals_gradient_is_the_outputs(backend, de
 
 
 def saved_bytes(**options):
-    """Storage that a call keeps for its backward, by dtype and shape, but for the input."""
+    """(dtype, number of elements) of each tensor saved for the backward, except the input."""
     kept = []
 
     def pack(t):

@@ -1,4 +1,4 @@
-"""What batch_norm_act refuses, beside the errors of its entry in ops.py."""
+"""Errors of batch_norm_act, in addition to those of its entry in ops.py."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def call(x=None, mean=None, var=None, **options):
 
 @HOST_BACKENDS
 def test_one_value_per_channel(backend):
-    """torch's own message, which begins with no name."""
+    """The message is torch's own and does not begin with the function's name."""
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         call(torch.ones(1, 3))
 
@@ -62,7 +62,7 @@ def test_another_device(native):
 
 
 def backward(native, grad_output, options, **saved):
-    """The native backward with these saved tensors, the others None."""
+    """Calls the native backward with these saved tensors; the others are None."""
     tensors = BatchNormSaved(**dict.fromkeys(BatchNormSaved._fields) | saved)
     return native.batch_norm_backward(grad_output, tensors, options, (True, False, False, False))
 
@@ -83,7 +83,7 @@ def test_backward_arguments_are_checked(native):
 
 
 def test_records_are_tuples_of_their_fields(native):
-    """A record of another length would be read past its end."""
+    """Without the check, a shorter record would be read past its end."""
     for call in (
         lambda: native.batch_norm_forward((random(4, 3, 5),)),
         lambda: native.batch_norm_forward(None),
@@ -94,7 +94,7 @@ def test_records_are_tuples_of_their_fields(native):
 
 
 def test_a_mask_that_the_activation_has_no_use_for_is_not_read(native):
-    """It would be read in place of the output, or the output as a null pointer."""
+    """A kernel would read the mask in place of the output, or the output as a null pointer."""
     g, y = random(4, 3, 5), random(4, 3, 5, seed=1).sigmoid()
     stats = torch.ones(3, 3, dtype=torch.float64)
     mask = torch.zeros(12, 1, dtype=torch.uint8)

@@ -1,6 +1,6 @@
-"""batch_norm_act for any shape, layout, dtype and flags: every element within a bound that follows
-from the roundings of one float32 computation (float64 if the input is), with no other
-implementation to compare with."""
+"""batch_norm_act for any shape, layout, dtype and flags. Every element must be within a bound that
+follows from the roundings of one float32 computation (float64 if the input is float64). The tests
+compare with no other implementation."""
 
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ def stepped(t):
 
 
 def shifted(t):
-    """A view that begins off its allocation's alignment."""
+    """A view whose first element is not aligned like its allocation."""
     return torch.cat([t.new_zeros(1), t.reshape(-1)])[1:].view(t.shape)
 
 
@@ -56,7 +56,7 @@ class Call:
     """Tensors [N, C, ...] of one dtype, vectors [C], and the options of the op."""
 
     x: Tensor
-    r: Tensor | None  # x itself, of x's shape, or one that broadcasts
+    r: Tensor | None  # x itself, another tensor of x's shape, or one that broadcasts
     grad: Tensor
     w: Tensor | None
     b: Tensor | None
@@ -116,9 +116,9 @@ def reduced(t: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def expected(call: Call) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
-    """(value, bound on the error) in float64 by name, and the grad_output that they are for.
+    """(value, bound on the error) in float64 by name, and the grad_output that they hold for.
 
-    That is 0 where z is so near a kink of the activation that either slope is right.
+    grad_output is 0 where z is so near a kink of the activation that either slope is right.
     """
     x = call.x.double()
     dims = (0, *range(2, x.ndim))
@@ -138,7 +138,7 @@ def expected(call: Call) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
 
     w, b = shaped(call.w, 1.0), shaped(call.b, 0.0)
     mean, var = shaped(call.mean, 0.0), shaped(call.var, 1.0)
-    # Of the differences that sums are made of: from the channel's first element.
+    # The kernels sum differences from the channel's first element.
     first = x.flatten(2)[:1, :, :1] if x.ndim > 2 else x[:1]
     first = first.reshape(1, -1, *[1] * (x.ndim - 2))
     if training:
@@ -147,7 +147,7 @@ def expected(call: Call) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
     invstd = (var + call.options["eps"]).rsqrt()
     n = (x - mean) * invstd
     spread = ((x - first).abs() * invstd).amax(dims, keepdim=True) if training else x.new_zeros(())
-    # In deviations; the mean itself is a float64. The deviation's is relative.
+    # error_mean is in units of the deviation; the mean is a float64. error_invstd is relative.
     error_mean = unit * spread + 4.0 * torch.finfo(torch.float64).eps * mean.abs() * invstd
     error_invstd = unit * (1.0 + spread.square())
     error_n = error_mean + n.abs() * error_invstd
@@ -169,7 +169,7 @@ def expected(call: Call) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
     g = grad.double() * slope
     error_g = grad.double().abs() * (1.2 * error_z + unit)
     if activation in ("sigmoid", "tanh"):
-        error_g += grad.double().abs() * 2.0 * info.eps  # from the rounded output
+        error_g += grad.double().abs() * 2.0 * info.eps  # the slope is that of the rounded output
     if activation in (None, "relu", "relu6", "leaky_relu"):
         error_g = unit * g.abs()
 

@@ -1,4 +1,4 @@
-"""The command line, the bench's arithmetic on a clock that is not one, and the models' shapes."""
+"""The command line, the bench's arithmetic with a fake clock, and the models' shapes."""
 
 from __future__ import annotations
 

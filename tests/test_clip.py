@@ -1,4 +1,4 @@
-"""Drop-in for torch.nn.utils: the same arguments, results and semantics where torch is right."""
+"""Drop-in for torch.nn.utils: the same arguments, semantics, and results where torch is right."""
 
 import inspect
 import math
@@ -72,7 +72,7 @@ def test_any_strides(dtype, device):
 
 
 def parts(truth, dtype):
-    """The truth as the real numbers that are compared, and what they may be off by."""
+    """The truth as real numbers, and the relative error that is allowed."""
     real = truth[..., None].view(truth.real.dtype) if dtype.is_complex else truth
     return real, norm_rtol([dtype])
 
@@ -155,7 +155,7 @@ def test_empty_list_has_norm_zero():
 
 
 def test_zero_size_gradients_have_norm_zero():
-    """Also of order inf, where torch raises: it has no identity for an empty maximum."""
+    """Also for order inf, where torch raises because an empty maximum has no identity."""
     for norm_type in NORM_TYPES:
         assert gradfuse.clip_grad_norm_(owner(torch.empty(0, 3)), 1.0, norm_type).item() == 0.0
 
@@ -250,7 +250,7 @@ def test_views_of_one_gradient_count_and_are_scaled_once(view, device):
 
 
 def test_neighbours_in_one_buffer_are_no_views_of_each_other(device):
-    """As gradients in the buckets of DistributedDataParallel lie."""
+    """Gradients lie like this in the buckets of DistributedDataParallel."""
     bucket = torch.full((100,), 2.0, device=device)
     params = owners([bucket[:40], bucket[40:40], bucket[40:41], bucket[41:]])
     assert gradfuse.clip_grad_norm_(params, 10.0).item() == 20.0
@@ -271,7 +271,7 @@ def test_expanded_tensors_are_measured(device):
 
 
 def test_zero_size_expanded_gradients_are_fine(device):
-    """They share no memory, having none; torch takes them too."""
+    """They have no memory to share. torch accepts them too."""
     empty = torch.empty(1, 0, device=device).expand(3, 0)
     assert gradfuse.clip_grad_norm_(owner(empty), 1.0).item() == 0.0
 
@@ -299,7 +299,7 @@ def test_lazily_cloned_gradients_are_copied_before_they_are_written(device):
 
 
 def test_gradients_that_require_grad(device):
-    """As create_graph=True leaves them."""
+    """create_graph=True produces such gradients."""
     x = random(20, device=device).requires_grad_()
     (x.grad,) = torch.autograd.grad(x.square().sum(), x, create_graph=True)
     assert x.grad.requires_grad
@@ -319,7 +319,7 @@ def test_inference_tensors(device):
 
 
 def test_thousands_of_tensors(backend, device):
-    number = 1100 if backend == "ptx" else 3000  # a launch takes 1024
+    number = 1100 if backend == "ptx" else 3000  # one launch takes 1024
     grads = [random(1 + i % 7, device=device, seed=i) for i in range(number)]
     norm = true_norm(grads)
     truth = [truly_clipped(g, norm, 1.0) for g in grads]

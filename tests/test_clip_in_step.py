@@ -274,11 +274,11 @@ def test_a_step_that_raises_leaves_nothing_for_the_next(at: str, monkeypatch) ->
 @HOST_BACKENDS
 @pytest.mark.parametrize("then", ["step", "remove", "load"])
 def test_a_skipped_step_that_raises(then: str) -> None:
-    """What torch made of the momentum that it did not begin is taken away; what was loaded since
-    is not."""
+    """The momentum that torch allocated and left uninitialised is removed. Momentum that was loaded
+    since then stays."""
     a, b = net(), net()
     ours, torchs = (made("sgd-momentum", m.parameters()) for m in (a, b))
-    hook = ours.register_step_post_hook(broken)  # before ours, which is therefore not called
+    hook = ours.register_step_post_hook(broken)  # runs before ours, so ours is not called
     handle = clip_in_step(ours, 1.0)
     give(a, 0)
     a[0].weight.grad[1, 2] = math.nan
@@ -304,7 +304,7 @@ def test_a_skipped_step_that_raises(then: str) -> None:
 
 @HOST_BACKENDS
 def test_a_step_that_raises_under_a_grad_scaler(monkeypatch) -> None:
-    """It leaves what torch's own leaves: the scaler's attributes, not ours."""
+    """The scaler's attributes stay, as after torch's own step. Ours do not."""
     model = net()
     optimizer = made("adam", model.parameters())
     clip_in_step(optimizer, 0.5)
@@ -319,7 +319,7 @@ def test_a_step_that_raises_under_a_grad_scaler(monkeypatch) -> None:
 
 
 class Own(torch.optim.SGD):
-    """A class whose step keeps something, and calls that of its base."""
+    """A subclass whose step keeps state and calls its base's step."""
 
     steps = 0
 
@@ -331,7 +331,7 @@ class Own(torch.optim.SGD):
 @HOST_BACKENDS
 def test_the_step_of_a_subclass() -> None:
     a, b = net(), net()
-    torch.optim.SGD(a.parameters())  # which gives the base's step hooks too
+    torch.optim.SGD(a.parameters())  # torch then wraps the base's step for hooks too
     ours = Own(a.parameters(), 0.1, momentum=0.9, fused=True)
     torchs = torch.optim.SGD(b.parameters(), 0.1, momentum=0.9, fused=True)
     handle = clip_in_step(ours, 1.0)
@@ -353,7 +353,7 @@ def test_the_step_of_a_subclass() -> None:
 
 
 class Forgetful(torch.optim.AdamW):
-    """A fused optimizer of a torch that knows neither attribute."""
+    """Ignores grad_scale and found_inf, like a fused optimizer of a torch without them."""
 
     def step(self, closure=None):
         kept = {k: self.__dict__.pop(k) for k in ("grad_scale", "found_inf") if k in self.__dict__}
@@ -362,7 +362,7 @@ class Forgetful(torch.optim.AdamW):
 
 
 class Stubborn(torch.optim.SGD):
-    """One that divides and does not skip."""
+    """Divides by grad_scale but does not skip for found_inf."""
 
     def step(self, closure=None):
         if getattr(self, "found_inf", None) is not None:
@@ -371,7 +371,7 @@ class Stubborn(torch.optim.SGD):
 
 
 class Late(torch.optim.SGD):
-    """One that divides until there is momentum."""
+    """Divides by grad_scale only until there is momentum."""
 
     def step(self, closure=None):
         if any("momentum_buffer" in s for s in self.state.values()):
@@ -380,7 +380,7 @@ class Late(torch.optim.SGD):
 
 
 class LateStubborn(torch.optim.SGD):
-    """One that skips until there is momentum."""
+    """Skips for found_inf only until there is momentum."""
 
     def step(self, closure=None):
         if any("momentum_buffer" in s for s in self.state.values()):
@@ -389,7 +389,7 @@ class LateStubborn(torch.optim.SGD):
 
 
 class Partial(torch.optim.AdamW):
-    """One that divides, but not with amsgrad."""
+    """Divides by grad_scale, but not with amsgrad."""
 
     def step(self, closure=None):
         if any(group["amsgrad"] for group in self.param_groups):
@@ -440,7 +440,7 @@ def test_refusals() -> None:
 
 @HOST_BACKENDS
 def test_options_are_tried_out_one_by_one() -> None:
-    """Of each group, and anew when they change."""
+    """The options of each group are tried out, and again when they change."""
     params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
     groups = [{"params": params[:1]}, {"params": params[1:], "amsgrad": True}]
     with pytest.raises(RuntimeError, match="does not divide by grad_scale"):

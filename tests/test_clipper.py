@@ -192,7 +192,7 @@ def test_report_shows_the_l2_norm_whatever_the_order(device):
 
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e-160, 1e-200, 1e-300])
 def test_coefficient_of_tiny_gradients(scale, device):
-    """1e-6 is far above the norm then, and the coefficient far above what it multiplies."""
+    """1e-6 is far above a tiny norm, and the coefficient far above the elements it multiplies."""
     grad = torch.full((4,), scale, dtype=torch.float64, device=device)
     report = gradfuse.GradClipper(owner(grad), scale).clip_()
     expected = scale / (2 * scale + 1e-6)
@@ -262,7 +262,7 @@ def test_table(device):
 
 
 def test_reports_outlive_later_steps(device):
-    """They are read late here: each must show its own step."""
+    """This test reads the reports late: each must still show its own step."""
     params = owners([torch.full((4,), 1.0, device=device) for _ in range(2)])
     clipper = gradfuse.GradClipper(params, math.inf)
     reports = []

@@ -1,4 +1,4 @@
-"""torch.compile(fullgraph=True) of the clips, in the ways that code calls them.
+"""torch.compile(fullgraph=True) of the clips, in the ways that user code calls them.
 
 Each op's own graph and torch.library's checks are in test_ops.py, batch norm's modules and layouts
 in test_batch_norm_autograd.py and test_nn.py.
@@ -13,7 +13,7 @@ from helpers import REAL, bits, owner, owners, random, short
 
 import gradfuse
 
-BACKENDS = ["eager", "aot_eager"]  # the stages of torch.compile, not implementations
+BACKENDS = ["eager", "aot_eager"]  # of torch.compile, not implementations of gradfuse
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs g++")
 
@@ -57,7 +57,7 @@ FUNCTIONS = {
 
 
 def test_the_graph_holds_one_op(device):
-    """The kernels run as one opaque op, not as what torch.compile would make of a fallback."""
+    """The graph calls the kernels as one opaque op; torch.compile does not trace a fallback."""
     graphs = []
 
     def keep(graph, inputs):
@@ -76,7 +76,7 @@ def test_the_graph_holds_one_op(device):
 
 
 def assert_same_as_eager(function, params, backend):
-    """Results and gradients, bit for bit."""
+    """Compares results and gradients bit for bit."""
     expected = function(filled(params))
     grads = bits([p.grad for p in params if p.grad is not None])
     got = compiled(function, backend)(filled(params))
@@ -160,7 +160,7 @@ def test_grad_clipper_returns_its_report(backend, device):
 
 
 def test_settings_may_change_between_compiled_steps(device):
-    """They are guarded, not baked in."""
+    """torch.compile guards the settings; they are not constants of the graph."""
     params = list(model(device).parameters())
     clipper = gradfuse.GradClipper(params, 0.3)
     step = compiled(lambda: clipper.clip_().norm_tensor, "aot_eager")

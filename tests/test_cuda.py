@@ -1,4 +1,4 @@
-"""What only CUDA promises: no wait for the device, graph capture, streams, mixed devices."""
+"""Behaviour of CUDA alone: no wait for the device, graph capture, streams, mixed devices."""
 
 import pytest
 import torch
@@ -144,7 +144,7 @@ def test_batch_norm_as_on_the_cpu(shape, channels_last, dtype):
 
 @pytest.mark.parametrize(("shape", "channels_last"), MAPS)
 def test_batch_norm_captured_in_a_graph(shape, channels_last):
-    """And so without a wait, which a capture does not allow."""
+    """Also shows that nothing waits, because a capture does not allow waits."""
     tensors = [t.cuda() for t in batch_norm_tensors(shape, channels_last)]
     for t in tensors[:3]:
         t.requires_grad_()

@@ -1,4 +1,4 @@
-"""What the order of sums, threads and instruction sets do to the results, beside test_ops.py."""
+"""Effects of summation order, threads and instruction sets on results; see also test_ops.py."""
 
 import math
 import os
@@ -19,7 +19,7 @@ from helpers import (
 
 import gradfuse
 
-# More than the half a million elements from which on the library uses threads.
+# More than half a million elements: from there on the library uses threads.
 SIZES = [1, 33, 4097, 16383, 16385, 32769, 100_003, 1_200_000]
 
 
@@ -33,7 +33,7 @@ def fresh(dtype, device="cpu"):
 @pytest.mark.parametrize("n", [1000, 1_500_000])
 @pytest.mark.parametrize("dtype", REAL, ids=short)
 def test_subnormals_count_whatever_the_threads_flush(dtype, n, native):
-    """torch.set_flush_denormal holds for one thread, so that another would see other values."""
+    """torch.set_flush_denormal holds for one thread only; other threads would see other values."""
     tiny = torch.finfo(dtype).smallest_normal / 4
     grad = torch.full((n,), tiny, dtype=dtype)
     norm, before = true_norm([grad]), bits(grad)
@@ -50,7 +50,7 @@ def test_subnormals_count_whatever_the_threads_flush(dtype, n, native):
 
 
 def test_another_order_is_another_sum(native):
-    """Else the tests above could not tell one order of adding up from another."""
+    """Otherwise no test of determinism could tell one order of summation from another."""
     grads = fresh(torch.float64)
     rotated = [grads[i:] + grads[:i] for i in range(0, len(grads), 10)]
     assert len({bits(gradfuse.get_total_norm(r, 1.0))[0] for r in rotated}) > 1
@@ -93,7 +93,7 @@ def test_the_environment_chooses_the_instruction_set(native):
     assert assert_ran(run_python(script, GRADFUSE_ISA="baseline")) == "baseline\n"
     if os.environ.get("GRADFUSE_ISA"):
         assert native.isa() == os.environ["GRADFUSE_ISA"]
-    else:  # the widest that there is
+    else:  # the widest that this machine runs
         wider = ISAS[ISAS.index(native.isa()) + 1 :]
         for name in wider:
             with pytest.raises(ValueError, match=f"this machine does not run {name}"):

@@ -1,4 +1,4 @@
-"""What the README and the pages of docs/ say: their code runs, their commands and files exist."""
+"""The README and the pages of docs/: their code runs, and their commands and files exist."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STEMS = ("clip", "adaptive_clip", "batch_norm", "optim")
 
 
 def surroundings() -> dict[str, Any]:
-    """What a block may take for granted: a model, its data, a loss before its backward."""
+    """The names that a block may use: a model, its data, a loss before its backward."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     batches = [(torch.randn(16, 4), torch.randint(2, (16,))) for _ in range(2)]
@@ -55,14 +55,15 @@ def blocks(parser: Callable) -> list[Any]:
 
 
 def torchvision() -> types.SimpleNamespace:
-    """The one name of it that diffs use; a ResNet-50 takes a second, a ResNet-18 a tenth."""
+    """A stand-in with the one name that diffs use. It makes a ResNet-18, which takes a tenth of a
+    second; a ResNet-50 takes a second."""
     models = pytest.importorskip("torchvision").models
     return types.SimpleNamespace(models=types.SimpleNamespace(resnet50=models.resnet18))
 
 
 @pytest.mark.parametrize("block", blocks(PythonCodeBlockParser()))
 def test_python_block(block: Example) -> None:
-    """By itself: what it needs besides its surroundings, it imports."""
+    """Each block runs by itself. It imports what it needs besides its surroundings."""
     if "torchvision" in block.parsed:
         pytest.importorskip("torchvision")
     block.namespace.clear()
@@ -73,9 +74,9 @@ def test_python_block(block: Example) -> None:
 @pytest.mark.parametrize("side", ["-", "+"])
 @pytest.mark.parametrize("block", blocks(CodeBlockParser("diff", lambda example: None)))
 def test_diff(block: Example, side: str) -> None:
-    """Both sides run: what the reader has now, and what it becomes."""
+    """Both sides run: the reader's code before the change and after it."""
     lines = [line for line in block.parsed.splitlines() if line[:1] in (side, " ", "")]
-    # The code that a diff leaves out, because it has it from elsewhere, and to which it applies.
+    # The names that a diff uses and does not define, because the code around it does.
     namespace = {**surroundings(), "torch": torch, "gradfuse": gradfuse}
     if "torchvision" in block.parsed:
         namespace["torchvision"] = torchvision()
@@ -83,7 +84,7 @@ def test_diff(block: Example, side: str) -> None:
 
 
 def commands(pattern: str) -> dict[str, str]:
-    """What the pattern's group finds in code, and the page and line of the first place."""
+    """The matches of the pattern's group in code, with page and line of each one's first place."""
     found: dict[str, str] = {}
     for path in PAGES:
         for number, line in enumerate(path.read_text().splitlines(), 1):
@@ -122,7 +123,7 @@ def test_command_exists(command: str, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_files_exist() -> None:
-    """Paths of the checkout in code, with <stem> standing for some op's."""
+    """Paths of the checkout in code. <stem> stands for the stem of any op."""
     found = commands(r"^((?:csrc|gradfuse|tests|docs|bench|examples|\.ci|\.github)/[\w./<>-]*)$")
     assert "csrc/ops/<stem>.h" in found
     missing = {
@@ -134,7 +135,7 @@ def test_files_exist() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    """Of the files that mkdocs does not read; it checks those of docs/ itself."""
+    """Links of the files that mkdocs does not read. mkdocs checks those of docs/."""
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
         for target, anchor in re.findall(r"\]\(([^)#:]+)(#[^)]*)?\)", path.read_text()):
             assert (ROOT / target).exists(), f"{path.name}: {target}"
@@ -143,7 +144,7 @@ def test_links_lead_somewhere() -> None:
 
 
 def anchors(page: str) -> set[str]:
-    """Those that GitHub and mkdocs give to headings of words."""
+    """The anchors that GitHub and mkdocs give to headings of plain words."""
     titles = re.findall(r"^#+ (.+)$", page, re.MULTILINE)
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
@@ -160,7 +161,7 @@ def test_tables_are_whole() -> None:
 
 
 def found_by_mkdocstrings(path: str) -> object:
-    """A module comes before a name, so that gradfuse.fuse is the module."""
+    """The object that mkdocstrings shows. It prefers a module: gradfuse.fuse is the module."""
     for at in (m.start() for m in reversed(list(re.finditer(r"\.|$", path)))):
         try:
             importlib.import_module(path[:at])
@@ -194,8 +195,8 @@ PUBLIC = {
 @pytest.mark.parametrize(("name", "value"), PUBLIC.items(), ids=PUBLIC.keys())
 def test_public_name_has_a_reference_page(name: str, value: object) -> None:
     assert any(value is shown for shown, _ in REFERENCE), f"add ::: {name} to docs/reference/"
-    # A docstring in the source: mkdocstrings imports nothing, so it does not see one made at run
-    # time, and shows the name without a word.
+    # The docstring must be in the source: mkdocstrings imports nothing, so it does not see one that
+    # is made at run time, and would show the name without text.
     source = inspect.getsource(value)  # type: ignore[arg-type]
     own = inspect.getdoc(value)
     assert own, name

@@ -1,4 +1,4 @@
-"""Bad input: one sentence that names function, expected and got, and no gradient written."""
+"""Bad input raises one sentence that names function, expected and got, and writes no gradient."""
 
 import functools
 import math
@@ -19,8 +19,8 @@ def clip_with_clipper(params):
     gradfuse.GradClipper(params, 0.1).clip_()
 
 
-# A function that writes gradients, by the name its messages begin with. Of the functions in
-# tests/ops.py, what all refuse is tested there.
+# Functions that write gradients, by the name that their messages begin with. test_ops.py tests the
+# errors that the functions in tests/ops.py have in common.
 WRITERS = {
     "clip_grad_norm_": lambda ps: gradfuse.clip_grad_norm_(ps, 0.1),
     "clip_grads_with_norm_": lambda ps: gradfuse.clip_grads_with_norm_(ps, 0.1, torch.tensor(9.0)),
@@ -37,11 +37,11 @@ each_function = pytest.mark.parametrize("name", FUNCTIONS)
 
 
 def assert_refused(call, error, words, params, name=""):
-    """call raises this error in these words, and every gradient keeps its bits and version."""
+    """call raises this error with these words, and every gradient keeps its bits and version."""
     kept = [p.grad for p in params if torch.is_tensor(p) and p.grad is not None]
     kept = [g for g in kept if type(g) is torch.Tensor and g.layout == torch.strided]
     kept = [g for g in kept if g.device.type != "meta" and not g.is_nested]
-    kept = [g for g in kept if g.untyped_storage().nbytes() >= g.nbytes]  # not what was freed
+    kept = [g for g in kept if g.untyped_storage().nbytes() >= g.nbytes]  # leaves out freed ones
     before, versions = bits(kept), [g._version for g in kept]
     with pytest.raises(error, match=words) as raised:
         call()
@@ -67,9 +67,9 @@ def test_the_clipper_refuses_what_the_function_does(bad, device):
 
 @each_function
 def test_tensors_without_memory_of_their_own(name, backend):
-    """A subclass that wraps others."""
+    """A tensor subclass that wraps other tensors."""
     if backend == "reference":
-        pytest.skip("the reference runs torch's ops on a subclass, which is free to define them")
+        pytest.skip("the reference runs torch's ops, which a tensor subclass may define")
     wrapper = torch.zeros(2, 2)
     wrapper.grad = TwoTensor(torch.ones(2, 2), torch.ones(2, 2))
     params = [good(), wrapper]
@@ -81,7 +81,7 @@ def test_tensors_without_memory_of_their_own(name, backend):
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
 def test_nested_tensors():
-    """They cannot be a .grad."""
+    """They cannot be a .grad, so only get_total_norm can receive them."""
     tensors = [torch.ones(2), torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])]
     call = functools.partial(gradfuse.get_total_norm, tensors)
     assert_refused(call, TypeError, "expected .* for tensor 1", [], "get_total_norm")
@@ -112,7 +112,7 @@ def test_no_iterable(what):
 @pytest.mark.no_kernel
 @each_writer
 def test_an_error_of_the_callers_generator_is_the_callers(name):
-    """Also a TypeError, which is what walking a thing that is no iterable raises."""
+    """Even a TypeError, which iterating over something that is no iterable raises too."""
     params = [good()]
 
     def broken():
@@ -156,7 +156,7 @@ def test_contradictory_policy():
 
 
 def test_adaptive_op_checks_that_weights_and_gradients_match():
-    """A parameter's own .grad has its shape; the op behind torch.compile takes any two lists."""
+    """A parameter's own .grad has its shape; the torch.library op accepts any two lists."""
     op = torch.ops.gradfuse.adaptive_clip_grads_
     for weight, grad in (((4, 3), (3, 4)), ((12,), (3, 4)), ((), (1,))):
         params = [good(), owner(torch.ones(grad))]
@@ -177,7 +177,7 @@ def test_grad_clipper_takes_tensors_and_named_tensors_only():
     assert clipper.names == ["0"]
 
 
-# What could end the process runs in one of its own.
+# These scripts could crash the process, so they run in another one.
 STORAGES = """
 import torch, gradfuse
 

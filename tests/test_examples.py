@@ -1,4 +1,4 @@
-"""Every script of examples/ runs to its end, trains, and says what its optimizer saw."""
+"""Every script of examples/ runs to its end, trains, and prints what its optimizer saw."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXAMPLES = {
 }
 
 
-@pytest.mark.skipif(SANITIZED, reason="the packages' own native code is not what is sanitized")
+@pytest.mark.skipif(SANITIZED, reason="the packages' own native code is not sanitized")
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example(name: str) -> None:
     package, says = EXAMPLES[name]

@@ -1,4 +1,4 @@
-"""fuse and unfuse: the same function, parameters, keys and paths, and a report of every site."""
+"""fuse and unfuse keep the function, parameters, keys and paths, and report every site."""
 
 import copy
 import functools
@@ -66,14 +66,14 @@ def run(model, x, train):
 
 
 def assert_same(model, fused, x, bound=1e-9):
-    """In float64, where both are exact but for the order of additions."""
+    """Compares in float64, where only the order of additions makes a difference."""
     for train in (True, False):
         expected, found = run(copy.deepcopy(model), x, train), run(copy.deepcopy(fused), x, train)
         assert (found[0] - expected[0]).norm() <= bound * expected[0].norm()
         largest = max(g.norm().item() for g in expected[1].values())
         assert found[1].keys() == expected[1].keys()
         for name, g in expected[1].items():
-            # A bias before a batch norm has a gradient of 0, which rounding makes a small one.
+            # The gradient of a bias before a batch norm is 0, except for rounding.
             assert (found[1][name] - g).norm() <= bound * (g.norm() + 1e-6 * largest), name
         for name, b in expected[2].items():
             torch.testing.assert_close(found[2][name], b, rtol=1e-9, atol=1e-12)
@@ -90,7 +90,7 @@ def test_models_of_torchvision_and_timm(name):
     assert list(fused.state_dict()) == list(model.state_dict())
     if "wide" in name or "resnext" in name:  # resnet50's graph, with other numbers of channels
         return
-    size = 64 if "densenet" in name else 40  # whose pools would leave two values per channel
+    size = 64 if "densenet" in name else 40  # at 40, its pools leave two values per channel
     x = random(2, 3, size, size, dtype=torch.float64)
     assert_same(model, fused, x)
     plain = gradfuse.unfuse(fused)
@@ -181,7 +181,7 @@ class Block(nn.Module):
 
 
 class Untraceable(nn.Module):
-    """Its forward asks for a value; those of its blocks do not."""
+    """Its forward reads a tensor's value, which cannot be traced; its blocks can be traced."""
 
     def __init__(self):
         super().__init__()
@@ -213,7 +213,7 @@ def test_the_very_same_parameters_and_buffers():
     fused = gradfuse.fuse(model)
     assert [*map(id, fused.parameters())] == [*map(id, model.parameters())]
     assert [*map(id, fused.buffers())] == [*map(id, model.buffers())]
-    assert type(model[0].bn) is nn.BatchNorm2d  # the given model is as it was
+    assert type(model[0].bn) is nn.BatchNorm2d  # the given model is unchanged
     assert type(model) is nn.Sequential
     assert isinstance(fused.get_submodule("0.bn"), BatchNormAct2d)
     before = model[0].bn.weight.clone()
@@ -334,7 +334,7 @@ def test_as_much_as_is_right(name):
 
 
 def test_an_in_place_add_is_seen_by_other_names():
-    """torch.fx alone would record an add out of place."""
+    """torch.fx alone would record x += y as an out-of-place add."""
 
     def forward(self, x):
         x = x * 1.0
@@ -407,7 +407,7 @@ def test_what_a_graph_alone_would_get_wrong(name):
 
 
 def test_a_part_called_by_itself():
-    """Its batch norm adds and activates by itself now: its own forward would do so twice."""
+    """The batch norm of a fused part adds and activates; the part's forward would do so again."""
     model = nn.Sequential(Block(), Block())
     fused = gradfuse.fuse(model)
     x = random(4, 3, 5, 5)
@@ -426,7 +426,7 @@ DRAWS = {
 
 @pytest.mark.parametrize("name", DRAWS)
 def test_random_draws_are_not_baked_in(name):
-    """The block that draws stays a module; what is around it is fused all the same."""
+    """The block that draws stays a module; the code around it is still fused."""
 
     class Drawing(Block):
         def forward(self, x):
@@ -469,7 +469,7 @@ OPTIONAL = {"one": if_given, "two": both_given, "keywords": keywords, "required"
 
 @pytest.mark.parametrize("name", OPTIONAL)
 def test_optional_arguments(name):
-    """A proxy is not None: a graph alone would hold for the calls that give them."""
+    """A tracing proxy is not None, so a graph alone is right only for calls that give them."""
     model = lambda_module(OPTIONAL[name], bn=nn.BatchNorm2d(3))
     fused = gradfuse.fuse(model)
     assert [s.pattern for s in fused.report] == ["bn"]
@@ -480,7 +480,7 @@ def test_optional_arguments(name):
 
 
 def test_optional_arguments_that_are_handed_on():
-    """Then None is as good as a tensor, and back in plain torch too."""
+    """If they are only passed on, None works like a tensor, also after unfuse."""
 
     def forward(self, x, skip=None):
         return self.act(self.norm(x, skip))
@@ -531,7 +531,8 @@ def test_checkpoints_stay(reentrant):
 
 @pytest.mark.parametrize("make", [lambda blocks: nn.Sequential(*blocks), nn.ModuleList])
 def test_blocks_that_are_iterated(make):
-    """By a forward that is not traced: they are no parts of one graph, and have its reason."""
+    """The forward that iterates them cannot be traced. Each block is fused by itself, and what is
+    not fused reports the forward's reason."""
 
     def forward(self, x):
         for layer in self.layers:
@@ -550,7 +551,7 @@ def test_blocks_that_are_iterated(make):
 
 
 def test_forwards_of_instances():
-    """Bound methods go with the new model, whose batch norm they call; others cannot."""
+    """A bound method is bound to the new model, whose batch norm it calls. Others are refused."""
     model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), Block())
     model[2].forward = types.MethodType(lambda s, x: s.bn(x).relu() * 2.0, model[2])
     fused = gradfuse.fuse(model)

@@ -1,5 +1,5 @@
-"""Any shapes, strides, dtypes, mixtures, orders and special values: against numpy in float64,
-and the compiled module against the reference."""
+"""The clips for any shapes, strides, dtypes, mixtures, orders and special values, against numpy in
+float64. Also compares the compiled module with the reference."""
 
 import math
 
@@ -34,7 +34,7 @@ EXPONENTS = {
     torch.complex64: (-37, 37),
     torch.complex128: (-307, 307),
 }
-# Of max_norm to the norm. Near 1, the norm's last bit decides whether a step is quiet.
+# max_norm / norm, not near 1: there the norm's last bit decides whether a step is quiet.
 ratios = st.one_of(st.floats(1e-3, 0.99), st.floats(1.01, 1.5))
 SPECIAL = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -2.5]
 
@@ -54,7 +54,7 @@ def stepped(x):
 
 
 def shifted(x):
-    """A view that begins off its allocation's alignment."""
+    """A view whose first element is not aligned like its allocation."""
     return torch.cat([x.new_zeros(3), x.reshape(-1)])[3:].view(x.shape)
 
 
@@ -68,7 +68,7 @@ ARRANGEMENTS += [channels_last, lambda x: x[..., 0] if x.ndim and x.shape[-1] el
 
 @st.composite
 def gradients(draw, dtypes=(*REAL, *COMPLEX), expanded=False):
-    """A list of tensors, in any order of shapes, layouts and magnitudes."""
+    """A list of tensors of any shapes, layouts and magnitudes, in any order."""
     grads = []
     for _ in range(draw(st.integers(0, 4))):
         dtype = draw(st.sampled_from(dtypes))
@@ -92,7 +92,7 @@ def dtypes_of(grads):
 
 
 def on(device, grads):
-    """Copies of the same strides."""
+    """Copies with the same strides."""
     copies = []
     for g in grads:
         storage = torch.UntypedStorage(g.untyped_storage().nbytes(), device=device)
@@ -107,7 +107,7 @@ def reals(x):
 
 
 def assert_within(got, expected, rtol):
-    """Parts of complex numbers are compared singly: a real factor scales each."""
+    """Compares real and imaginary parts separately, because a real factor scales each."""
     if got.is_complex():
         expected = np.stack([expected.real, expected.imag], -1)
     assert_values(reals(got), expected, rtol)
@@ -202,7 +202,7 @@ def test_value_clip_equals_torch(backend, device, grads, specials, bound):
 
 @given(gradients(), st.integers(-30, 4), st.floats(1e-3, 10.0), st.floats(0.0, 1.0), orders)
 def test_adaptive_clip_bounds_every_unit(backend, device, grads, exponent, factor, eps, p):
-    """By the rule, unit by unit; what is within its limit keeps its bits."""
+    """Each unit follows the rule; a unit within its limit keeps its bits."""
     grads = on(device, grads)
     for grad in grads:
         weight = torch.rand(grad.shape, generator=torch.Generator().manual_seed(0)).to(grad.dtype)
@@ -221,7 +221,7 @@ def test_adaptive_clip_bounds_every_unit(backend, device, grads, exponent, facto
 
 
 def unit_plan(weight, grad, factor, eps, p):
-    """How far the gradient's norm is beyond its limit, and what it is scaled to."""
+    """The ratio of the gradient's norm to its limit, and the gradient scaled to the limit."""
     limit = np.longdouble(factor * max(float(true_norm([weight], p)), eps))
     norm = true_norm([grad], p)
     exact = np.ldexp(np.longdouble(norm.value), norm.exponent)

@@ -41,7 +41,7 @@ def test_norm_counts_and_clip(large):
 
 @pytest.mark.slow
 def test_every_element_counts(large):
-    """2^31 + 5 ones: a float32 sum would have stopped at 2^24."""
+    """2^31 + 5 ones: a float32 sum would stop at 2^24."""
     large.fill_(1.0)
     assert gradfuse.get_total_norm(large).item() == pytest.approx(math.sqrt(N), rel=1e-6)
     assert gradfuse.get_total_norm(large, 1.0).item() == pytest.approx(N, rel=1e-6)

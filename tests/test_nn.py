@@ -93,7 +93,7 @@ def test_no_silent_conversion_to_sync_batch_norm():
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_a_checkpoint_counts_its_batch_once(backend, reentrant, momentum):
-    """pytorch#96136: twice, by the recomputation."""
+    """pytorch#96136: torch's recomputation counts the batch again."""
     m, once = BatchNormAct2d(3, momentum=momentum), BatchNormAct2d(3, momentum=momentum)
     x = random(4, 3, 5, 5).requires_grad_()
     checkpoint(m, x, use_reentrant=reentrant).sum().backward()

@@ -1,4 +1,4 @@
-"""What a NaN or an inf does: as torch by default, refused, or turned into a step of zeros."""
+"""Policies for NaN and inf: propagate as in torch (the default), raise, or zero all gradients."""
 
 import math
 
@@ -30,7 +30,7 @@ def poisoned(poison, dtype, device):
 
 
 def assert_same_outcome(ours, theirs):
-    """NaN at the same places, and elsewhere equal values."""
+    """NaN is at the same places, and all other values are equal."""
     assert torch.equal(ours.isnan(), theirs.isnan())
     kept = ~ours.isnan()
     assert torch.equal(ours[kept], theirs[kept].to(ours.dtype))
@@ -60,7 +60,7 @@ def test_a_nonfinite_total_norm_does_what_torch_does(total, device):
 
 @each_order
 def test_inf_beside_values_that_need_rescaling(norm_type, device):
-    """Partial sums of different scales must not make inf * 0 of it."""
+    """Merging partial sums of different scales must not compute inf * 0."""
     for huge in (1e300, 1e-300):
         grads = [
             torch.tensor([math.inf], dtype=torch.float64, device=device),

@@ -1,4 +1,4 @@
-"""What every op promises, over the registry in ops.py."""
+"""Tests that every op of the registry in ops.py must pass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KERNELS = pytest.mark.backends("cpu", "ptx", "cuda")
 
 
 def every(field: str):
-    """A case for each op and each item of a field of its entry; a mapping gives its items."""
+    """A case for each op and each item of this field of its entry; a mapping gives its items."""
     cases = []
     for op in OPS.values():
         items = getattr(op, field)
@@ -53,7 +53,7 @@ def assert_as_the_reference(op: Op, ours: dict, theirs: dict) -> None:
 
 @every("dtypes")
 def test_numbers(case, backend, device, monkeypatch):
-    """As close to float64 as torch's, and those of the reference."""
+    """Results are as close to float64 as torch's, and close to the reference's."""
     op, dtype = case
     for sample in op.samples(dtype, device):
         ours = op.ours(sample.fresh())
@@ -89,7 +89,7 @@ def outcome_bits(op: Op, sample) -> list[bytes]:
 
 @every("dtypes")
 def test_bits_do_not_depend_on_threads(case, native, threads):
-    """Nor do they change from run to run: 7 threads finish in ever new orders."""
+    """Bits do not change from run to run either: 7 threads finish in a new order each time."""
     op, dtype = case
     for sample in op.large(dtype):
         threads(1)
@@ -155,7 +155,7 @@ def test_the_host_never_waits(op, ptx):
 @every("traffic")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 def test_traffic(case, dtype, ptx):
-    """Each byte as often as it must, in accesses of 16 bytes."""
+    """Each byte moves as often as the entry says, in 16-byte accesses."""
     op, traffic = case
     sample = traffic.make(dtype)
     op.ours(sample)
@@ -167,7 +167,7 @@ def test_traffic(case, dtype, ptx):
 
 
 def test_no_module_binds_an_implementation():
-    """They look it up at each call: a test's implementation is then all modules'."""
+    """Modules look it up at each call, so that a test can replace it for all of them."""
     import importlib
     import pkgutil
 

@@ -1,4 +1,4 @@
-"""gradfuse.optim.AdamW and SGD: the numbers of a step, beside torch's clip and fused optimizers."""
+"""gradfuse.optim.AdamW and SGD: the numbers of a step against torch's clip and fused optimizers."""
 
 import functools
 import math
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("backend")
 
 SHAPES = [(40, 30), (1,), (), (0,), (4099,), (7, 3, 2)]
 TORCHS = {AdamW: torch.optim.AdamW, SGD: torch.optim.SGD}
-plain_code = pytest.mark.skipif(SANITIZED, reason="a few steps show a sanitizer as much")
+plain_code = pytest.mark.skipif(SANITIZED, reason="a sanitizer finds as much in a few steps")
 BOTH = pytest.mark.parametrize("rule", [AdamW, SGD], ids=lambda r: r.__name__)
 
 
@@ -37,7 +37,7 @@ def named(option):
 
 
 def fresh(dtype=torch.float32, device="cpu", shapes=SHAPES):
-    """Parameters, always the same."""
+    """Parameters with the same values in every call."""
     return [
         torch.nn.Parameter(random(*s, dtype=dtype, device=device, seed=i))
         for i, s in enumerate(shapes)
@@ -75,7 +75,7 @@ def contents(optimizer):
 
 
 def run_torch(rule, params, grads_like, steps, max_norm, options, **more):
-    """torch's clip and optimizer; gradients are those of grads_like, converted."""
+    """Steps with torch's clip and optimizer, on the gradients of grads_like, converted."""
     optimizer = TORCHS[rule](params, **{"lr": 0.01, **options}, **more)
     for step in range(steps):
         fill(grads_like, step)
@@ -89,7 +89,7 @@ def run_torch(rule, params, grads_like, steps, max_norm, options, **more):
 
 def compare(rule, options, dtype, device, steps, max_norm, shapes=SHAPES):
     ours = fresh(dtype, device, shapes)
-    # torch's fused kernels take no complex numbers, but the parts of them.
+    # torch's fused kernels take no complex numbers, so they get the real and imaginary parts.
     theirs = [torch.nn.Parameter(real(p).clone()) for p in ours]
     truth = [torch.nn.Parameter(real(p).double().clone()) for p in ours]
     optimizer = rule(ours, **{"lr": 0.01, **options}, clip=max_norm)
@@ -98,7 +98,7 @@ def compare(rule, options, dtype, device, steps, max_norm, shapes=SHAPES):
         optimizer.step()
     source = fresh(dtype, device, shapes)
     run_torch(rule, theirs, source, steps, max_norm, options, fused=True)
-    # A Python number: torch's own 1 - lr * weight_decay of a Tensor is a float32.
+    # A Python number: torch computes 1 - lr * weight_decay in float32 if lr is a Tensor.
     exact = {**options, "lr": float(options.get("lr", 0.01))}
     run_torch(rule, truth, source, steps, max_norm, exact, foreach=False)
     for a, t, b in zip(ours, truth, theirs, strict=True):
@@ -118,11 +118,11 @@ THOUSAND = [
     (SGD, {"momentum": 0.9, "dampening": 0.3, "maximize": True}),
 ]
 THOUSAND_SHAPES = [(1,), (7,), (33, 5), (300,)]
-BOUND = 10.0  # of the thousand steps' norms, a third lie below
+BOUND = 10.0  # a third of the thousand steps' norms are smaller
 
 
 def gradients(dtype, step):
-    """Those of the thousand steps: 24 sets, of three scales."""
+    """The gradients of one of the thousand steps. There are 24 sets, of three scales."""
     scale = (0.1, 1.0, 10.0)[step % 3]
     seed = 100 * (step % 24)
     return [
@@ -181,8 +181,8 @@ def thousand(index, dtype, steps=1000):
 @pytest.mark.parametrize("dtype", REAL, ids=short)
 @pytest.mark.parametrize("index", range(len(THOUSAND)), ids=lambda i: named(THOUSAND[i][1]))
 def test_a_thousand_steps(index, dtype, backend):
-    """Of all parameters as one vector: after so many roundings the error of torch's single element
-    is as good as random, and may be none."""
+    """Compares all parameters as one vector: after so many roundings torch's error in a single
+    element is as good as random, and may be 0."""
     rule, options = THOUSAND[index]
     params = fresh(dtype, shapes=THOUSAND_SHAPES)
     optimizer = rule(params, lr=0.01, clip=BOUND, **options)
@@ -297,12 +297,12 @@ def test_gradients_and_report_are_the_clippers(rule, materialize, dtype, device)
 @BOTH
 @pytest.mark.parametrize("scale", [1e20, 1e-30])
 def test_gradients_whose_squares_do_not_fit(rule, scale, device):
-    """torch's clip makes zeros of 1e20."""
+    """torch's clip turns gradients of 1e20 into zeros."""
     params = [torch.nn.Parameter(torch.zeros(64, device=device)) for _ in range(2)]
     fill(params, 0, scale)
     true = [wide(p.grad) for p in params]
     norm = math.sqrt(sum((t**2).sum() for t in true))
-    # Below 1e-6, which torch adds to the norm, nothing is left to clip to.
+    # torch adds 1e-6 to the norm, so clipping a far smaller norm would leave almost nothing.
     bound = norm / 10 if scale > 1 else 1.0
     optimizer = made(rule, params, lr=1.0 / scale if rule is SGD else 1.0, clip=bound)
     optimizer.step()
@@ -395,7 +395,7 @@ def test_propagate_is_torch(rule, clip, bad, device):
 
 @BOTH
 def test_layouts(rule, device):
-    """Whatever the strides of parameter and gradient, the numbers are those of dense ones."""
+    """The numbers do not depend on the strides of parameter and gradient."""
 
     def laid_out():
         base = random(2, 4, 6, 5, device=device)
@@ -413,7 +413,7 @@ def test_layouts(rule, device):
     for step in range(3):
         fill(params, step)
         fill(plain, step)
-        if step == 1:  # of other strides than the parameter
+        if step == 1:  # gradients with other strides than their parameters
             params[3].grad = params[3].grad.t().contiguous().t()
             params[2].grad = torch.stack([params[2].grad] * 2, 1)[:, 0]
             params[0].grad = params[0].grad.contiguous()
@@ -452,7 +452,7 @@ def test_the_same_parameter_twice(rule, device):
 
 @BOTH
 def test_update_of_one_parameter_does_not_depend_on_others(rule, device):
-    """Chunks are cut by what all parameters hold together."""
+    """The size of a chunk depends on the sizes of all parameters."""
     alone = fresh(device=device, shapes=[(4099,)])
     among = fresh(device=device, shapes=[(4099,), (300, 300), (3,)])
     one, many = made(rule, alone), made(rule, among)
@@ -512,7 +512,7 @@ def test_master_weights_follow_float32(rule, device):
 
 @BOTH
 def test_stochastic_rounding_is_right_on_average(rule, device):
-    """Each step is far below half a bfloat16's spacing: rounding to nearest would stand still."""
+    """Each step is far below half a bfloat16's spacing: with rounding to nearest nothing moves."""
     p = torch.nn.Parameter(torch.ones(20_000, dtype=torch.bfloat16, device=device))
     options = {"weight_decay": 0.0} if rule is AdamW else {"momentum": 0.0}
     optimizer = rule([p], lr=2.0**-11, stochastic_rounding=True, **options)
@@ -526,16 +526,16 @@ def test_stochastic_rounding_is_right_on_average(rule, device):
 
 
 def with_the_reference(step):
-    """What step() returns here, and with the reference, the random bits of which are the same."""
+    """What step() returns here and with the reference. Both use the same random bits."""
     here = step()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gradfuse._native.backend", gradfuse.reference)
         return here, step()
 
 
-# All factors of one step are powers of two, or exact with the 8 bits of a bfloat16: no product is
-# rounded, so that one fused with a sum is rounded as one apart is. For AdamW that holds in the
-# first step only, where 1 - beta**step is 1/4.
+# All factors of one step are powers of two, or exact in the 8 bits of a bfloat16. So no product is
+# rounded, and a fused multiply-add gives the same as a product and a sum. For AdamW this holds in
+# the first step only, where 1 - beta**step is 1/4.
 EXACT = [
     (AdamW, {"betas": (0.75, 0.75), "lr": 2.0**-4, "weight_decay": 8.0, "eps": 2.0**-10}),
     (AdamW, {"betas": (0.75, 0.75), "lr": 2.0**-6, "amsgrad": True, "weight_decay": 0.0}),
@@ -548,7 +548,7 @@ EXACT = [
 @pytest.mark.parametrize(("rule", "options"), EXACT, ids=named)
 def test_stochastic_rounding_has_the_same_bits_everywhere(rule, options, backend, device):
     if backend == "reference":
-        pytest.skip("it is what the others are compared with")
+        pytest.skip("the others are compared with the reference")
 
     def outcome():
         params = fresh(torch.bfloat16, device)
@@ -570,10 +570,10 @@ def test_stochastic_rounding_has_the_same_bits_everywhere(rule, options, backend
 def test_stochastic_rounding_of_other_numbers_differs_where_their_last_bit_does(
     rule, backend, device
 ):
-    """A float32 off by its last bit is cut to another bfloat16 once in 65,536 times, to the next
-    one: where kernels fuse a product with a sum, or order factors in another way."""
+    """Kernels that fuse a product with a sum, or order factors differently, change a float32's last
+    bit. Once in 65,536 times that rounds to another bfloat16, the next one."""
     if backend == "reference":
-        pytest.skip("it is what the others are compared with")
+        pytest.skip("the others are compared with the reference")
 
     def outcome():
         params = fresh(torch.bfloat16, device)
@@ -607,7 +607,7 @@ def test_errors_of_the_constructor(rule, options, kind, word):
 
 
 def data(make):
-    """The parameter becomes another under its gradient, which torch does not allow of p.grad."""
+    """Replaces the parameter's data and keeps its gradient, which torch would refuse as p.grad."""
 
     def breaks(optimizer, p):
         p.data = make(p.detach())
@@ -639,7 +639,7 @@ def a_state_of_another_shape(optimizer, p):
 def a_state_of_another_type(optimizer, p):
     state = optimizer.state[p]
     moment = state[next(k for k in state if k != "step")]
-    moment.data = moment.data.half()  # the same tensor, of half the memory
+    moment.data = moment.data.half()  # the same tensor, with half the memory
 
 
 def a_learning_rate_of_two(optimizer, p):
@@ -697,7 +697,7 @@ def test_errors_of_a_step_write_nothing(rule, what, nonfinite, materialize, last
 @BOTH
 @pytest.mark.parametrize("clip", [None, 1.0])
 def test_integer_parameters_are_refused(rule, clip, device):
-    """In the first step too, where all state begins."""
+    """Also in the first step, which creates the state."""
     params = fresh(device=device)
     fill(params, 0)
     whole = torch.nn.Parameter(torch.arange(5, device=device), requires_grad=False)

@@ -95,7 +95,7 @@ POLICIES = {
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("unscale", [False, True])
 def test_policies_bound_unscaled_gradients(rule, policy, unscale, backend):
-    """Whether the scaler divides before the step or in it; an inf skips, and halves the scale."""
+    """The scaler may divide before the step or in it. An inf skips and halves the scale."""
     bound, torchs_clip = POLICIES[policy]
     ours, theirs = fresh(), fresh()
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
@@ -129,7 +129,7 @@ INFS = (1, 4, 5, 9)
 
 
 def pair(rule, **options):
-    """The same parameters, optimizer and scaler twice, the second of torch's scaler."""
+    """Parameters, optimizer and scaler, twice: first with our scaler, then with torch's."""
     out = []
     for cls in SCALERS:
         params = fresh()
@@ -158,7 +158,7 @@ def assert_same(both):
 
 @pytest.fixture
 def torchs_checks(monkeypatch):
-    """Counts the calls of torch's check."""
+    """The calls of torch's check: the number of tensors in each."""
     calls = []
     check = torch._amp_foreach_non_finite_check_and_unscale_
 
@@ -179,7 +179,7 @@ def test_our_scaler_does_what_torchs_does(rule, nonfinite, clip, backend, torchs
         step_both(both, step, inf=step in INFS)
         assert_same(both)
     assert both[0][1].skipped_steps == len(INFS)
-    assert len(torchs_checks) == 12  # of torch's scaler alone
+    assert len(torchs_checks) == 12  # by torch's scaler alone
 
 
 @BOTH
@@ -207,7 +207,8 @@ def test_after_unscale_the_check_is_torchs(rule, backend, torchs_checks):
 
 
 def test_other_optimizers_and_several(backend, torchs_checks):
-    """One scale for all; an inf that one sees skips that one alone, and halves it."""
+    """All optimizers share one scale. An inf in one of them skips only that one, and halves the
+    scale."""
     outcomes = []
     for cls in SCALERS:
         scaler = cls("cpu", init_scale=1024.0, growth_interval=2)
@@ -263,7 +264,7 @@ def test_where_a_step_may_see_other_gradients_the_check_is_torchs(kind, backend,
 
 
 def in_its_own_way(self, optimizer, *args, **kwargs):
-    """A step of torch's scaler that asks no method for the check."""
+    """A step for torch's scaler that calls no method to check the gradients."""
     found = torch.tensor(float(any(not p.grad.isfinite().all() for p in params_of(optimizer))))
     self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {found.device: found}
     optimizer.grad_scale, optimizer.found_inf = self._get_scale_async(), found
@@ -291,7 +292,7 @@ def test_a_scaler_of_another_torch_checks_for_itself(name, backend, monkeypatch,
             patched.setattr(stock, "__init__", lambda self, *_, **__: None)
         grad_scaler._torch_is_as_known.cache_clear()
         known = grad_scaler._torch_is_as_known()
-    assert known == (name == "step")  # which gives the right outcome by itself
+    assert known == (name == "step")  # this step gives the right outcome by itself
     if name == "step":
         monkeypatch.setattr(stock, name, in_its_own_way)
     for step in range(6):

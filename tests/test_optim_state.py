@@ -1,4 +1,4 @@
-"""gradfuse.optim as torch.optim: groups, schedulers, state that goes both ways, resuming."""
+"""gradfuse.optim works like torch.optim: groups, schedulers, resuming, state in both directions."""
 
 import copy
 import io
@@ -36,7 +36,7 @@ def assert_close(ours, theirs):
 @pytest.mark.parametrize("more", [{}, {"fused": True}, {"capturable": True}, {"amsgrad": True}])
 def test_resumes_a_torch_run_and_goes_back(rule, more, device):
     if rule is SGD and more.keys() & {"capturable", "amsgrad"}:
-        pytest.skip("options of AdamW")
+        pytest.skip("only AdamW has these options")
     options = {"lr": 0.01, **({"momentum": 0.9} if rule is SGD else {})}
     ours, theirs = fresh(device=device, shapes=SHAPES), fresh(device=device, shapes=SHAPES)
     if more.keys() & {"capturable"} and device.type == "cpu":
@@ -79,7 +79,7 @@ def test_copies_go_on_bitwise(rule, how, extra, device):
     else:
         others = [torch.nn.Parameter(p.detach().clone()) for p in params]
         again = made(rule, others, clip=1.0, **extra)
-        state = copy.deepcopy(optimizer.state_dict())  # loading takes the tensors themselves
+        state = copy.deepcopy(optimizer.state_dict())  # loading does not copy the tensors
         if how == "weights_only":
             file = io.BytesIO()
             torch.save(state, file)
@@ -179,7 +179,7 @@ STRANGE = [
 @BOTH
 @pytest.mark.parametrize("nth", range(len(STRANGE)))
 def test_strange_state_is_taken_or_refused(rule, nth, device):
-    """And never read as what it is not."""
+    """State is never read as another dtype, shape or layout than it has."""
     params = fresh(device=device, shapes=[(4099,)])
     optimizer = made(rule, params)
     steps_of(optimizer, params, range(1))
@@ -228,7 +228,7 @@ torch.save([p.detach() for p in net.parameters()], os.path.join(folder, "end"))
 
 @pytest.mark.no_kernel
 def test_killed_at_any_step_it_resumes_bitwise(tmp_path):
-    """By children, which choose their implementation themselves."""
+    """Child processes train. They choose their implementation themselves."""
 
     def train(folder, kill_after=None):
         folder.mkdir(exist_ok=True)

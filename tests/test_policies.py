@@ -1,4 +1,4 @@
-"""Policies: what a step multiplies its gradients by, decided from their norms."""
+"""Policies choose the coefficients of a step from the norms of its gradients."""
 
 import copy
 import math
@@ -28,7 +28,7 @@ from gradfuse.policies import (
 
 
 class Follow(Policy):
-    """The user's policy of the module's docstring."""
+    """The user's policy from the docstring of gradfuse.policies."""
 
     def begin(self, norms):
         return {"level": norms.new_tensor(math.inf)}
@@ -40,7 +40,7 @@ class Follow(Policy):
 
 
 class Each(Policy):
-    """Every gradient to norm 1 at most."""
+    """Clips every gradient to norm 1."""
 
     def decide(self, norm, norms, state):
         return Decision((1.0 / norms.clamp(min=1e-30)).clamp(max=1.0))
@@ -170,7 +170,7 @@ def norms_of_a_run(steps: int, seed: int = 0) -> list[list[float]]:
 
 
 def coefficients_of(policy: Policy, run: list[list[float]], backend: str) -> list[list[float]]:
-    """What a GradClipper multiplied each gradient by, at each step."""
+    """The coefficient by which a GradClipper multiplied each gradient, at each step."""
     ps = [Parameter(torch.zeros(2, dtype=torch.float64)) for _ in run[0]]
     clipper = gradfuse.GradClipper(ps, policy)
     out = []
@@ -183,8 +183,8 @@ def coefficients_of(policy: Policy, run: list[list[float]], backend: str) -> lis
 
 
 def published_zclip(run, alpha, z, warmup, max_norm):
-    """Algorithm 1 of arXiv:2504.02507, on plain numbers, with the mean and variance of the first
-    norms taken from all of them."""
+    """Algorithm 1 of arXiv:2504.02507, on plain numbers. It begins with the mean and variance of
+    all norms of the warmup."""
     first, mean, var = [], None, None
     for norms in run:
         norm = math.hypot(*norms)
@@ -446,7 +446,7 @@ def test_reports_say_what_was_done(backend):
 @every_policy
 @pytest.mark.parametrize("skips", [True, False])
 def test_no_decision_waits_for_the_device(make, skips):
-    """A meta tensor has no values: whatever asked for one would raise."""
+    """A meta tensor has no values, so reading one would raise."""
     measured = [
         torch.empty(shape, dtype=torch.float64, device="meta") for shape in ([], [8], [2, 5])
     ]

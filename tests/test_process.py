@@ -13,7 +13,7 @@ import gradfuse
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and forks")
 plain_memory = pytest.mark.skipif(SANITIZED, reason="a sanitizer keeps freed memory")
 
-# Filled by numpy, since torch's own operators hang in a fork of a process whose threads are up.
+# numpy fills the gradients: torch's own operators hang in a fork of a process that has threads.
 USE = """
 import os, numpy as np, torch, gradfuse
 torch.set_num_threads(4)
@@ -54,7 +54,7 @@ print("same")
 
 @linux_only
 def test_data_loader_workers_clip(native):
-    """They are forks of a process whose threads are up."""
+    """The workers are forks of a process that has threads."""
     script = """
 class Clipping(torch.utils.data.Dataset):
     def __len__(self):
@@ -72,7 +72,7 @@ print(all(bool(same) for same in loader))
 
 @pytest.mark.usefixtures("backend")
 def test_threads_calling_at_once(device):
-    """Each on parameters of its own; the outcome is that of one after the other."""
+    """Each thread has its own parameters. The outcome equals that of one call after the other."""
 
     def train(seed):
         outcome = []
@@ -107,7 +107,7 @@ def test_threads_calling_at_once(device):
 
 
 def test_threads_sharing_one_clipper(native):
-    """Measuring only, as nothing orders their writes."""
+    """The threads only measure, because nothing would order their writes."""
     grads = [random(600_000), random(9)]
     clipper = gradfuse.GradClipper(owners(grads), float("inf"))
     expected = clipper.clip_().to_dict()
@@ -125,7 +125,7 @@ def test_threads_sharing_one_clipper(native):
 
 
 class Ticker(threading.Thread):
-    """Counts whenever it gets the GIL, which it asks for once in a tenth of a millisecond."""
+    """Counts how often it gets the GIL, for which it asks every 0.1 ms."""
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -145,7 +145,7 @@ class Ticker(threading.Thread):
 
 @pytest.fixture
 def ticker():
-    """With so long a switch interval that only a release of the GIL lets it run."""
+    """A running Ticker. The switch interval is so long that it runs only if the GIL is released."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1000.0)
     ticker = Ticker()
@@ -157,7 +157,7 @@ def ticker():
 
 
 def long_calls():
-    """A tenth of a second or so each: general powers are slow."""
+    """Calls that take about a tenth of a second each, because general powers are slow."""
     grads = [random(1000).repeat(3000)]
     params = owners(grads)
     clipper = gradfuse.GradClipper(params, 1e9, 2.5)

@@ -1,4 +1,4 @@
-"""A step with nothing to clip writes nothing: proven on pages that cannot be written."""
+"""A step with nothing to clip writes nothing. Read-only pages prove it."""
 
 import functools
 import json
@@ -27,7 +27,7 @@ import gradfuse
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("dtype", [*REAL, *COMPLEX], ids=short)
 def test_a_quiet_step_leaves_every_bit(dtype, device):
-    """Signs of zero, subnormals and views included."""
+    """Also with negative zeros, subnormals and views."""
     base = random(50, 40, dtype=dtype, device=device)
     base[3] = -0.0
     base[4] = torch.finfo(dtype).smallest_normal / 2
@@ -50,7 +50,7 @@ def test_a_quiet_step_leaves_every_bit(dtype, device):
 
 @pytest.mark.usefixtures("backend")
 def test_a_norm_of_exactly_max_norm_is_quiet(device):
-    """The stock coefficient is 1 / (1 + 1e-6) there, and writes."""
+    """torch's coefficient is below 1 there, because of its 1e-6, so torch writes."""
     grad = torch.tensor([3.0, 4.0], device=device)
     (param,) = owners([grad])
     gradfuse.clip_grad_norm_(param, 5.0)
@@ -77,7 +77,7 @@ def test_version_counters_move_only_with_a_write():
     assert all(g._version > v for g, v in zip(grads, versions, strict=True))
 
 
-# Every case runs in a child of its own, on gradients that lie on read-only pages.
+# Every call runs in its own child process, on gradients that lie on read-only pages.
 SCRIPT = """
 import ctypes, json, math, mmap, os, traceback
 import numpy as np, torch, gradfuse
@@ -133,7 +133,7 @@ QUIET = [
     "gradfuse.clip_grads_with_norm_(params, 2, torch.tensor(1.0))",
 ]
 REFUSING = ["gradfuse.clip_grad_norm_(bad, 1.0, nonfinite='error')"]
-# The reference writes what it read back here, bit for bit the same.
+# The reference would fault here: it writes back what it read, bit for bit the same.
 QUIET_IF_NATIVE = [
     "gradfuse.clip_grad_value_(reals, 10.0)",
     "gradfuse.clip_grad_value_(strided, 10.0)",
@@ -159,7 +159,7 @@ each_implementation = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def outcomes():
-    """What became of a call on read-only pages: outcomes(implementation)[call]."""
+    """outcomes(implementation)[call] is "ran", "raised" or "fault", on read-only pages."""
 
     @functools.cache
     def run(implementation):
@@ -194,5 +194,5 @@ def test_only_what_changes_is_written(call, outcomes):
 @each_implementation
 @pytest.mark.parametrize("call", WRITING)
 def test_writing_steps_fault_there(call, implementation, outcomes):
-    """Else the tests above would prove nothing."""
+    """Otherwise the tests above would prove nothing."""
     assert outcomes(implementation)[call] == "fault"

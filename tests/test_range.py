@@ -50,7 +50,7 @@ EXTREMES = [
     (torch.float64, 1e-200),
     (torch.float64, 1e-310),
 ]
-# Around vectors, blocks of 4,096 and chunks of 32,768.
+# Around the sizes of vectors, of blocks (4,096) and of chunks (32,768).
 SIZES = [1, 31, 32, 33, 127, 128, 129, 4095, 4096, 4097, 32767, 32768, 32769, 100003]
 
 
@@ -91,7 +91,7 @@ def test_extreme_magnitudes_end_at_max_norm_one(dtype, magnitude, device):
 
 @pytest.mark.parametrize("max_norm", [1e-3, 1e-12, 1e-20])
 def test_coefficients_below_float64(max_norm, device):
-    """The quotient is subnormal or 0, the gradients that it makes are neither."""
+    """max_norm / norm is subnormal or 0, but the clipped gradients are neither."""
     grads = [extreme(torch.float64, 1e308, 50, device), torch.ones(3, device=device)]
     norm = true_norm(grads)
     truth = [truly_clipped(g, norm, max_norm) for g in grads]
@@ -102,7 +102,7 @@ def test_coefficients_below_float64(max_norm, device):
 
 @pytest.mark.parametrize("scale", [1e-320, 1e-315, 1e-308, 1e-300])
 def test_norm_and_max_norm_at_the_end_of_float64(scale, device):
-    """Of such a quotient the 1e-6 is all that counts."""
+    """The norm is so small that only the 1e-6 counts in the coefficient's denominator."""
     grad = random(50, dtype=torch.float64, scale=scale, device=device)
     norm = true_norm([grad])
     expected = truly_clipped(grad, norm, float(norm) / 2)
@@ -134,7 +134,7 @@ def test_bfloat16_ones_end_at_norm_one(device):
 
 @pytest.mark.parametrize("norm_type", NORM_TYPES)
 def test_tiny_and_huge_together(norm_type, device):
-    """Each alone decides a norm that the other may not disturb."""
+    """The largest magnitudes decide the norm, and the others must not disturb it."""
     dtypes = [torch.float64, torch.float32, torch.float64, torch.bfloat16, torch.float16]
     for scales in ((1e300, 1e-30, 1e-300, 1e30, 1.0), (1e-300, 1e-40, 1e-305, 0.0, 0.0)):
         pairs = zip(dtypes, scales, strict=True)
@@ -158,7 +158,7 @@ def test_huge_and_tiny_within_one_tensor(device):
 
 @pytest.mark.parametrize("norm_type", NORM_TYPES)
 def test_subnormal_beside_nothing(norm_type, device):
-    """A tensor of zeros has a scale of its own, which is beyond float64 in units of the other's."""
+    """The scale of a tensor of zeros is beyond float64 in units of the other tensor's scale."""
     tiny = torch.tensor([9e-310, 3e-310], dtype=torch.float64, device=device)
     zeros = torch.zeros(4, device=device)
     for grads in ([tiny, zeros], [zeros, tiny]):
@@ -187,7 +187,7 @@ def test_float64_around_the_rescaling_bounds(exponent, device):
 
 @pytest.mark.parametrize("norm_type", [0.1, 30.0, 1000.0, 2000.0])
 def test_orders_far_from_two(norm_type, device):
-    """A p-th power of the mantissa alone leaves float64 from p = 1024 on."""
+    """From p = 1024 on, even the p-th power of a mantissa leaves the range of float64."""
     for dtype in REAL:
         grad = random(50, dtype=dtype, device=device, scale=100.0).clamp(-500, 500)
         grad[7] = 511.0
@@ -196,7 +196,7 @@ def test_orders_far_from_two(norm_type, device):
 
 
 def test_norm_beyond_float64_through_a_small_order(device):
-    """100,000 ones have a 0.01-norm of 1e500, and a gradient that is finite is no NaN."""
+    """100,000 ones have a 0.01-norm of 1e500. Clipping must not turn the finite gradient to NaN."""
     grad = torch.ones(100_000, dtype=torch.float64, device=device)
     assert gradfuse.clip_grad_norm_(owner(grad), 1e300, 0.01).item() == math.inf
     assert_values(grad, np.full(100_000, 1e-200), 1e-9)
@@ -217,7 +217,7 @@ def test_every_size(dtype, n, device):
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("dtype", REAL, ids=short)
 def test_no_element_is_missed_or_read_twice(dtype, n, device):
-    """One element, where vectors, blocks and chunks begin and end, makes all of the norm."""
+    """The only nonzero element lies where a vector, a block or a chunk begins or ends."""
     grad = torch.zeros(n, dtype=dtype, device=device)
     clipper = gradfuse.GradClipper(owner(grad), math.inf)
     borders = {0, 1, 15, 16, 31, 32, 127, 128, 4095, 4096, 32767, 32768, 65535, 98303, 98304}
@@ -231,7 +231,7 @@ def test_no_element_is_missed_or_read_twice(dtype, n, device):
 @pytest.mark.parametrize("offset", [1, 2, 3, 5, 7])
 @pytest.mark.parametrize("dtype", REAL, ids=short)
 def test_unaligned_starts(dtype, offset, device):
-    """Views that begin between vectors; what lies around them stays."""
+    """Views that begin between vectors. The elements around them do not change."""
     base = random(5000, dtype=dtype, device=device)
     before = base.clone()
     grad = base[offset:-offset]

@@ -40,7 +40,7 @@ def test_equals_torch(dtype, clip_value, device):
 @pytest.mark.parametrize("clip_value", [0.1, 1 / 3, 0.7, 1.001, 2.9])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=short)
 def test_the_bound_is_rounded_to_the_gradients_dtype(dtype, clip_value, device):
-    """Then a value just above the rounded bound moves, and the bound itself stays."""
+    """So a value just above the rounded bound changes, and the bound itself does not."""
     bound = torch.tensor(clip_value, dtype=dtype, device=device)
     grad = torch.stack([bound, -bound, bound.nextafter(2 * bound), -bound.nextafter(2 * bound)])
     gradfuse.clip_grad_value_(owner(grad), clip_value)

@@ -28,7 +28,7 @@ COMPILED, ABN, FLOOR = "torch.compile", "inplace_abn", "floor: the same bytes"
 FRESH_FLOOR = "the same bytes, fresh memory"
 STEP = "ResNet-50 step"
 
-# Of ResNet-50 at batch 32, one at batch 8, and one so small that overhead rules.
+# Of ResNet-50 at batch 32, one at batch 8, and one so small that overhead dominates.
 SHAPES = (
     (32, 64, 56, 56),
     (32, 256, 56, 56),
@@ -39,12 +39,12 @@ SHAPES = (
     (4, 32, 14, 14),
 )
 QUICK = ((8, 256, 28, 28), (4, 32, 14, 14))
-# The goals for forward and backward, float32; of bfloat16 the geometric mean alone is asked.
+# The goals for forward and backward in float32. In bfloat16 only the geometric mean has a goal.
 TARGET, OVERHEAD = Target(1.4, 1 / 0.7), Target(1.0)
 
 
 class Tensors:
-    """What a call reads; x, residual, weight and bias require gradients."""
+    """The tensors that a call reads; x, residual, weight and bias require gradients."""
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, channels_last: bool) -> None:
         generator = torch.Generator().manual_seed(sum(shape))
@@ -79,12 +79,12 @@ def fused(save: str) -> Callable[..., Tensor]:
 
 
 def floors(nbytes: int, backward: bool) -> list[Contender]:
-    """Loops that read and write what the op must, a tensor at a time.
+    """Loops that read and write the bytes that the op must move, one tensor at a time.
 
-    Forward: the input twice, the residual once, the output. Backward: grad_output and input twice,
-    the gradients of input and residual. The mask's bit per element is left out. The floor writes
-    to memory that is there already; an op that returns tensors cannot, so the loop that asks for
-    new memory stands beside it.
+    Forward: reads the input twice and the residual once, writes the output. Backward: reads
+    grad_output and input twice, writes the gradients of input and residual. The mask's bit per
+    element is left out. The floor writes to existing memory. An op that returns tensors cannot, so
+    the second loop allocates new memory.
     """
     a, b, c, d = (torch.ones(nbytes // 4) for _ in range(4))
 
@@ -124,7 +124,7 @@ def setup(
         expected = expected or results
         for ours, theirs in zip(results, expected, strict=True):
             difference = (ours.double() - theirs.double()).norm()
-            # Where torch rounds otherwise, near 0, relu passes or stops a gradient.
+            # Near 0, another rounding than torch's makes relu pass or stop a gradient.
             tolerance = 1e-2 if dtype == torch.float32 else 0.1
             if not difference <= tolerance * theirs.double().norm():
                 raise RuntimeError(f"{name}: another result than {EAGER} on {tuple(shape)}")
@@ -232,7 +232,7 @@ def training_step(notes: list[str], batch: int, pixels: int) -> Workload | None:
 
 
 def geometric_means(results: Sequence[Result]) -> list[str]:
-    """The goals that are about all shapes and layouts together."""
+    """The means over all shapes and layouts, with their goals."""
     lines = []
     for dtype, peer, goal in (
         ("float32", EAGER, 2.2),
@@ -263,7 +263,7 @@ def geometric_means(results: Sequence[Result]) -> list[str]:
 
 
 def allocator() -> str:
-    """Whose malloc is in use."""
+    """The name of the malloc in use."""
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:

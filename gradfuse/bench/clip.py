@@ -41,7 +41,7 @@ CLIP_FACTOR = 0.01
 
 
 def floor(nbytes: int, device: str, flat: torch.Tensor | None = None) -> Contender:
-    """torch.dot(flat, flat) in float32 over so many bytes, whatever the dtype of the gradients."""
+    """torch.dot(flat, flat) in float32 over nbytes bytes, for gradients of any dtype."""
     if flat is None or flat.dtype != torch.float32:
         flat = torch.ones(nbytes // 4, device=device)
     return Contender(FLOOR, partial(torch.dot, flat, flat))
@@ -49,7 +49,7 @@ def floor(nbytes: int, device: str, flat: torch.Tensor | None = None) -> Contend
 
 @dataclass
 class Setup:
-    """What a setup function makes: who competes, and the fewest bytes that must move."""
+    """The result of a setup function. bytes_moved is the fewest bytes that must move."""
 
     contenders: list[Contender]
     bytes_moved: int
@@ -63,7 +63,7 @@ def setup_norm(
     device: str = "cpu",
     compiled: Callable[..., object] | None = None,
 ) -> Setup:
-    """Clipping by the global norm, of gradients of half or twice max_norm."""
+    """Clipping by the global norm. The gradients have half or twice max_norm as their norm."""
     before = MAX_NORM * (2.0 if clipping else 0.5)
     gradients = random_gradients(shapes, dtype, device, before, min(before, MAX_NORM))
     ps = gradients.parameters
@@ -84,7 +84,7 @@ def setup_norm(
 def setup_adaptive(
     shapes: Sequence[Shape], dtype: torch.dtype, clipping: bool, device: str = "cpu"
 ) -> Setup:
-    """Adaptive clipping, of gradients that are half or twice what every unit allows."""
+    """Adaptive clipping. The gradient of every unit has half or twice the norm that is allowed."""
     ratio = CLIP_FACTOR * (2.0 if clipping else 0.5)
     norm = math.sqrt(sum(math.prod(s) for s in shapes))
     weights = random_gradients(shapes, dtype, device, norm, norm)
@@ -106,9 +106,9 @@ def setup_adaptive(
 
 
 def workload(name: str, setup: Setup, dtype: torch.dtype, device: str) -> Workload:
-    """The setup as the harness takes it: the first contender is the baseline."""
+    """The setup as a Workload for the harness. The first contender is the baseline."""
     contenders = setup.contenders
-    if device == "cuda":  # a call has ended when the device has
+    if device == "cuda":  # a call ends when the device has finished
         contenders = [Contender(c.name, finished(c.run)) for c in contenders]
     return Workload(
         name=name,
@@ -125,7 +125,7 @@ def workload(name: str, setup: Setup, dtype: torch.dtype, device: str) -> Worklo
 
 
 def finished(run: Callable[[], object]) -> Callable[[], None]:
-    """run, and the wait for the GPU."""
+    """A function that calls run and waits for the GPU."""
 
     def run_to_the_end() -> None:
         run()
@@ -135,7 +135,7 @@ def finished(run: Callable[[], object]) -> Callable[[], None]:
 
 
 def workloads(arguments: argparse.Namespace, notes: list[str]) -> Iterator[Workload]:
-    """All workloads, one at a time. What befalls torch.compile is added to the notes."""
+    """All workloads, one at a time. Adds the outcome of torch.compile to the notes."""
     device = arguments.device
     if arguments.quick:
         notes.append("torch.compile: left out by --quick")

@@ -65,7 +65,7 @@ def run(bench: Bench, argv: Sequence[str]) -> None:
         for work in bench.workloads(arguments, notes):
             show(f"{work.name}, {work.dtype}")
             results += measure(work, plan)
-            del work  # and its memory, before the next is set up
+            del work  # frees its memory before the next is set up
     notes += bench.summarise(results)
     about = machine() | {
         "device": getattr(arguments, "device", "cpu"),

@@ -19,10 +19,10 @@ CACHE = 64 << 20  # bytes: more than the caches of a desktop or a slice of a ser
 
 @dataclass
 class Gradients:
-    """Parameters with gradients, and what puts the gradients back before a call."""
+    """Parameters with gradients, and a copy that restores the gradients before a call."""
 
     parameters: list[Parameter]
-    flat: Tensor  # all gradients as they are before a call, in one piece: what the floor reads
+    flat: Tensor  # all gradients before a call, in one piece; the floor reads it
     restore: bool  # whether the calls change the gradients
     after: float  # norm that a call leaves
 
@@ -53,7 +53,7 @@ class Gradients:
     def verify(self) -> None:
         """Raises unless the gradients now have the norm that a call leaves them with."""
         norm = wide_norm(self.grads)
-        if not math.isclose(norm, self.after, rel_tol=0.02):  # bfloat16 clips by bfloat16 norms
+        if not math.isclose(norm, self.after, rel_tol=0.02):  # torch's bfloat16 norms are bfloat16
             raise RuntimeError(
                 f"a contender left gradients of norm {norm:.6g}, expected {self.after:.6g}"
             )
@@ -76,11 +76,11 @@ def random_gradients(
     """Normally distributed gradients of norm `before`, to be clipped to norm `after`."""
     count = sum(math.prod(s) for s in shapes)
     generator = torch.Generator().manual_seed(0)
-    block = torch.randn(min(count, 1 << 20), generator=generator)  # repeated: its size is enough
+    block = torch.randn(min(count, 1 << 20), generator=generator)  # large enough to be repeated
     flat = block.repeat(-(-count // block.numel()))[:count]
     flat *= before / wide_norm([flat])
     flat = flat.to(device=device, dtype=dtype)
-    # The values of the parameters are never read by a clip: memory that costs only its address.
+    # A clip never reads the parameters' values, so their memory is never touched.
     parameters = [Parameter(torch.empty(s, dtype=dtype, device=device)) for s in shapes]
     for p, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         p.grad = piece.view(p.shape).clone()

@@ -59,9 +59,9 @@ class Workload:
     Attributes:
         bytes_moved: the fewest bytes the work has to read and write.
         baseline: name of the contender that speed-ups refer to.
-        floor: name of the contender that only reads the gradients.
+        floor: name of the contender that only moves the bytes.
         prepare: runs untimed before every call, the same for every contender.
-        verify: raises unless the call just made did the work. Not asked of the floor.
+        verify: raises unless the last call did the work. Not called for the floor.
     """
 
     name: str
@@ -89,8 +89,8 @@ class Plan:
 class Result:
     """One contender's figures on one workload.
 
-    speedup and floor_ratio are medians of the ratios within each round: what slows the machine for
-    a moment slows neighbours alike. speedup_of_medians is the same from the medians of the times.
+    speedup and floor_ratio are medians of the ratios within each round: a short slowdown of the
+    machine affects all calls of a round alike. speedup_of_medians is the ratio of the medians.
     """
 
     workload: str
@@ -119,10 +119,10 @@ def interleave(
     plan: Plan,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Times:
-    """Seconds of every call, by contender. Each round calls each once, in an order that changes.
+    """Seconds of every call, by contender. Each round calls each contender once.
 
-    It rotates every second round, and in between runs backwards, so that nobody always follows the
-    same neighbour.
+    The order rotates every second round and is reversed in between, so that no contender always
+    follows the same one.
     """
     times: Times = {c.name: [] for c in contenders}
     begin = clock()
@@ -146,7 +146,7 @@ def interleave(
 
 
 def quantile(values: Iterable[float], q: float) -> float:
-    """The q-quantile, between neighbours by linear interpolation."""
+    """The q-quantile, with linear interpolation between neighbours."""
     ordered = sorted(values)
     position = q * (len(ordered) - 1)
     low = int(position)
@@ -192,16 +192,16 @@ def summarise(workload: Workload, times: Times, extra: dict[str, int | None]) ->
 
 
 def extra_memory(run: Callable[[], object], device: str = "cpu") -> int | None:
-    """Most bytes that torch's allocator held during one call beyond what it held before.
+    """The most bytes that torch's allocator held during one call, beyond what it held before.
 
-    None where this torch's profiler does not tell. On the CPU, plain C++ buffers are not seen.
+    None if this torch's profiler does not report them. On the CPU, plain C++ buffers do not count.
     """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler prints two lines a call
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler prints two lines per call
     cpu = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
         run()

@@ -1,4 +1,4 @@
-"""What the figures of a bench depend on: the machine, and who else was using it."""
+"""What affects the figures of a bench: the machine, and how much other processes use it."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ def cpu_model() -> str:
 
 
 class Neighbours:
-    """How much of the processors' time others have taken since this was made.
+    """The share of processor time that other processes have taken since this was created.
 
-    Threads that wait for each other are slowed many times over when another process takes a core,
-    and not all contenders alike: such figures are worth nothing.
+    If another process takes a core, threads that wait for each other become many times slower, and
+    not all contenders alike. Such figures are worthless.
     """
 
     def __init__(self) -> None:
         self._begin = processor_seconds()
 
     def share(self) -> float | None:
-        """0.0 to 1.0; None where the system does not tell."""
+        """0.0 to 1.0; None if the system does not report it."""
         end = processor_seconds()
         if self._begin is None or end is None:
             return None
@@ -59,7 +59,7 @@ class Neighbours:
 
 
 def processor_seconds() -> tuple[float, float, float] | None:
-    """Seconds since the start, over all processors: of everybody, of this process, of nobody."""
+    """Seconds so far, over all processors: of all processes, of this process, and idle."""
     try:
         with open("/proc/stat") as stat:
             ticks = [int(word) for word in stat.readline().split()[1:9]]

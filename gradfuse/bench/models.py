@@ -1,4 +1,4 @@
-"""Parameter shapes of real models, by their architecture's rule: no model need be installed."""
+"""Parameter shapes of real models, from the rule of the architecture. Needs no model installed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def gpt2_small() -> list[Shape]:
 
 
 def many_small() -> list[Shape]:
-    """2,000 tensors of 128 elements: 1 MB in which the cost of each tensor is everything."""
+    """2,000 tensors of 128 elements: 1 MB, where the cost per tensor dominates."""
     return [(128,) for _ in range(2000)]
 
 

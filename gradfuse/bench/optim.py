@@ -41,7 +41,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "AdamW": {"lr": 1e-4},
     "SGD": {"lr": 1e-4, "momentum": 0.9},
 }
-STREAMS = {"AdamW": (4, 3), "SGD": (3, 2)}  # read and written by an update
+STREAMS = {"AdamW": (4, 3), "SGD": (3, 2)}  # (read, written) by an update
 MAX_NORM = 1.0
 
 
@@ -75,12 +75,12 @@ def compiled_step(rule: str, parameters: list[Parameter]) -> Callable[[], object
 
 
 def scaled_steps(parameters: list[Parameter]) -> dict[str, Callable[[], object]]:
-    """A GradScaler's step of AdamW: unscaled and clipped by torch, or within the step, which
-    torch's scaler precedes by a check of its own."""
+    """Steps of AdamW under a GradScaler. The stock step unscales and clips first. The fused step
+    does both by itself; torch's scaler still runs its own check before it."""
 
     def scaler(cls: type[torch.amp.GradScaler]) -> torch.amp.GradScaler:
         made = cls("cpu", init_scale=1.0, growth_interval=1 << 30)
-        made.scale(torch.zeros(()))  # makes its tensors
+        made.scale(torch.zeros(()))  # creates the scaler's tensors
         return made
 
     plain = torch.optim.AdamW(parameters, fused=True, **OPTIONS["AdamW"])
@@ -110,9 +110,10 @@ def scaled_steps(parameters: list[Parameter]) -> dict[str, Callable[[], object]]
 
 
 def floor(numel: int, streams: tuple[int, int], norm: bool) -> Callable[[], None]:
-    """Loops over as many float32 streams as the step has, a pair or so at a time, in place.
+    """Loops over as many float32 streams as the step has, one at a time.
 
-    Reads: sums of products. Writes: in place, of what was read. With `norm` one more read.
+    Streams that the step writes are multiplied in place; the others are summed. With `norm` one
+    stream is read once more.
     """
     reads, writes = streams
     tensors = [torch.ones(numel) for _ in range(reads)]
@@ -131,7 +132,7 @@ def floor(numel: int, streams: tuple[int, int], norm: bool) -> Callable[[], None
 def setup(
     model: str, rule: str, dtype: torch.dtype, clips: bool = True, compiled: bool = False
 ) -> Workload:
-    """Clip and update, or with clips=False the update alone, of random gradients."""
+    """Clip and update with random gradients; with clips=False the update alone."""
     gradients = random_gradients(MODELS[model](), dtype, "cpu", 2.0, 1.0)
     sources, ps = gradients.grads, gradients.parameters
     for p in ps:
@@ -144,7 +145,7 @@ def setup(
     if compiled:
         makers[COMPILED] = partial(compiled_step, rule)
     own = []
-    for name, make in makers.items():  # each on parameters and gradients of its own
+    for name, make in makers.items():  # each gets its own parameters and gradients
         mine = [Parameter(p.detach().clone()) for p in ps]
         for p, g in zip(mine, sources, strict=True):
             p.grad = g.clone()
@@ -190,7 +191,7 @@ def setup_scaled(model: str) -> Workload:
 
 
 def preparation(own: list[list[Any]], sources: list[Tensor]) -> Callable[[], None]:
-    """Puts the gradients back, and drops what was written from the caches."""
+    """Restores the gradients, and evicts what was written from the caches."""
     elsewhere = torch.zeros(2 * CACHE // 4)
     small = sum(g.nbytes for g in sources) < CACHE // 4
 
@@ -267,7 +268,7 @@ def setup_training(make: Callable[[], nn.Module], name: str) -> Workload:
 
 
 def compiles(budget: float, notes: list[str]) -> bool:
-    """Whether a compiled step of ResNet-50 is ready in time."""
+    """Whether torch.compile of a step of ResNet-50 would take no longer than the budget."""
     if budget <= 0:
         notes.append(f"{COMPILED}: left out")
         return False

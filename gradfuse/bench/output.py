@@ -52,7 +52,7 @@ def report(
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
     grid = table(results, about)
-    # Better folded by a narrow terminal than cut here.
+    # A narrow terminal wraps the table; rich would cut it.
     needed = console.measure(grid, options=console.options.update(width=1000)).maximum
     Console(width=max(needed, console.width)).print(grid)
     for note in notes:
@@ -77,7 +77,7 @@ def headline(about: dict[str, Any]) -> str:
 
 
 def disturbance(r: Result) -> str:
-    """A warning where other processes took a share of the processors that shows in the figures."""
+    """A warning if other processes took so much of the processors that it affects the figures."""
     if r.others is None or r.others < 0.03:
         return ""
     return f"disturbed: {r.others:.0%}"

@@ -1,4 +1,4 @@
-"""What gradfuse is measured against, beside torch.nn.utils itself."""
+"""The peers that gradfuse is measured against, in addition to torch.nn.utils."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gradfuse.bench.models import Shape, dtype_name
 
 __all__ = ["adaptive_clip_loop", "compile_clip", "timm_agc"]
 
-COMPILE_COST = 0.3  # seconds that torch.compile needs for each tensor of a CPU clip, about
+COMPILE_COST = 0.3  # approximate seconds that torch.compile needs per tensor of a CPU clip
 
 
 @torch.no_grad()
@@ -53,7 +53,7 @@ def timm_agc() -> Callable[..., object] | None:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in the block after so many seconds, and again if that is caught there."""
+    """Raises TimeoutError in the block after these seconds, and again if the block catches it."""
 
     def stop(signum: int, frame: object) -> None:
         raise TimeoutError
@@ -75,7 +75,7 @@ def compile_clip(
     estimate = COMPILE_COST * len(shapes)
     if estimate > budget or not hasattr(signal, "SIGALRM"):
         return None, f"{name}: skipped, compiling takes about {estimate:.0f} s (--compile-budget)"
-    # Compiled in this process, or the limit would leave compilers behind.
+    # Compile in this process; otherwise the time limit would leave compiler processes behind.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     compiled: Callable[..., object] = torch.compile(clip_grad_norm_)
     parameters = random_gradients(shapes, dtype, device, 1.0, 1.0).parameters
@@ -83,7 +83,7 @@ def compile_clip(
     try:
         with time_limit(budget):
             compiled(parameters, 1.0)
-    except Exception as error:  # no compiler, or too slow: the others are measured all the same
+    except Exception as error:  # no compiler, or too slow: still measure the others
         torch.compiler.reset()
         return None, f"{name}: skipped after {time.perf_counter() - begin:.0f} s, {error!r:.200}"
     return compiled, f"{name}: compiled in {time.perf_counter() - begin:.0f} s"

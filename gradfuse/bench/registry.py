@@ -1,4 +1,4 @@
-"""What a bench of an op consists of."""
+"""The parts of an op's bench."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ class Bench:
     Attributes:
         op: the op's stem, which also names the files that are written.
         work: what is timed, for the plot's title.
-        workloads: yields what to measure, one at a time; notes for the reader go to its list.
-        plan: how long to measure a workload, and quick_plan with --quick.
+        workloads: yields the workloads one at a time, and adds notes for the reader to the list.
+        plan: how long to measure a workload.
+        quick_plan: the same with --quick.
         compile_budget: seconds that torch.compile may take, unless --compile-budget says otherwise.
         add_options: adds the options that this bench alone has.
-        summarise: lines about all results together.
+        summarise: returns lines of text about all results together.
     """
 
     op: str

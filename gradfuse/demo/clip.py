@@ -23,7 +23,7 @@ from gradfuse.demo.digits import Digits
 __all__ = ["compare_clips", "train"]
 
 MAX_NORM = 1.0
-EVERY = 10  # steps between two looks at the held-out images
+EVERY = 10  # steps between two evaluations on the held-out images
 STOCK, FUSED = "torch clip_grad_norm_", "gradfuse.GradClipper"
 FLOAT32_SQUARES = math.sqrt(torch.finfo(torch.float32).max)  # a larger norm has an infinite square
 
@@ -57,9 +57,9 @@ class Run:
 
     clip: str
     losses: list[float] = field(default_factory=list)
-    norms: list[float] = field(default_factory=list)  # before clipping, as the clip itself saw it
-    zeroed: int = 0  # steps after whose clip every gradient was exactly 0
-    accuracies: list[float] = field(default_factory=list)  # on the held-out images, now and then
+    norms: list[float] = field(default_factory=list)  # before clipping, as the clip measured it
+    zeroed: int = 0  # steps in which the clip set every gradient to exactly 0
+    accuracies: list[float] = field(default_factory=list)  # on held-out images, every EVERY steps
     seconds: float = 0.0
     first_report: gradfuse.GradReport | None = None
 
@@ -103,7 +103,7 @@ def train(
         run.zeroed += not any(p.grad is not None and bool(p.grad.any()) for p in parameters)
         update.step()
         rate.step()
-        if (steps - len(run.losses)) % EVERY == 0:  # so that the last step is one of them
+        if (steps - len(run.losses)) % EVERY == 0:  # counted from the end, to include the last step
             run.accuracies.append(digits.accuracy(net))
         tick()
     run.seconds = time.perf_counter() - begin
@@ -214,7 +214,7 @@ def compare_clips(
     out: Path,
     console: Console,
 ) -> None:
-    """One net, one seed, either clip; prints both runs side by side and plots them."""
+    """Trains one net from one seed with each clip; prints both runs side by side and plots them."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     runs = []
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:

@@ -17,7 +17,7 @@ from gradfuse.demo.policies import compare_bfloat16, compare_policies
 
 __all__ = ["main"]
 
-FUSE_STEPS = 300  # of the ResNet-18, at most
+FUSE_STEPS = 300  # at most, for the ResNet-18
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

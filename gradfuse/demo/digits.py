@@ -1,4 +1,4 @@
-"""The data of the demo: scanned digits, which scikit-learn brings along."""
+"""The data of the demo: scanned digits, which scikit-learn includes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Digits:
         return float(right.double().mean())
 
     def batches(self, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Shuffled anew in every epoch; the incomplete batch at its end is left out."""
+        """Batches, shuffled again in every epoch; the incomplete one at its end is left out."""
         generator = torch.Generator().manual_seed(seed)
         order = torch.empty(0, dtype=torch.int64)
         for _ in range(steps):

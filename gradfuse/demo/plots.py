@@ -1,4 +1,4 @@
-"""What the demo's plots have in common."""
+"""The common part of the demo's plots."""
 
 from __future__ import annotations
 

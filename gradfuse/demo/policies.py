@@ -20,7 +20,7 @@ from gradfuse.demo.plots import loss_plot
 
 __all__ = ["compare_bfloat16", "compare_policies"]
 
-SPIKE_EVERY, SPIKE = 50, 1e4  # a batch's loss times this
+SPIKE_EVERY, SPIKE = 50, 1e4  # every 50th batch's loss is multiplied by 1e4
 CLIPS: dict[str, Callable[[], policies.Policy]] = {
     "Norm(1)": lambda: policies.Norm(1.0),
     "Value(0.01)": lambda: policies.Value(0.01),
@@ -65,7 +65,7 @@ class Cast(nn.Module):
 
 
 def compare_policies(data: Digits, steps: int, seed: int, out: Path, console: Console) -> None:
-    """One net, one seed, SGD; a spike every 50 steps and one batch that is NaN."""
+    """Trains one net from one seed with SGD, with a spike every 50 steps and one NaN batch."""
     runs = {"no clip": spiked(data, steps, seed, None, "propagate")}
     runs["no clip, NaN skipped"] = spiked(data, steps, seed, None, "skip")
     for name, make in CLIPS.items():
@@ -103,7 +103,7 @@ def spiked(
 
 
 def compare_bfloat16(data: Digits, steps: int, seed: int, console: Console) -> None:
-    """One net, one seed, AdamW; parameters in float32 and bfloat16."""
+    """Trains one net from one seed with AdamW, with parameters in float32 and bfloat16."""
     grid = Table(title="parameters in bfloat16; AdamW 1e-3, clip=1", title_justify="left")
     for column in ("parameters", "loss, mean of last 50 steps", "held-out accuracy"):
         grid.add_column(column, justify="left" if column == "parameters" else "right")

@@ -1,4 +1,4 @@
-"""Instructions with their operands and results, worked out by hand: a table, a row a line."""
+"""Instructions with their operands and results, worked out by hand: a table with a row per line."""
 # ruff: noqa: E501
 
 import math

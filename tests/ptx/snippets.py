@@ -1,4 +1,4 @@
-"""A line or two of PTX, run over arrays: what the tests of single instructions share."""
+"""Runs a line or two of PTX over arrays, for the tests of single instructions."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from ptx.emulator.parser import SIZES
 
 
 def container(kind):
-    """The register type that holds a type: 8 bits live in 16, half floats in their bits."""
+    """The register type that holds a type: 16 bits for 8-bit types, the bits of half floats."""
     size = max(SIZES[kind], 2)
     return kind if kind in ("f32", "f64") else f"b{8 * size}"
 
@@ -38,7 +38,7 @@ def moved(kind):
 
 
 def evaluate(body, sources, result, *arrays):
-    """Runs a body over arrays of the source types; the array of d."""
+    """Runs a body over arrays of the source types. Returns the array of d."""
     given = [exactly(a) for a in arrays]
     count = max(len(a) for a in given)
     buffers = []
@@ -74,7 +74,7 @@ def instruction(name, sources, result, *arrays):
 
 
 def same(got, expected):
-    """Asserts equality of all bits but a NaN's; so the sign of zero counts."""
+    """Asserts that all bits are equal, signs of zero included. Any NaN equals any other."""
     if got.dtype.kind == "f":
         expected = np.asarray(expected, np.float64).astype(got.dtype)
         assert np.array_equal(np.isnan(got), np.isnan(expected)), (got, expected)

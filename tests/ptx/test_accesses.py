@@ -90,7 +90,7 @@ def test_a_store_reaches_a_mixture_of_spaces():
 )  # fmt: skip
 @pytest.mark.parametrize("space", ["global", "shared", ""])
 def test_atomics_take_turns(name, given, after, space):
-    """On a word that holds 10; the old values tell in which order."""
+    """Three lanes change a word that holds 10; all of them load the result."""
     where = {"global": "%rd0", "shared": "where", "": "%rd0"}[space]
     dot = f".{space}" if space else ""
     body = """.shared .align 4 .b8 word[4]; .reg .b64 where; mov.u64 where, word;

@@ -1,4 +1,4 @@
-"""What the batch norm kernels move: the input twice, or once where a block holds a channel."""
+"""Traffic of batch norm kernels: they read the input twice, or once if a block holds a channel."""
 
 import re
 from collections import Counter
@@ -33,7 +33,7 @@ def backward(ptx, x, g, mask, stats, channels_last):
 
 def run(ptx, x, r, g):
     """(loaded, stored) bytes by buffer, of the forward and of the backward. Buffers are named after
-    the records' fields; grad_output, which is in none, is tensor 0."""
+    the records' fields; grad_output is in no record, so its name is tensor 0."""
 
     def counts():
         assert ptx.runtime.waits == 0
@@ -72,7 +72,7 @@ def test_each_byte_as_often_as_it_must(ptx, dtype, shape, channels_last):
     x, r, g = make(1), make(2), make(3)
     (loaded, stored), (loaded_back, stored_back) = run(ptx, x, r, g)
     rows = channels_last or len(shape) == 2
-    # Where channels are contiguous each thread also loads its columns' shifts: the first row.
+    # If channels are contiguous, each thread also loads the shifts of its columns: the first row.
     assert 2 * x.nbytes <= wide(loaded, "input") <= (2.5 if rows else 2) * x.nbytes
     assert wide(loaded, "residual") == r.nbytes
     assert written(stored, x.nbytes) == 1
@@ -98,7 +98,8 @@ def test_small_maps_are_read_once(ptx, dtype):
 
 @pytest.mark.parametrize(("shape", "rows"), [((2, 2, 80, 64), False), ((160, 64), True)])
 def test_coefficients_are_loaded_once_for_a_group(ptx, shape, rows):
-    """One value each for eight elements of a channel; 16-byte loads if each has its own."""
+    """Eight elements of one channel load each coefficient once. Elements of eight channels take
+    16-byte loads."""
     x, r, g = (random(*shape, seed=i) for i in range(3))
     _, mask, stats = forward(ptx, x, r)
     launches = [*ptx.launches]
@@ -138,7 +139,7 @@ def test_no_kernel_has_an_atomic_on_floats():
 
 
 def test_the_host_never_waits(ptx):
-    """Even for running statistics of another type or with gaps, and momentum on the device."""
+    """Not even for running statistics of another dtype or with gaps, or momentum on the device."""
     x = random(2, 3, 70, 80).requires_grad_()
     mean, var = torch.zeros(3, 2)[:, 0], torch.ones(3, dtype=torch.bfloat16)
     momentum = torch.tensor(0.3)

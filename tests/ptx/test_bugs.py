@@ -12,7 +12,7 @@ from ptx.emulator.cudart import Runtime
 from ptx.emulator.toolchain import compile_cuda, cuda_library
 
 BUGS_CU = Path(__file__).with_name("bugs.cu")
-# Host function of bugs.cu: the check that finds its bug, and a word of what the message says.
+# Host function of bugs.cu: the check that finds its bug, and a part of the message.
 BUGS = {
     "out_of_bounds_load": ("out of bounds", "0 bytes past the end of in"),
     "out_of_bounds_store": ("out of bounds", "4 bytes before out"),
@@ -47,7 +47,7 @@ BUGS = {
     "copied_unwritten": ("uninitialised", "cudaMemcpy: reads 128 bytes of allocation"),
     "too_many_blocks": ("launch", "expected a grid within"),
 }
-# Found at the launch, or by its length, so there is no line to name.
+# These are found at the launch, or by its length, so the message names no line.
 WITHOUT_LINE = {
     "launch_bounds", "shared_by_default", "shared_asked_for", "endless_loop", "freed_memory",
     "copied_unwritten", "too_many_blocks",
@@ -62,7 +62,7 @@ def runtime():
 
 
 def run(runtime, name, bug):
-    """Calls a host function on fresh arrays; raises what the emulator found."""
+    """Calls a host function on fresh arrays. Raises the Violation that the emulator found."""
     memory = runtime.machine.memory
     runtime.machine.budget = 1_000_000
     backing = np.zeros(192, np.float32)

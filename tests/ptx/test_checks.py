@@ -1,4 +1,4 @@
-"""The checks on a line or two of PTX: what they must not miss, and what they must let pass."""
+"""The checks on a line or two of PTX: bugs that they must find, and code that they must accept."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def run_blocks(body, blocks, threads, order="forward"):
 
 
 def test_a_lane_may_reload_what_it_will_change():
-    """A neighbour's load is ordered by the first __syncwarp, and the own reload changes nothing."""
+    """__syncwarp orders a neighbour's load before the store. The lane's own reload is no race."""
     body = (
         BOX
         + """bar.warp.sync -1; ld.shared.u32 d, [next]; bar.warp.sync -1;

@@ -169,7 +169,7 @@ def test_guards():
     ],
 )  # fmt: skip
 def test_what_is_not_known_is_named(body):
-    """Before anything runs, even if no lane would reach it."""
+    """The error comes before anything runs, even if no lane would reach the instruction."""
     name = body.split()[0]
     with pytest.raises(Exception, match=name.replace(".", r"\.") + r"|symbol %clock") as found:
         evaluate(body, ["u32"], "u32", [1])

@@ -62,7 +62,7 @@ def test_any_order_of_the_blocks_gives_the_same_bits(ptx, step):
         assert found["forward"] == found["backward"] == found["shuffled"]
 
 
-KERNELS_RUN: set[str] = set()  # of this process, in which all tests of this file run
+KERNELS_RUN: set[str] = set()  # by this process, which runs all tests of this file
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -83,7 +83,7 @@ def test_as_the_reference(ptx, monkeypatch, step, dtype):
 
 
 def test_every_kernel_was_run(ptx):
-    """By the tests above, or here where those leave a kernel out."""
+    """The tests above run most kernels; this test runs the rest."""
     params = parameters(torch.float32)
     params[0].grad[0] = math.nan
     gradfuse.clip_grad_norm_(params, 1.0, nonfinite="zero")
@@ -92,7 +92,7 @@ def test_every_kernel_was_run(ptx):
     mixed.grad = random(5, 7, dtype=torch.float64)
     gradfuse.adaptive_clip_grad_([mixed])
     KERNELS_RUN.update(launch.kernel for launch in ptx.launches)
-    for dtype in REAL:  # of batch norm, in test_batch_norm.py's shapes
+    for dtype in REAL:  # batch norm, in the shapes of test_batch_norm.py
         for x in (random(2, 3, 70, 80, dtype=dtype), random(130, 20, dtype=dtype)):
             x.requires_grad_()
             y = gradfuse.batch_norm_act(x, None, None, training=True)
@@ -104,7 +104,7 @@ def test_every_kernel_was_run(ptx):
         KERNELS_RUN.update(launch.kernel for launch in ptx.launches)
         y.sum().backward()
         KERNELS_RUN.update(launch.kernel for launch in ptx.launches)
-    for dtype in REAL:  # of the optimizers
+    for dtype in REAL:  # the optimizers
         for master in (False, True):
             params = [torch.nn.Parameter(random(33, dtype=dtype))]
             for optimizer in (
@@ -213,14 +213,14 @@ def test_strides_past_2_to_the_31(only):
 
 
 def owner_of(grad):
-    """A parameter with this gradient, and without memory of its own, as nobody reads it."""
+    """A parameter with this gradient and no memory of its own, because no kernel reads it."""
     parameter = torch.zeros((), dtype=grad.dtype).expand(grad.shape)
     parameter.grad = grad
     return [parameter]
 
 
 def test_an_endless_loop_would_be_found(ptx):
-    """The budget is for a launch, and a large one ends within it."""
+    """The instruction budget is per launch. Large launches end within the default."""
     ptx.machine.budget = 10_000
     try:
         with pytest.raises(Exception, match="expected to end within 10000"):

@@ -1,5 +1,5 @@
-"""What a step of the optimizers moves: each stream is read once and written once, 16 bytes at a
-time, and a skipped step writes nothing."""
+"""Traffic of an optimizer's step: each stream is read once and written once, 16 bytes at a time. A
+skipped step writes nothing."""
 
 import math
 
@@ -48,7 +48,7 @@ def moved(ptx, launches, t):
 
 
 def of_the_update(ptx):
-    """The launches of the last step, without those that take the norm."""
+    """The launches of the last step, without those that compute the norm."""
     kernels = ("optim_update", "ratio_sums", "merge_ratios", "advance_steps")
     return [launch for launch in ptx.launches if launch.kernel.partition("<")[0] in kernels]
 
@@ -58,7 +58,7 @@ def of_the_update(ptx):
 def test_every_stream_is_read_once_and_written_once(ptx, rule, dtype):
     params = parameters(dtype)
     optimizer = made(rule, params, clip=0.1)
-    for _ in range(2):  # the first one makes the state
+    for _ in range(2):  # the first step creates the state
         optimizer.step()
     assert ptx.runtime.waits == 0
     launches = of_the_update(ptx)
@@ -128,7 +128,7 @@ def test_700_parameters_take_a_launch_for_each_320(ptx, rule):
 
 @BOTH
 def test_a_learning_rate_on_the_device_is_not_waited_for(ptx, rule, monkeypatch):
-    """To the emulator every tensor is on the device, to torch none is."""
+    """The emulator treats every tensor as on the device; torch sees them all on the host."""
     outcomes = []
     for lr in (0.5, torch.tensor(0.5)):
         monkeypatch.setattr("gradfuse.optim.base.as_number", lambda value: value)

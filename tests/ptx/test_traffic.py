@@ -1,4 +1,4 @@
-"""What the kernels move, byte by byte: gradients are read once, and written where clipped."""
+"""Traffic of the kernels in bytes: gradients are read once, and written only where clipped."""
 
 import math
 import re
@@ -17,7 +17,7 @@ DTYPES = pytest.mark.parametrize("dtype", REAL, ids=short)
 
 
 def gradients(dtype, scale=1e-3):
-    """One gradient of each size, every other one beginning off a 16-byte boundary."""
+    """One gradient of each size. Every other one does not begin at a 16-byte boundary."""
     found = []
     for i, n in enumerate(SIZES):
         skip = 1 + i % 3 if i % 2 else 0
@@ -66,7 +66,7 @@ def assert_stored(ptx, grads, times, prefix="grad"):
         assert sum(stored.values()) == times * size
         assert stored.get(16, 0) == times * (size - narrow)
         distinct = ptx.traffic.distinct_stored[name]
-        assert distinct >= size if times else distinct == 0  # whole cells at the ends
+        assert distinct >= size if times else distinct == 0  # the ends count as whole cells
 
 
 def assert_few_sectors(ptx):
@@ -226,12 +226,12 @@ def test_nothing_is_read_back_through_torch(ptx):
     with Operations() as operations:
         torch.ones(()).item()
     assert "_local_scalar_dense" in operations.names
-    for source in emulated.torch_sources():  # there on_host() is what waits
+    for source in emulated.torch_sources():  # there only on_host() may wait
         assert not re.search(r"\.(cpu|item)\b", source.read_text()), source
 
 
 def test_raising_waits_once(ptx):
-    """nonfinite="error" has to read the norm. Also shows that a wait would be seen above."""
+    """nonfinite="error" has to read the norm. Also shows that the tests above would see a wait."""
     params = owners(gradients(torch.float32)[:4])
     gradfuse.clip_grad_norm_(params, 1.0, nonfinite="error")
     assert ptx.runtime.waits == 1

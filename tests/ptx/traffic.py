@@ -57,7 +57,7 @@ def zero(ptx: emulated.Emulated, grads: list[Tensor]) -> None:
 
 
 def adaptive(scale: float) -> Callable:
-    """Over a matrix of which all rows are clipped, or none."""
+    """Adaptive clipping of a matrix: all rows are clipped, or none."""
 
     def call(ptx: emulated.Emulated, grads: list[Tensor]) -> None:
         weight = torch.ones(ROWS, COLUMNS, dtype=grads[0].dtype)
@@ -67,7 +67,7 @@ def adaptive(scale: float) -> Callable:
 
 
 def step(rule: type, nan: bool = False, **options: float) -> Callable:
-    """The second step of an optimizer that clips; or one that is skipped."""
+    """The second step of an optimizer that clips. With `nan` the step is skipped."""
 
     def call(ptx: emulated.Emulated, grads: list[Tensor]) -> None:
         params = [torch.nn.Parameter(torch.zeros_like(g)) for g in grads]
@@ -84,7 +84,7 @@ def step(rule: type, nan: bool = False, **options: float) -> Callable:
 
 
 def batch_norm(shape: tuple[int, ...], channels_last: bool, backward: bool) -> Callable:
-    """Training with a residual and relu; the last call's traffic is what counts."""
+    """Training with a residual and relu. Only the traffic of the last call counts."""
 
     def call(ptx: emulated.Emulated, grads: list[Tensor]) -> None:
         form = torch.channels_last if channels_last else torch.contiguous_format
@@ -107,9 +107,9 @@ def batch_norm(shape: tuple[int, ...], channels_last: bool, backward: bool) -> C
 
 
 def batch_norm_cases() -> Iterator[Case]:
-    """Forward (backward): the sums read the input (grad_output and input); the sweep reads the same
-    and the residual (mask) and writes the output (two gradients). Maps that fit a block are read
-    once."""
+    """Forward: the sums read the input; the sweep reads input and residual and writes output and
+    mask. Backward: the sums read grad_output, input and mask; the sweep reads the same and writes
+    two gradients. Maps that fit a block are read once."""
     shapes = (
         ("NCHW", MAPS, False),
         ("NHWC", ROWS_OF_MAPS, True),
@@ -149,10 +149,10 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def data_by_width(traffic: Traffic, case: Case) -> Counter[int]:
-    """Bytes moved of the tensors, by width of access, without slots, tables and totals.
+    """Bytes of the tensors that were moved, by width of access, without slots, tables and totals.
 
-    Clipping and optimizers are given all their tensors. For batch norm, every buffer with a bit or
-    more for each element counts.
+    The callers pass all tensors of clipping and optimizers. For batch norm, every buffer with at
+    least one bit per element counts.
     """
     found: Counter[int] = Counter()
     for moved, distinct in (
@@ -197,7 +197,7 @@ def traffic_rows(dtype: torch.dtype) -> list[list[object]]:
 
 
 def kernel_rows(launches: Sequence[Launch]) -> list[list[object]]:
-    """By kernel, the launch of CASES that moves the most."""
+    """A row for each kernel, of its launch in CASES that moves the most bytes."""
 
     def moved(launch: Launch) -> int:
         return launch.traffic.bytes_loaded() + launch.traffic.bytes_stored()
@@ -219,7 +219,7 @@ def kernel_rows(launches: Sequence[Launch]) -> list[list[object]]:
 
 
 def architectures() -> list[str]:
-    """Those that setup.py builds for: sm_75 and so on."""
+    """The architectures that setup.py builds for: sm_75 and so on."""
     names = setup_script().DEFAULT_ARCHS.split(";")
     return ["sm_" + name.partition("+")[0].replace(".", "") for name in names]
 
@@ -295,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(table(), end="\n\n", flush=True)
     if into:
-        into.write_text(page)  # once all are counted: an error leaves the page as it was
+        into.write_text(page)  # after all are counted, so that an error leaves the page unchanged
     return 0
 
 
