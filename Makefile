@@ -12,7 +12,7 @@ PIP = $(PY) -m pip install -q --no-compile
 PYTEST = OMP_WAIT_POLICY=passive $(abspath $(PY)) -m pytest -q -n logical --maxprocesses 8 --dist loadfile
 CPP = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
-.PHONY: demo test check test-full build bench stub lint format pytest pytest-torch \
+.PHONY: demo test check test-full build compile bench stub lint format pytest pytest-torch \
 	pytest-reference mutants traffic sanitize gpu-check clean
 
 demo: build
@@ -31,14 +31,20 @@ check: lint
 test-full: lint
 	$(PYTEST) --full
 
-build: $(VENV)/.installed
+build: $(VENV)/.installed compile
+
+compile: $(VENV)/.tools
 	$(PY) setup.py -q build_ext --inplace
 
-# Once per environment. The editable install also compiles into build/, where `build` continues.
-$(VENV)/.installed: pyproject.toml
+# Once per environment. With make -j the module compiles while pip installs the rest. The editable
+# install compiles nothing, because Python finds the module of `compile` in the tree.
+$(VENV)/.tools: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "$(TORCH)" numpy "setuptools>=77" wheel ninja pybind11
-	$(PIP) --no-build-isolation "$(TORCH)" -e ".[$(EXTRAS)]"
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.tools
+	GRADFUSE_NATIVE=0 $(PIP) --no-build-isolation "$(TORCH)" -e ".[$(EXTRAS)]"
 	touch $@
 
 bench: build

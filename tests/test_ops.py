@@ -52,10 +52,15 @@ def assert_as_the_reference(op: Op, ours: dict, theirs: dict) -> None:
 
 
 @every("dtypes")
-def test_numbers(case, backend, device, monkeypatch):
+def test_numbers(case, backend, device, monkeypatch, pytestconfig):
     """Results are as close to float64 as torch's, and close to the reference's."""
     op, dtype = case
-    for sample in op.samples(dtype, device):
+    samples = list(op.samples(dtype, device))
+    if backend == "ptx" and not pytestconfig.getoption("full"):
+        # Each sample in one dtype, because the emulator is a thousand times slower.
+        i = list(op.dtypes).index(dtype)
+        samples = samples[i % len(samples) :: len(op.dtypes)]
+    for sample in samples:
         ours = op.ours(sample.fresh())
         op.assert_as_close_as_torch(sample, ours)
         if backend != "reference":

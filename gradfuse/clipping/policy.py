@@ -95,7 +95,8 @@ class Policy:
         """Decides on a step.
 
         Args:
-            measured: [8] float64 Tensor, a ClipPlan that leaves finite gradients alone. Overwritten.
+            measured: [8] float64 Tensor, a ClipPlan that leaves finite gradients alone. It is
+                overwritten.
             stats: [n, 5] float64 Tensor, the TensorStats of each parameter's gradient.
             skips: whether a step can be left out; else its gradients become 0.
 
