@@ -1,6 +1,6 @@
 """The registry of ops. test_ops.py tests every entry: numbers against torch's and the reference's,
-threads, errors that write nothing, opcheck, torch.compile, and on the emulator traffic, waits and
-the order of blocks.
+threads, errors that write nothing, opcheck, gradcheck, torch.compile, and on the emulator traffic,
+waits and the order of blocks.
 
 Tests of a single op are in test_<stem>.py.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,11 @@ class Op:
     large: Callable[[torch.dtype], Iterable[Sample]] = lambda dtype: ()  # work for several threads
     # The torch.library ops that it calls, and sample arguments for each.
     registered: dict[str, Callable[[torch.dtype], Iterable[tuple]]] = field(default_factory=dict)
+    # Names to functions of float64 tensors that require grad, for numerical derivatives. They need
+    # few elements: each is a column of the Jacobians.
+    derivatives: dict[str, Callable[[], tuple[Callable, Sequence[Tensor]]]] = field(
+        default_factory=dict
+    )
     compiles: str = "bits"  # torch.compile gives the same "bits" or "close" numbers; "": not tested
     traffic: Sequence[Traffic] = ()
     truth: Callable[[Sample], dict] | None = None  # exact results; default: stock in float64
@@ -617,6 +623,32 @@ def batch_norm_samples(dtype: torch.dtype, device: torch.device | str) -> Iterab
         )
 
 
+def batch_norm_derivatives() -> dict[str, Callable[[], tuple[Callable, Sequence[Tensor]]]]:
+    """Every activation, training and not, with a residual and without, from mask and output."""
+
+    def make(
+        activation: str | None, training: bool, save: str, residual: bool
+    ) -> tuple[Callable, Sequence[Tensor]]:
+        sample = batch_norm_sample((3, 2, 2), dtype=torch.float64, residual=residual)
+        t = sample.tensors
+        stats = (None, None) if training else (t["mean"], t["var"])
+
+        def call(x: Tensor, w: Tensor, b: Tensor, r: Tensor | None = None) -> Tensor:
+            return gradfuse.batch_norm_act(
+                x, *stats, w, b, residual=r, activation=activation, training=training, save=save
+            )
+
+        return call, [t[name].requires_grad_() for name in ("x", "w", "b", "r") if name in t]
+
+    found = {}
+    for i, activation in enumerate(ACTIVATIONS):
+        for training in (True, False):
+            save, residual = ("bitmask", "output")[(i + training) % 2], i % 4 < 2
+            name = f"{activation}-{'training' if training else 'inference'}-{save}"
+            found[name] = partial(make, activation, training, save, residual)
+    return found
+
+
 def library_forward(dtype: torch.dtype) -> Iterable[tuple]:
     """Arguments for each kind of activation, with a mask and without, training and not."""
     A = Activation
@@ -721,6 +753,7 @@ batch_norm_act = Op(
         "batch_norm_act": library_forward,
         "batch_norm_act_backward": library_backward,
     },
+    derivatives=batch_norm_derivatives(),
     traffic=[
         # The backward is the last call, so it is counted. It reads grad_output ("tensor 0") and the
         # input twice, or once if a block holds a channel.

@@ -121,6 +121,17 @@ def test_opcheck(op, name, dtype, backend):
         torch.library.opcheck(overload, arguments, **only)
 
 
+@pytest.mark.backends("cpu", "reference", arithmetic=False)
+@every("derivatives")
+def test_first_and_second_derivatives(case, backend):
+    _, (_, make) = case
+    call, tensors = make()
+    torch.autograd.gradcheck(call, tensors, check_batched_grad=True)
+    torch.autograd.gradgradcheck(call, tensors)
+    first, *frozen = tensors[0], *(t.detach() for t in tensors[1:])
+    torch.autograd.gradgradcheck(lambda x: call(x, *frozen), (first,))
+
+
 @pytest.mark.parametrize("dynamo", ["eager", "aot_eager"])
 @pytest.mark.parametrize("op", [op for op in OPS.values() if op.compiles], ids=lambda op: op.name)
 def test_compiles_to_one_graph(op, dynamo):
