@@ -326,6 +326,29 @@ def test_nan_leaves_the_state(backend, make):
 
 
 @every_policy
+@pytest.mark.parametrize("idle", [[None, None], [[0.0], [0.0]], [[0.0], None]])
+@pytest.mark.parametrize("by", ["optimizer", "clipper"])
+def test_a_step_that_carries_nothing_teaches_nothing(backend, make, idle, by):
+    def run(grads) -> tuple[list[float], list[bytes]]:
+        ps, policy = parameters([0.0], [0.0]), make()
+        optimizer = optim.SGD(ps, lr=1.0, clip=policy)
+        clipper = gradfuse.GradClipper(ps, policy)
+        used = []
+        for values in grads:
+            for p, value in zip(ps, values, strict=True):
+                p.grad = None if value is None else torch.tensor(value)
+            if by == "optimizer":
+                optimizer.step()
+            report = optimizer.report if by == "optimizer" else clipper.clip_()
+            if values is not idle:
+                used.append(report.coefficient)
+        return used, bits([*policy.state.values()])
+
+    real = [[[g], [2.0 * g]] for g in (1.0, 2.0, 0.5, 1.5, 9.0, 1.0)]
+    assert run([idle, *(step for g in real for step in (g, idle, idle))]) == run(real)
+
+
+@every_policy
 @pytest.mark.parametrize("how", ["state_dict", "deepcopy", "pickle"])
 def test_a_resumed_run_goes_on(make, how):
     def grads(step):

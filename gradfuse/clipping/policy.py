@@ -46,8 +46,8 @@ class Policy:
     Attributes:
         max_norm: upper bound of the global norm where `decide` is not overridden.
         bound: largest magnitude of an element, after the coefficient; inf for none.
-        state: Tensors kept between steps. A step whose norm is NaN, inf or beyond float64, or for
-            which a loss scaler found inf, leaves them as they are.
+        state: Tensors kept between steps. A step whose norm is 0, NaN, inf or beyond float64, or
+            for which a loss scaler found inf, leaves them as they are.
     """
 
     max_norm: float = math.inf
@@ -105,8 +105,9 @@ class Policy:
             to `keep` when the step is done.
         """
         before, norms = ClipPlan.of(measured), TensorStats.of(stats).norm
-        # A plan for a non-finite norm, or for found_inf, stands: nonfinite decides then.
-        decided = before.norm.isfinite() & (before.action <= Action.SCALE)
+        # A plan for a non-finite norm, or for found_inf, stands: nonfinite decides then. A step
+        # without gradients, or with zeros alone, has no norm to learn from.
+        decided = before.norm.isfinite() & (before.norm > 0.0) & (before.action <= Action.SCALE)
         state = self._state_of(norms)
         decision = self.decide(before.norm, norms, dict(state))
         self._check(decision, state, len(norms))
