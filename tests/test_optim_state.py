@@ -16,6 +16,7 @@ from helpers import bits, random
 from test_optim import BOTH, TORCHS, contents, fill, fresh, made
 
 from gradfuse.optim import SGD, AdamW
+from gradfuse.policies import AutoClip
 
 pytestmark = pytest.mark.usefixtures("backend")
 SHAPES = [(9, 5), (4099,), ()]
@@ -257,3 +258,72 @@ def test_amsgrad_turned_on_mid_run(device):
     optimizer.param_groups[0]["amsgrad"] = True
     steps_of(optimizer, params, range(1, 3))
     assert all("max_exp_avg_sq" in optimizer.state[p] for p in params)
+
+
+MOMENT = {SGD: "momentum_buffer", AdamW: "exp_avg"}
+
+
+@BOTH
+def test_a_load_hook_may_give_another_state(rule, device):
+    """Of three parameters a fine-tuned model has the last two, in another order."""
+    params = fresh(torch.bfloat16, device, SHAPES)
+    whole = made(rule, params, clip=1.0, master_weights=True)
+    steps_of(whole, params, range(2))
+
+    def last_two(optimizer, state_dict):
+        group = {**state_dict["param_groups"][0], "params": [2, 1]}
+        return {**state_dict, "param_groups": [group]}
+
+    tuned = made(rule, [params[2], params[1]], clip=1.0, master_weights=True)
+    tuned.register_load_state_dict_pre_hook(last_two)
+    tuned.load_state_dict(whole.state_dict())
+    for p in params[1:]:
+        names = MOMENT[rule], "master_param"
+        assert bits([tuned.state[p][n] for n in names]) == bits([whole.state[p][n] for n in names])
+    assert len(tuned._optimizer_load_state_dict_pre_hooks) == 1  # ours are gone
+    assert not tuned._optimizer_load_state_dict_post_hooks
+
+
+@BOTH
+def test_a_hook_after_loading_has_the_last_word(rule, device):
+    params = fresh(torch.bfloat16, device, SHAPES)
+    optimizer = made(rule, params, clip=1.0, master_weights=True)
+    steps_of(optimizer, params, range(2))
+
+    def edit(loaded):
+        for state in loaded.state.values():
+            for name in (MOMENT[rule], "master_param"):
+                state[name] = torch.full_like(state[name], 0.1)
+
+    optimizer.register_load_state_dict_post_hook(edit)
+    optimizer.load_state_dict(optimizer.state_dict())
+    for p in params:
+        for name in (MOMENT[rule], "master_param"):
+            assert (optimizer.state[p][name] == torch.tensor(0.1)).all()
+
+
+@BOTH
+@pytest.mark.parametrize("fault", ["groups", "policy", "hook"])
+def test_a_load_that_raises_leaves_all_as_it_was(rule, fault, device):
+    params = fresh(torch.bfloat16, device, SHAPES)
+    optimizer = made(rule, params, clip=AutoClip(), master_weights=True)
+    steps_of(optimizer, params, range(2))
+    other = made(rule, fresh(torch.bfloat16, device, SHAPES), clip=AutoClip(), master_weights=True)
+    steps_of(other, other.param_groups[0]["params"], range(3, 4))
+    saved = other.state_dict()
+    saved["gradfuse"]["skipped_steps"] = 5
+    if fault == "groups":
+        saved["param_groups"] = []
+    elif fault == "policy":
+        saved["gradfuse"]["policy"] = {"norms": 3.0}
+    else:
+
+        def refuse(loaded):
+            raise ValueError("not this one")
+
+        optimizer.register_load_state_dict_post_hook(refuse)
+    before = contents(optimizer), bits([*optimizer.clip.state.values()]), optimizer.skipped_steps
+    with pytest.raises((ValueError, AttributeError)):
+        optimizer.load_state_dict(saved)
+    after = contents(optimizer), bits([*optimizer.clip.state.values()]), optimizer.skipped_steps
+    assert after == before

@@ -222,8 +222,32 @@ class ClippedOptimizer(torch.optim.Optimizer):
         return {**out, _OWN: own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads the state of this optimizer or of torch's."""
-        super().load_state_dict(state_dict)
+        """Loads the state of this optimizer or of torch's, as torch does, with its hooks.
+
+        A load that raises leaves the optimizer and its policy as they were.
+        """
+        policy = self._clip if isinstance(self._clip, Policy) else None
+        before = self.state, self.param_groups, self.skipped_steps
+        policy_before = None if policy is None else policy.state
+        given: dict[str, Any] = {}  # what the pre-hooks made of state_dict
+        hooks = [
+            self.register_load_state_dict_pre_hook(lambda _, made: given.update(made)),
+            self.register_load_state_dict_post_hook(lambda _: self._load_own(given), prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        except BaseException:
+            self.state, self.param_groups, skipped = before
+            self._set_skipped(skipped)
+            if policy is not None and policy_before is not None:
+                policy.state = policy_before
+            raise
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _load_own(self, state_dict: dict[str, Any]) -> None:
+        """Loads what torch's load_state_dict does not, before post-hooks see the state."""
         # torch casts the state to the parameter's dtype, which would round a float32 master.
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         held = [p for group in self.param_groups for p in group["params"]]
@@ -232,11 +256,14 @@ class ClippedOptimizer(torch.optim.Optimizer):
                 if isinstance(value, Tensor) and value.dtype != self.state[p][name].dtype:
                     self.state[p][name] = value.detach().clone().to(p.device)
         own = state_dict.get(_OWN, {})
-        if self._skipped_on is not None:
-            self._skipped_on.zero_()
-        self._skipped = own.get("skipped_steps", 0)
+        self._set_skipped(own.get("skipped_steps", 0))
         if isinstance(self._clip, Policy) and "policy" in own:
             self._clip.load_state_dict(own["policy"])
+
+    def _set_skipped(self, steps: int) -> None:
+        if self._skipped_on is not None:
+            self._skipped_on.zero_()
+        self._skipped = steps
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: self.__dict__[name] for name in _SETTINGS}
