@@ -813,11 +813,11 @@ def parameters_of(sample: Sample) -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(t) for n, t in sample.tensors.items() if n.startswith("param")]
 
 
-def clipped_step(rule: type) -> Callable[[Sample], Outcome]:
-    def run(sample: Sample) -> Outcome:
+def clipped_step(rule: type) -> Callable[..., Outcome]:
+    def run(sample: Sample, wrap: Wrap = as_it_is) -> Outcome:
         params = parameters_of(sample)
         optimizer = rule(params, **{"lr": 0.01, "clip": 2.0, **sample.options})
-        stepped(optimizer, params, sample.grads())
+        wrap(lambda: stepped(optimizer, params, sample.grads()))()
         found = state_of(optimizer, params)
         return {k: torch.view_as_real(t) if t.is_complex() else t for k, t in found.items()}
 

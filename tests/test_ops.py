@@ -70,6 +70,28 @@ def test_numbers(case, backend, device, monkeypatch, pytestconfig):
 
 
 @pytest.mark.backends("cpu", "reference", arithmetic=False)
+@each_op
+def test_the_default_device_and_dtype_change_nothing(op, backend):
+    """Models are built under torch.device("meta"), and some steps are taken there."""
+
+    def elsewhere(call):
+        def run():
+            with torch.device("meta"):
+                return call()
+
+        return run
+
+    for sample in list(op.samples(torch.float32, "cpu"))[:3]:
+        expected = op.ours(sample.fresh())
+        torch.set_default_dtype(torch.float64)
+        try:
+            found = op.ours(sample.fresh(), elsewhere)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert bits([*found.values()]) == bits([*expected.values()])
+
+
+@pytest.mark.backends("cpu", "reference", arithmetic=False)
 @every("errors")
 def test_errors_leave_everything_untouched(case, backend, device):
     op, bad = case

@@ -128,7 +128,7 @@ def clip_grad_norm_(
 def clip_grads_with_norm_(
     parameters: Tensor | Iterable[Tensor],
     max_norm: float,
-    total_norm: Tensor,
+    total_norm: Tensor | float,
     foreach: bool | None = None,
 ) -> None:
     """Scales the gradients in place by min(1, max_norm / (total_norm + 1e-6)).
@@ -139,7 +139,7 @@ def clip_grads_with_norm_(
     Args:
         parameters: iterable of Tensors or one, whose .grad is scaled; None gradients are skipped.
         max_norm: upper bound of the norm, >= 0.
-        total_norm: one real number as a Tensor, the norm of all gradients.
+        total_norm: one real number, mostly a Tensor, the norm of all gradients.
         foreach: accepted for torch's signature; all paths are fused.
 
     Raises:
@@ -149,7 +149,8 @@ def clip_grads_with_norm_(
     Source: Pascanu, Mikolov, Bengio 2013, Algorithm 1.
     """
     max_norm = check_nonnegative("clip_grads_with_norm_", "max_norm", max_norm)
-    total_norm = torch.as_tensor(total_norm)
+    if not isinstance(total_norm, Tensor):
+        total_norm = torch.tensor(total_norm, device="cpu")
     parameters = as_sequence("clip_grads_with_norm_", parameters)
     if torch.compiler.is_compiling():
         torch.ops.gradfuse.scale_grads_(grads_of(parameters), max_norm, total_norm)

@@ -200,8 +200,8 @@ class ClippedOptimizer(torch.optim.Optimizer):
             if slot == Slot.STEP:
                 if slot in need:
                     taken = (1.0 if has_moments else 0.0) if old is None else old
-                    step = torch.as_tensor(taken, dtype=torch.float32)
-                    state[name] = step.reshape(()).to(p.device)
+                    step = torch.as_tensor(taken, dtype=torch.float32, device=p.device)
+                    state[name] = step.reshape(())
             elif slot == Slot.MASTER_PARAM:
                 if is_wide:
                     like = p if old is None else old

@@ -34,7 +34,9 @@ def scaled_norm(x: Tensor, p: float) -> tuple[float, float]:
 def combine_norms(norms: list[tuple[float, float]], p: float) -> tuple[float, float]:
     """The norm of the concatenation, from the norms of the parts."""
     top = max((s for s, v in norms if v != 0.0), default=1.0)
-    parts = torch.tensor([s / top * v if v else 0.0 for s, v in norms], dtype=torch.float64)
+    parts = torch.tensor(
+        [s / top * v if v else 0.0 for s, v in norms], dtype=torch.float64, device="cpu"
+    )
     s, v = scaled_norm(parts, p)
     return top, s * v
 
@@ -195,7 +197,7 @@ def clamp_(tensors: Iterable[Tensor], of_grad: bool, clip_value: float) -> None:
                 f"{op}: expected real gradients, which have an order, got {g.dtype} for tensor {i}"
             )
     for _, g in grads:
-        bound = torch.tensor(clip_value, dtype=torch.float64).to(g)  # rounded; inf beyond the dtype
+        bound = torch.tensor(clip_value, dtype=torch.float64, device="cpu").to(g)  # may be inf
         g.clamp_(-bound, bound)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,8 +20,11 @@ State = dict[Slot, Tensor]
 _MOMENTS = (Slot.EXP_AVG, Slot.EXP_AVG_SQ, Slot.MAX_EXP_AVG_SQ)
 
 
-def _hashed(x: Tensor) -> Tensor:
-    """random_bits of csrc/math/updates.h: 32 bits in int64."""
+Number = TypeVar("Number", int, Tensor)
+
+
+def _hashed(x: Number) -> Number:
+    """random_bits of csrc/math/updates.h: 32 bits, in int64 if x is a Tensor."""
     low = 0xFFFFFFFF
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & low
     x = ((x ^ (x >> 15)) * 0x846CA68B) & low
@@ -29,8 +32,7 @@ def _hashed(x: Tensor) -> Tensor:
 
 
 def _key(row: int, step: float) -> int:
-    count = int(_hashed(torch.tensor(int(step))))
-    return int(_hashed(torch.tensor(row ^ count)))
+    return _hashed(row ^ _hashed(int(step)))
 
 
 def _put(target: Tensor, value: Tensor, key: int | None, stream: int) -> None:
