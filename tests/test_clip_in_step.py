@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import HOST_BACKENDS, bits
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import gradfuse.optim
 from gradfuse.optim import clip_in_step
@@ -49,6 +50,21 @@ def tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 def assert_close(ours, torchs) -> None:
     for a, b in zip(tensors(ours), tensors(torchs), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-6)
+
+
+@rules
+def test_no_hook_hears_how_a_step_is_tried_out(rule: str, backend: str) -> None:
+    model = net()
+    optimizer = made(rule, model.parameters())
+    heard: list[torch.optim.Optimizer] = []
+    handle = register_optimizer_step_pre_hook(lambda o, *_: heard.append(o))
+    try:
+        clip_in_step(optimizer, 1.0)
+        give(model, 0)
+        optimizer.step()
+    finally:
+        handle.remove()
+    assert heard == [optimizer]
 
 
 @rules

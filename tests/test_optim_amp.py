@@ -1,6 +1,7 @@
 """gradfuse.optim under torch.amp.GradScaler: the scale is folded into the step."""
 
 import copy
+import functools
 import math
 import pickle
 
@@ -248,7 +249,10 @@ class OwnStep(optim.SGD):
         return super().step(closure)
 
 
-@pytest.mark.parametrize("kind", ["hook", "global hook", "closure", "own step", "as known"])
+KINDS = ["hook", "global hook", "closure", "own step", "patched", "as known", "scheduled"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_where_a_step_may_see_other_gradients_the_check_is_torchs(kind, backend, torchs_checks):
     (params, optimizer, scaler), _ = pair(OwnStep if kind == "own step" else optim.SGD)
     handle = None
@@ -256,11 +260,52 @@ def test_where_a_step_may_see_other_gradients_the_check_is_torchs(kind, backend,
         handle = optimizer.register_step_pre_hook(lambda *_: None)
     elif kind == "global hook":
         handle = register_optimizer_step_pre_hook(lambda *_: None)
+    elif kind == "patched":
+        remove_inf_before(optimizer)
+    elif kind == "scheduled":  # the scheduler wraps the step to count its calls
+        torch.optim.lr_scheduler.ConstantLR(optimizer)
     scaled(params, scaler, 0)
     scaler.step(optimizer, *([lambda: None] if kind == "closure" else []))
-    assert len(torchs_checks) == (kind != "as known")
+    assert len(torchs_checks) == (kind not in ("as known", "scheduled"))
     if handle is not None:
         handle.remove()
+
+
+def remove_inf_before(optimizer):
+    step = optimizer.step
+
+    @functools.wraps(step)
+    def patched(*args, **kwargs):
+        for p in params_of(optimizer):
+            p.grad.nan_to_num_(0.0, 0.0, 0.0)
+        return step(*args, **kwargs)
+
+    optimizer.step = patched
+
+
+@pytest.mark.parametrize("scheduled", [True, False])
+def test_an_inf_that_a_patched_step_removes_halves_the_scale(scheduled, backend):
+    both = pair(optim.SGD)
+    for _, optimizer, _ in both:
+        if scheduled:
+            torch.optim.lr_scheduler.ConstantLR(optimizer)
+        remove_inf_before(optimizer)
+    step_both(both, 0)
+    step_both(both, 1, inf=True)
+    assert_same(both)
+    assert both[0][2].get_scale() == 512.0
+
+
+@pytest.mark.no_kernel
+def test_no_hook_hears_how_torchs_scaler_is_tried_out(backend):
+    grad_scaler._torch_is_as_known.cache_clear()
+    heard = []
+    handle = register_optimizer_step_pre_hook(lambda *_: heard.append(1))
+    try:
+        assert grad_scaler._torch_is_as_known()
+    finally:
+        handle.remove()
+    assert not heard
 
 
 def in_its_own_way(self, optimizer, *args, **kwargs):

@@ -15,13 +15,13 @@ from torch.optim import optimizer as torch_optimizer
 
 from gradfuse._records import TensorStats
 from gradfuse.clipping.report import GradReport
-from gradfuse.optim.adamw import AdamW
 from gradfuse.optim.base import ClippedOptimizer
 from gradfuse.optim.sgd import SGD
+from gradfuse.optim.unwrapped import unwrapped_step
 
 __all__ = ["GradScaler"]
 
-_OWN = (ClippedOptimizer, AdamW, SGD)
+_OWN_STEP = ClippedOptimizer.step
 
 
 class GradScaler(torch.amp.GradScaler):
@@ -29,7 +29,8 @@ class GradScaler(torch.amp.GradScaler):
 
     Has the same scale as torch's, skips the same steps, and has the same state_dict. Falls back to
     torch's check where a step cannot stand in for it: after unscale_, with a hook before the step,
-    for other optimizers, or if this torch's scaler works in another way.
+    with a step that someone else replaced, for other optimizers, or if this torch's scaler works in
+    another way.
 
     Takes the arguments of torch.amp.GradScaler.
     """
@@ -85,15 +86,10 @@ class GradScaler(torch.amp.GradScaler):
 
 def _checks_itself(optimizer: Any) -> bool:
     """Whether the step is gradfuse's own and begins with the gradients that the scaler has."""
-    cls = type(optimizer)
-    if not hasattr(cls, "_leaves_check"):
-        return False
-    # torch wraps a class's step when it makes an instance, and stores the wrapper in that class.
-    own = next(c for c in cls.__mro__ if "step" in vars(c)) in _OWN
     hooks = getattr(optimizer, "_optimizer_step_pre_hooks", True) or getattr(
         torch_optimizer, "_global_optimizer_pre_hooks", True
     )
-    return own and not hooks
+    return unwrapped_step(optimizer) is _OWN_STEP and not hooks
 
 
 def _has_gradients(optimizer: torch.optim.Optimizer) -> bool:
@@ -107,6 +103,8 @@ def _torch_is_as_known() -> bool:
     p = torch.nn.Parameter(torch.ones(1, device="cpu"))
     try:
         optimizer = SGD([p], lr=1.0)
+        # Hooks for the steps of all optimizers are not called for this one.
+        optimizer.step = functools.partial(_OWN_STEP, optimizer)  # type: ignore[method-assign]
         scaler = GradScaler("cpu", init_scale=4.0)
         scaler.scale(torch.zeros((), device="cpu"))
         outcomes = []

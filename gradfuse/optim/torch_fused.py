@@ -13,6 +13,7 @@ from gradfuse._records import ClipPlan
 from gradfuse.clipping.report import GradReport
 from gradfuse.ops.checks import STEP_NONFINITE, check_nonfinite, check_nonnegative
 from gradfuse.optim.base import parameter_names
+from gradfuse.optim.unwrapped import unwrapped_step
 
 __all__ = ["ClipInStep", "clip_in_step"]
 
@@ -272,13 +273,14 @@ def _probed(
         rate = options["lr"]  # which may be 0 while it warms up
         options["lr"] = torch.full_like(rate, 0.5) if isinstance(rate, Tensor) else 0.5
         probe = cls([{"params": [p], **options}])
+        step = unwrapped_step(probe)  # without the hooks for the steps of all optimizers
         outcome = []
         for given in steps:
             p.grad = torch.full_like(p, 0.5 if given is None else 0.5 * given[0])
             for name, value in zip(_ATTRIBUTES, given or (None, None), strict=True):
                 held = None if value is None else torch.tensor(value, device=like.device)
                 setattr(probe, name, held)
-            probe.step()
+            step(probe)
             state = (t for t in probe.state[p].values() if isinstance(t, Tensor))
             outcome.append([t.clone() for t in (p, *state)])
         return outcome
