@@ -260,6 +260,27 @@ def test_amsgrad_turned_on_mid_run(device):
     assert all("max_exp_avg_sq" in optimizer.state[p] for p in params)
 
 
+@BOTH
+@pytest.mark.no_kernel
+def test_torchs_options_are_taken_with_torchs_meaning(rule):
+    for name in ("fused", "foreach", *(["capturable"] if rule is AdamW else [])):
+        params = fresh()
+        optimizer = rule(params, lr=0.1, **{name: True})
+        assert type(optimizer)(params, **optimizer.defaults).defaults == optimizer.defaults
+    for wrong in ({"differentiable": True}, {"fused": True, "foreach": True}):
+        with pytest.raises((ValueError, RuntimeError), match=f"^{rule.__name__}: .*, got"):
+            rule(fresh(), lr=0.1, **wrong)
+        with pytest.raises((ValueError, RuntimeError), match=f"^{rule.__name__}: .*, got"):
+            rule([{"params": fresh(), **wrong}], lr=0.1)
+
+
+@BOTH
+@pytest.mark.no_kernel
+def test_repr_names_the_clip(rule):
+    assert "clip: 1.5\nnonfinite: error\n)" in repr(rule(fresh(), clip=1.5, nonfinite="error"))
+    assert "clip: AutoClip(percentile=10.0, history=1000)" in repr(rule(fresh(), clip=AutoClip()))
+
+
 MOMENT = {SGD: "momentum_buffer", AdamW: "exp_avg"}
 
 

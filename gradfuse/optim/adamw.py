@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from gradfuse._codes import Rule, Slot
 from gradfuse._records import AdamWGroup
-from gradfuse.optim.base import Clip, ClippedOptimizer
+from gradfuse.optim.base import Clip, ClippedOptimizer, check_torchs_options
 
 __all__ = ["AdamW"]
 
@@ -33,6 +33,10 @@ class AdamW(ClippedOptimizer, torch.optim.AdamW):
         weight_decay: as in torch.optim.AdamW.
         amsgrad: as in torch.optim.AdamW.
         maximize: as in torch.optim.AdamW.
+        foreach, fused: accepted for torch's signature; every step is fused.
+        capturable: accepted for torch's signature; a CUDA step can always be captured.
+        differentiable: must be False, because a fused step has no derivative.
+        decoupled_weight_decay: must be True; for AdamW(params, **optimizer.defaults).
         clip: upper bound of the gradients' global norm, a gradfuse.policies.Policy, or None.
         nonfinite: what a NaN or inf gradient does. "skip": no parameter and no state changes, the
             step is counted in skipped_steps. "error": RuntimeError, nothing is written.
@@ -65,6 +69,11 @@ class AdamW(ClippedOptimizer, torch.optim.AdamW):
         amsgrad: bool = False,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = True,
         clip: Clip = None,
         nonfinite: str = "skip",
         materialize_clipped_grads: bool = False,
@@ -76,6 +85,11 @@ class AdamW(ClippedOptimizer, torch.optim.AdamW):
             clip, nonfinite, materialize_clipped_grads, master_weights, stochastic_rounding
         )
         self._update_clip = update_clip
+        check_torchs_options("AdamW", fused, foreach, differentiable)
+        if not decoupled_weight_decay:
+            raise ValueError(
+                "AdamW: decoupled_weight_decay must be True, got False; that is torch.optim.Adam"
+            )
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize)
 
     def _group(self, group: dict[str, Any], lr: float | Tensor) -> AdamWGroup:

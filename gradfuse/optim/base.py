@@ -17,7 +17,7 @@ from gradfuse.clipping.report import GradReport
 from gradfuse.ops.checks import STEP_NONFINITE, check_nonfinite, check_nonnegative
 from gradfuse.ops.clip import clip_grad_value_
 
-__all__ = ["Clip", "ClippedOptimizer", "as_number", "parameter_names"]
+__all__ = ["Clip", "ClippedOptimizer", "as_number", "check_torchs_options", "parameter_names"]
 
 Clip: TypeAlias = "float | Policy | None"
 
@@ -86,6 +86,21 @@ class ClippedOptimizer(torch.optim.Optimizer):
         On CUDA, reading this waits for the device.
         """
         return self._skipped + (0 if self._skipped_on is None else int(self._skipped_on))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch.optim.Optimizer.add_param_group.
+
+        Raises:
+            ValueError: the group wants an option that a fused step does not have.
+        """
+        check_torchs_options(
+            type(self).__name__,
+            *(param_group.get(name) for name in ("fused", "foreach", "differentiable")),
+        )
+        super().add_param_group(param_group)
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}clip: {self._clip!r}\nnonfinite: {self._nonfinite}\n)"
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Unscales, clips, checks and updates.
@@ -273,6 +288,19 @@ class ClippedOptimizer(torch.optim.Optimizer):
         if "_stepper" not in self.__dict__:  # unpickled or copied
             self._reset()
         super().__setstate__(state)
+
+
+def check_torchs_options(
+    op: str, fused: bool | None, foreach: bool | None, differentiable: bool | None
+) -> None:
+    """Refuses what torch's optimizers take and these cannot do, or torch does not take either."""
+    if fused and foreach:
+        raise RuntimeError(f"{op}: expected fused or foreach, got True for both")
+    if differentiable:
+        raise ValueError(
+            f"{op}: differentiable must be False, because a fused step has no derivative, got "
+            f"{differentiable}"
+        )
 
 
 def _laid_out(t: Tensor, like: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from gradfuse._codes import Rule, Slot
 from gradfuse._records import SGDGroup
-from gradfuse.optim.base import Clip, ClippedOptimizer
+from gradfuse.optim.base import Clip, ClippedOptimizer, check_torchs_options
 
 __all__ = ["SGD"]
 
@@ -34,6 +34,7 @@ class SGD(ClippedOptimizer, torch.optim.SGD):
         weight_decay: as in torch.optim.SGD.
         nesterov: as in torch.optim.SGD.
         maximize: as in torch.optim.SGD.
+        foreach, differentiable, fused: as in gradfuse.optim.AdamW.
         clip: as in gradfuse.optim.AdamW.
         nonfinite: as in gradfuse.optim.AdamW.
         materialize_clipped_grads: as in gradfuse.optim.AdamW.
@@ -60,6 +61,9 @@ class SGD(ClippedOptimizer, torch.optim.SGD):
         nesterov: bool = False,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
         clip: Clip = None,
         nonfinite: str = "skip",
         materialize_clipped_grads: bool = False,
@@ -69,6 +73,7 @@ class SGD(ClippedOptimizer, torch.optim.SGD):
         self._configure(
             clip, nonfinite, materialize_clipped_grads, master_weights, stochastic_rounding
         )
+        check_torchs_options("SGD", fused, foreach, differentiable)
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
 
     def _group(self, group: dict[str, Any], lr: float | Tensor) -> SGDGroup:
