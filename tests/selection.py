@@ -40,7 +40,8 @@ def left_out(items):
     for item in items:
         if getattr(item, "callspec", None):
             parameters = item.callspec.params
-            on = parameters.get("backend"), parameters.get("isa")
+            backend = "ptx" if "ptx" in item.fixturenames else parameters.get("backend")
+            on = backend, parameters.get("isa")
             by_test[item.path, item.cls, item.originalname, on].append(item)
     for (*_, (backend, isa)), variants in by_test.items():
         pairs = backend in (None, "cpu", "cuda") and not isa
