@@ -65,6 +65,7 @@ def test_any_order_of_the_blocks_gives_the_same_bits(ptx, step):
 KERNELS_RUN: set[str] = set()  # by this process, which runs all tests of this file
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("dtype", [*REAL, *COMPLEX], ids=short)
 def test_as_the_reference(ptx, monkeypatch, step, dtype):
