@@ -16,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import setup
@@ -138,6 +139,10 @@ def flavour():
     return "-sanitize" if os.environ.get("GRADFUSE_SANITIZE") == "1" else ""
 
 
+def unity():
+    return os.environ.get("GRADFUSE_UNITY") == "1"
+
+
 def write_changed(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.read_text() != text:
@@ -160,10 +165,10 @@ def sources(folder):
     """The files that include torch's headers, relative to ROOT. With GRADFUSE_UNITY=1, one file in
     `folder` that includes all of them."""
     found = [p for p in sorted((ROOT / "csrc").rglob("*.cpp")) if p.name != "unit.cpp"]
-    if os.environ.get("GRADFUSE_UNITY") == "1":
-        unity = folder / "unity.cpp"
-        write_changed(unity, "".join(f'#include "{p}"\n' for p in found))
-        found = [unity]
+    if unity():
+        whole = folder / "unity.cpp"
+        write_changed(whole, "".join(f'#include "{p}"\n' for p in found))
+        found = [whole]
     return [str(p.relative_to(ROOT)) for p in found]
 
 
@@ -224,8 +229,17 @@ def build_command(kernels):
             self.build_temp = str(ROOT / "build" / f"objects-{torch.__version__}{flavour()}")
 
         def build_extensions(self):
-            self.extensions[0].extra_objects = kernels.build()
-            super().build_extensions()
+            if not unity():
+                self.extensions[0].extra_objects = kernels.build()
+                return super().build_extensions()
+            # One file leaves the other cores to the kernels.
+            link = self.compiler.link_shared_object
+            with ThreadPoolExecutor(1) as pool:
+                objects = pool.submit(kernels.build)
+                self.compiler.link_shared_object = lambda made, *args, **options: link(
+                    [*made, *objects.result()], *args, **options
+                )
+                super().build_extensions()
 
     return BuildInTree
 

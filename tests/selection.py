@@ -40,10 +40,11 @@ def left_out(items):
     for item in items:
         if getattr(item, "callspec", None):
             parameters = item.callspec.params
-            on = parameters.get("backend"), parameters.get("isa")
+            backend = "ptx" if "ptx" in item.fixturenames else parameters.get("backend")
+            on = backend, parameters.get("isa"), item.get_closest_marker("pairs") is not None
             by_test[item.path, item.cls, item.originalname, on].append(item)
-    for (*_, (backend, isa)), variants in by_test.items():
-        pairs = backend in (None, "cpu", "cuda") and not isa
+    for (*_, (backend, isa, marked)), variants in by_test.items():
+        pairs = marked or (backend in (None, "cpu", "cuda") and not isa)
         kept = set(covering(variants, 2 if pairs else 1))
         yield from (v for v in variants if v not in kept)
 
