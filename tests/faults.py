@@ -123,7 +123,7 @@ FAULTS = [
     Fault(
         "adaptive clipping has no floor",
         MATH,
-        "if (to_double(grad) < 1e-6) grad = {1e-6, 0.0};",
+        "if (to_double(grad) < least) grad = {least, 0.0};",
         "",
         "not timm's agc for tiny gradients",
         "tests/test_adaptive_clip.py",

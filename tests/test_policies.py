@@ -269,6 +269,12 @@ def test_agc_is_the_function(backend):
     assert optimizer.report.clipped_norm == pytest.approx(after, rel=1e-5)
 
 
+@pytest.mark.parametrize("scale", [None, 1024.0])
+def test_agc_divides_by_no_less_than_1e_6_of_the_unscaled_gradient(backend, scale):
+    (moved,) = stepped(AGC(1e-4, 1e-3), [2.5e-7] * 4, scale=scale)
+    torch.testing.assert_close(moved, torch.full((4,), -2.5e-8))
+
+
 @every_policy
 def test_a_loss_scale_changes_nothing(backend, make):
     def run(scale):

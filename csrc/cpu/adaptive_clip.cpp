@@ -7,7 +7,7 @@
 
 namespace gradfuse::cpu {
 
-void adaptive_clip(const std::vector<UnitRef>& units, UnitLimit limit) {
+void adaptive_clip(const std::vector<UnitRef>& units, UnitLimit limit, double scale) {
   const NormSpec spec = limit.spec;
   // Items are runs of whole units of about kItem elements.
   struct Item {
@@ -31,7 +31,7 @@ void adaptive_clip(const std::vector<UnitRef>& units, UnitLimit limit) {
       const Stats g = run_stats(grad, 0, grad.numel, spec);
       const ScaledNorm c =
           unit_coefficient(norm_of(sum_of(w, spec), spec), norm_of(sum_of(g, spec), spec),
-                           limit.clip_factor, limit.eps);
+                           limit.clip_factor, limit.eps, scale);
       if (c.value == 1.0 && c.exponent == 0.0) continue;
       update_run(grad, 0, grad.numel,
                  [&](void* x, int64_t n) { return scale_by(x, grad.dtype, n, factor_of(c)); });

@@ -57,14 +57,15 @@ struct Work {
     items.push_back(static_cast<int64_t>(chunks.size()));
   }
 
-  // Calls f(item, first chunk, end) for every item.
+  // Calls f(item, first chunk, end) for every item. Each thread has the same items forwards and
+  // backwards, so that a second sweep finds in its own caches what the first one read.
   template <class F>
   void for_each(bool backwards, F f) const {
-    const int64_t n = count();
-    for_each_item(n, total, [&](int64_t i) {
-      const int64_t item = backwards ? n - 1 - i : i;
-      f(item, items[item], items[item + 1]);
-    });
+    const auto body = [&](int64_t item) { f(item, items[item], items[item + 1]); };
+    if (backwards)
+      for_each_item_backwards(count(), total, body);
+    else
+      for_each_item(count(), total, body);
   }
   int64_t count() const { return static_cast<int64_t>(items.size()) - 1; }
 };

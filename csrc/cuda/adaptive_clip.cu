@@ -40,7 +40,7 @@ __device__ ScaledNorm shared_coefficient(const Stats& weight, const Stats& grad,
   const Stats g = block_merge<kBlock>(grad, spec.p);
   if (threadIdx.x == 0)
     coefficient = unit_coefficient(norm_of(sum_of(w, spec), spec), norm_of(sum_of(g, spec), spec),
-                                   limit.clip_factor * (scale ? *scale : 1.0f), limit.eps);
+                                   limit.clip_factor, limit.eps, scale ? *scale : 1.0f);
   __syncthreads();
   return coefficient;
 }

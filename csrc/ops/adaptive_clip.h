@@ -25,7 +25,8 @@ struct UnitLimit {
 
 // Clips each unit of each gradient against its weight. Writes the clipped units only.
 namespace cpu {
-void adaptive_clip(const std::vector<UnitRef>& units, UnitLimit limit);
+void adaptive_clip(const std::vector<UnitRef>& units, UnitLimit limit,
+                   double scale);  // loss scale of the gradients
 }
 namespace cuda {
 void adaptive_clip(const std::vector<UnitRef>& units, UnitLimit limit,

@@ -22,22 +22,23 @@ def unit_norms(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
 
 
 def adaptive_clip_tensor_(
-    weight: Tensor, grad: Tensor, factor: float, eps: float, p: float
+    weight: Tensor, grad: Tensor, factor: float, eps: float, p: float, scale: float
 ) -> None:
-    """Scales each unit of grad to a norm of at most factor * max(weight norm, eps)."""
+    """Scales each unit of grad / scale to a norm of at most factor * max(weight norm, eps)."""
     if grad.numel() == 0:
         return
     ws, wv = unit_norms(weight, p)
     gs, gv = unit_norms(grad, p)
     small = ws * wv < eps
     ws, wv = ws.masked_fill(small, 1.0), wv.masked_fill(small, eps)
-    keep = gv * (gs / ws) <= factor * wv
-    tiny = gs * gv < 1e-6
-    gs, gv = gs.masked_fill(tiny, 1.0), gv.masked_fill(tiny, 1e-6)
+    keep = gv * (gs / ws) <= factor * scale * wv
+    least = 1e-6 * scale
+    tiny = gs * gv < least
+    gs, gv = gs.masked_fill(tiny, 1.0), gv.masked_fill(tiny, least)
     shape = (-1, *[1] * (grad.ndim - 1)) if grad.ndim > 1 else (1,) * grad.ndim
     scaled = grad.to(torch.complex128 if grad.is_complex() else torch.float64)
     # In three steps: the whole coefficient may be too small for float64.
-    for step in (1.0 / gs, factor * wv / gv, ws):
+    for step in (1.0 / gs, factor * scale * wv / gv, ws):
         scaled = scaled * step.reshape(shape)
     grad.copy_(torch.where(keep.reshape(shape), grad, scaled.to(grad.dtype)))
 
@@ -72,5 +73,6 @@ def adaptive_clip_(
     for i, g in pairs:
         w = listed_weights[i]
         assert w is not None
-        factor = clip_factor if scale is None else clip_factor * float(scale)
-        adaptive_clip_tensor_(w, g, factor, eps, norm_type)
+        adaptive_clip_tensor_(
+            w, g, clip_factor, eps, norm_type, 1.0 if scale is None else float(scale)
+        )

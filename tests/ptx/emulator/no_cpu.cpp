@@ -21,7 +21,7 @@ void scale_each(const std::vector<GradRef>&, const std::vector<int64_t>&, Scaled
 }
 void zero(const std::vector<GradRef>&) { refuse(); }
 void clamp(const std::vector<GradRef>&, double) { refuse(); }
-void adaptive_clip(const std::vector<UnitRef>&, UnitLimit) { refuse(); }
+void adaptive_clip(const std::vector<UnitRef>&, UnitLimit, double) { refuse(); }
 void batch_norm_forward(const BatchNormForward&) { refuse(); }
 void batch_norm_backward(const BatchNormBackward&) { refuse(); }
 void optim_step(const OptimStep&) { refuse(); }
