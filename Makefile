@@ -33,8 +33,9 @@ test-full: lint
 
 build: $(VENV)/.installed compile
 
+# Without MAKEFLAGS, because Python closes the pipe in which ninja would look for make's jobs.
 compile: $(VENV)/.tools
-	$(PY) setup.py -q build_ext --inplace
+	MAKEFLAGS= $(PY) setup.py -q build_ext --inplace
 
 # Once per environment. With make -j the module compiles while pip installs the rest. The editable
 # install compiles nothing, because Python finds the module of `compile` in the tree.
