@@ -332,11 +332,11 @@ def test_a_load_that_raises_leaves_all_as_it_was(rule, fault, device):
     other = made(rule, fresh(torch.bfloat16, device, SHAPES), clip=AutoClip(), master_weights=True)
     steps_of(other, other.param_groups[0]["params"], range(3, 4))
     saved = other.state_dict()
-    saved["gradfuse"]["skipped_steps"] = 5
+    saved["param_groups"][0]["gradfuse"]["skipped_steps"] = 5
     if fault == "groups":
         saved["param_groups"] = []
     elif fault == "policy":
-        saved["gradfuse"]["policy"] = {"norms": 3.0}
+        saved["param_groups"][0]["gradfuse"]["policy"] = {"norms": 3.0}
     else:
 
         def refuse(loaded):
@@ -348,3 +348,47 @@ def test_a_load_that_raises_leaves_all_as_it_was(rule, fault, device):
         optimizer.load_state_dict(saved)
     after = contents(optimizer), bits([*optimizer.clip.state.values()]), optimizer.skipped_steps
     assert after == before
+
+
+@BOTH
+def test_what_older_versions_saved_loads(rule, device):
+    """They had the state of the policy beside torch's keys."""
+    params = fresh(device=device, shapes=SHAPES)
+    optimizer = made(rule, params, clip=AutoClip())
+    steps_of(optimizer, params, range(3))
+    saved = optimizer.state_dict()
+    saved["gradfuse"] = saved["param_groups"][0].pop("gradfuse") | {"skipped_steps": 2}
+    again = made(rule, params, clip=AutoClip())
+    again.load_state_dict(saved)
+    assert again.skipped_steps == 2
+    assert bits([*again.clip.state.values()]) == bits([*optimizer.clip.state.values()])
+
+
+@BOTH
+def test_distributed_checkpoints_keep_policy_and_skipped_steps(rule, device):
+    from torch.distributed.checkpoint.state_dict import (
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    def model_and_optimizer():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(5, 3).to(device)
+        return model, made(rule, model.parameters(), clip=AutoClip())
+
+    model, optimizer = model_and_optimizer()
+    params = list(model.parameters())
+    steps_of(optimizer, params, range(3))
+    params[0].grad[0, 0] = float("nan")
+    optimizer.step()
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))  # as through a file
+    other, again = model_and_optimizer()
+    set_optimizer_state_dict(other, again, saved)
+    assert again.skipped_steps == optimizer.skipped_steps == 1
+    assert bits([*again.clip.state.values()]) == bits([*optimizer.clip.state.values()])
+    assert all("gradfuse" not in group for group in again.param_groups)
+    other.load_state_dict(model.state_dict())
+    for p, q in zip(params, other.parameters(), strict=True):
+        p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    optimizer.step(), again.step()
+    assert contents(again) == contents(optimizer)

@@ -125,7 +125,7 @@ def test_state_is_saved_and_found_inf_leaves_it(backend):
     optimizer.grad_scale, optimizer.found_inf = None, torch.tensor(1.0)
     optimizer.step()
     assert optimizer.skipped_steps == 1
-    assert optimizer.clip.state["level"] == saved["gradfuse"]["policy"]["level"]
+    assert optimizer.clip.state["level"] == saved["param_groups"][0]["gradfuse"]["policy"]["level"]
     again = optim.SGD([p], lr=1.0, clip=Follow())
     again.load_state_dict(saved)
     assert again.clip.state["level"] == 2.0

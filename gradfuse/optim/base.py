@@ -21,7 +21,7 @@ __all__ = ["Clip", "ClippedOptimizer", "as_number", "check_torchs_options", "par
 
 Clip: TypeAlias = "float | Policy | None"
 
-_OWN = "gradfuse"  # key in a state_dict of what torch's optimizers do not have
+_OWN = "gradfuse"  # key in a state_dict's first group of what torch's optimizers do not have
 _SETTINGS = ("_nonfinite", "_materialize", "_master", "_stochastic", "_update_clip", "_clip")
 
 
@@ -228,13 +228,17 @@ class ClippedOptimizer(torch.optim.Optimizer):
                 state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as torch's optimizer has it, and under "gradfuse" what only this one has:
-        skipped_steps, and the state of the policy. torch's optimizers load it as it is."""
+        """The state as torch's optimizer has it, and in the first parameter group, as "gradfuse",
+        skipped_steps and the state of the policy. torch's optimizers load it as it is.
+
+        torch.distributed.checkpoint keeps the groups, and would drop a key beside them.
+        """
         out: dict[str, Any] = super().state_dict()
         own: dict[str, Any] = {"skipped_steps": self.skipped_steps}
         if isinstance(self._clip, Policy):
             own["policy"] = self._clip.state_dict()
-        return {**out, _OWN: own}
+        out["param_groups"][0][_OWN] = own
+        return out
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the state of this optimizer or of torch's, as torch does, with its hooks.
@@ -270,7 +274,9 @@ class ClippedOptimizer(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(i, {}).items():
                 if isinstance(value, Tensor) and value.dtype != self.state[p][name].dtype:
                     self.state[p][name] = value.detach().clone().to(p.device)
-        own = state_dict.get(_OWN, {})
+        own = state_dict.get(_OWN, {})  # where it was before it moved into the first group
+        for group in self.param_groups:
+            own = group.pop(_OWN, own)
         self._set_skipped(own.get("skipped_steps", 0))
         if isinstance(self._clip, Policy) and "policy" in own:
             self._clip.load_state_dict(own["policy"])
