@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gradfuse import _native
 from gradfuse.clipping.policy import Decision, Policy, to_at_most
-from gradfuse.ops.checks import check_nonnegative
+from gradfuse.ops.checks import check_max_norm, check_nonnegative
 
 __all__ = [
     "AGC",
@@ -83,7 +83,7 @@ class Norm(Policy):
 
     def __init__(self, max_norm: float) -> None:
         super().__init__()
-        self.max_norm = check_nonnegative("Norm", "max_norm", max_norm)
+        self.max_norm = check_max_norm("Norm", "max_norm", max_norm)
 
 
 class Value(Policy):

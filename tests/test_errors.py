@@ -273,3 +273,32 @@ def test_what_could_end_the_process(native):
 def test_the_reference_refuses_the_same(name, backend, capsys):
     exec(SCRIPTS[name], {})
     assert capsys.readouterr().out == "refused\n"
+
+
+SET_TO_ZERO = {
+    "clip_grad_norm_": (lambda p: gradfuse.clip_grad_norm_([p], 0.0), "max_norm"),
+    "clip_grads_with_norm_": (
+        lambda p: gradfuse.clip_grads_with_norm_([p], 0.0, torch.tensor(1.0)),
+        "max_norm",
+    ),
+    "GradClipper": (lambda p: gradfuse.GradClipper([p], 0.0), "max_norm"),
+    "Norm": (lambda p: gradfuse.policies.Norm(0.0), "max_norm"),
+    "SGD": (lambda p: gradfuse.optim.SGD([p], clip=0.0), "clip"),
+    "AdamW": (lambda p: gradfuse.optim.AdamW([p], clip=0), "clip"),
+    "clip_in_step": (
+        lambda p: gradfuse.optim.clip_in_step(torch.optim.SGD([p], fused=True), 0.0),
+        "max_norm",
+    ),
+}
+
+
+@pytest.mark.backends("cpu", "reference", arithmetic=False)
+@pytest.mark.elsewhere
+@pytest.mark.parametrize("name", SET_TO_ZERO)
+def test_a_max_norm_of_zero_warns_where_it_is_given(backend, name):
+    """Several trainers mean no clipping by it."""
+    call, argument = SET_TO_ZERO[name]
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    with pytest.warns(UserWarning, match=f"^{name}: {argument}=0 sets all gradients to 0"):
+        call(p)

@@ -14,8 +14,8 @@ from gradfuse.clipping.policy import Policy, plan_with_policy
 from gradfuse.clipping.report import GradReport
 from gradfuse.ops.checks import (
     CLIP_NONFINITE,
+    check_max_norm,
     check_nonfinite,
-    check_nonnegative,
     check_norm_type,
     iterator_of,
 )
@@ -81,7 +81,7 @@ class GradClipper:
     @max_norm.setter
     def max_norm(self, value: float | Policy) -> None:
         if not isinstance(value, Policy):
-            value = check_nonnegative("GradClipper", "max_norm", value)
+            value = check_max_norm("GradClipper", "max_norm", value)
         elif self._norm_type != 2.0:
             raise ValueError(
                 f"GradClipper: norm_type must be 2 with a policy, got {self._norm_type:g}"

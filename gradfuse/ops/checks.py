@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from gradfuse._codes import NonFinite
@@ -13,6 +15,7 @@ __all__ = [
     "CLIP_NONFINITE",
     "STEP_NONFINITE",
     "as_sequence",
+    "check_max_norm",
     "check_nonfinite",
     "check_nonnegative",
     "check_norm_type",
@@ -40,6 +43,19 @@ def check_nonnegative(op: str, name: str, value: float) -> float:
     value = float(value)
     if not value >= 0.0:
         raise ValueError(f"{op}: {name} must be >= 0, got {value}")
+    return value
+
+
+def check_max_norm(op: str, name: str, value: float, off: str = "inf") -> float:
+    """value as a float; ValueError if it is negative or NaN.
+
+    Warns of 0, by which some trainers mean no clipping. `off` is what means that here.
+    """
+    value = check_nonnegative(op, name, value)
+    if value == 0.0 and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"{op}: {name}=0 sets all gradients to 0; for no clipping pass {off}", stacklevel=3
+        )
     return value
 
 

@@ -16,6 +16,7 @@ from gradfuse._records import ClipPlan, ClipResult, TensorStats
 from gradfuse.ops.checks import (
     CLIP_NONFINITE,
     as_sequence,
+    check_max_norm,
     check_nonfinite,
     check_nonnegative,
     check_norm_type,
@@ -82,7 +83,8 @@ def clip_grad_norm_(
 
     Args:
         parameters: iterable of Tensors or one, whose .grad is clipped; None gradients are skipped.
-        max_norm: upper bound of the norm, >= 0; inf only measures.
+        max_norm: upper bound of the norm, >= 0; inf only measures, 0 sets all gradients to 0 and
+            warns.
         norm_type: p > 0, or inf.
         error_if_nonfinite: the same as nonfinite="error".
         foreach: accepted for torch's signature; all paths are fused.
@@ -103,7 +105,7 @@ def clip_grad_norm_(
     networks", Algorithm 1.
     """
     op = "clip_grad_norm_"
-    max_norm = check_nonnegative(op, "max_norm", max_norm)
+    max_norm = check_max_norm(op, "max_norm", max_norm)
     norm_type = check_norm_type(op, norm_type)
     code = check_nonfinite(op, nonfinite, CLIP_NONFINITE)
     if error_if_nonfinite:
@@ -148,7 +150,7 @@ def clip_grads_with_norm_(
 
     Source: Pascanu, Mikolov, Bengio 2013, Algorithm 1.
     """
-    max_norm = check_nonnegative("clip_grads_with_norm_", "max_norm", max_norm)
+    max_norm = check_max_norm("clip_grads_with_norm_", "max_norm", max_norm)
     if not isinstance(total_norm, Tensor):
         total_norm = torch.tensor(total_norm, device="cpu")
     parameters = as_sequence("clip_grads_with_norm_", parameters)

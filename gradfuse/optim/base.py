@@ -14,7 +14,7 @@ from gradfuse._codes import STATE_NAMES, Action, Rule, Slot
 from gradfuse._records import AdamWGroup, ClipPlan, SGDGroup, StepOptions
 from gradfuse.clipping.policy import Policy, plan_with_policy
 from gradfuse.clipping.report import GradReport
-from gradfuse.ops.checks import STEP_NONFINITE, check_nonfinite, check_nonnegative
+from gradfuse.ops.checks import STEP_NONFINITE, check_max_norm, check_nonfinite
 from gradfuse.ops.clip import clip_grad_value_
 
 __all__ = ["Clip", "ClippedOptimizer", "as_number", "check_torchs_options", "parameter_names"]
@@ -60,13 +60,16 @@ class ClippedOptimizer(torch.optim.Optimizer):
 
     @property
     def clip(self) -> Clip:
-        """What bounds the gradients: their global norm, a policy, or None. May be changed."""
+        """What bounds the gradients: their global norm, a policy, or None. May be changed.
+
+        0 sets all gradients to 0, with a warning.
+        """
         return self._clip
 
     @clip.setter
     def clip(self, value: Clip) -> None:
         if value is not None and not isinstance(value, Policy):
-            value = check_nonnegative(type(self).__name__, "clip", value)
+            value = check_max_norm(type(self).__name__, "clip", value, "None")
         self._clip = value
 
     @property

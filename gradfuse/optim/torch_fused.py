@@ -11,7 +11,7 @@ from gradfuse import _native
 from gradfuse._codes import Action, Rule, Slot
 from gradfuse._records import ClipPlan
 from gradfuse.clipping.report import GradReport
-from gradfuse.ops.checks import STEP_NONFINITE, check_nonfinite, check_nonnegative
+from gradfuse.ops.checks import STEP_NONFINITE, check_max_norm, check_nonfinite
 from gradfuse.optim.base import parameter_names
 from gradfuse.optim.unwrapped import unwrapped_step
 
@@ -54,7 +54,7 @@ class ClipInStep:
 
     @max_norm.setter
     def max_norm(self, value: float) -> None:
-        self._max_norm = check_nonnegative("clip_in_step", "max_norm", value)
+        self._max_norm = check_max_norm("clip_in_step", "max_norm", value)
 
     @property
     def report(self) -> GradReport | None:
