@@ -392,3 +392,20 @@ def test_distributed_checkpoints_keep_policy_and_skipped_steps(rule, device):
         p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
     optimizer.step(), again.step()
     assert contents(again) == contents(optimizer)
+
+
+@BOTH
+@pytest.mark.no_kernel
+def test_a_rank_does_not_clip_by_its_own_norm(rule, tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    store = f"file://{tmp_path}/store"
+    dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        ZeroRedundancyOptimizer(fresh(), optimizer_class=rule, lr=0.1).step()
+        with pytest.raises(RuntimeError, match=f"^{rule.__name__}: expected clip=None .*, got 1.0"):
+            ZeroRedundancyOptimizer(fresh(), optimizer_class=rule, lr=0.1, clip=1.0)
+    finally:
+        dist.destroy_process_group()
+    made(rule, fresh(), clip=1.0)

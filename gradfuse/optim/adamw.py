@@ -50,6 +50,7 @@ class AdamW(ClippedOptimizer, torch.optim.AdamW):
 
     Raises:
         ValueError: an argument is out of range.
+        RuntimeError: clip is given within torch's ZeroRedundancyOptimizer.
         TypeError: params holds no tensors.
 
     Source: Loshchilov, Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2; Wortsman

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeAlias
 
@@ -41,6 +42,11 @@ class ClippedOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"{op}: expected master_weights or stochastic_rounding, got both: with master "
                 "weights nothing is lost that rounding at random could save"
+            )
+        if clip is not None and _is_made_by_zero():
+            raise RuntimeError(
+                f"{op}: expected clip=None in a ZeroRedundancyOptimizer, got {clip!r}: each rank "
+                "would clip by the norm of its own parameters; call clip_grad_norm_ before step()"
             )
         self._nonfinite = nonfinite
         self._materialize = materialize
@@ -297,6 +303,18 @@ class ClippedOptimizer(torch.optim.Optimizer):
         if "_stepper" not in self.__dict__:  # unpickled or copied
             self._reset()
         super().__setstate__(state)
+
+
+def _is_made_by_zero() -> bool:
+    """Whether torch's ZeroRedundancyOptimizer is calling the constructor. It says so nowhere else
+    than in the stack."""
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    frame = sys._getframe(1) if module is not None else None
+    while module is not None and frame is not None:
+        if isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def check_torchs_options(

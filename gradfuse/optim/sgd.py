@@ -43,6 +43,7 @@ class SGD(ClippedOptimizer, torch.optim.SGD):
 
     Raises:
         ValueError: an argument is out of range.
+        RuntimeError: clip is given within torch's ZeroRedundancyOptimizer.
         TypeError: params holds no tensors.
 
     Source: Sutskever, Martens, Dahl, Hinton 2013, "On the importance of initialization and momentum
