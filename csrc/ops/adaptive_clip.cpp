@@ -80,8 +80,7 @@ void adaptive_clip_(TensorsArg weights, OptionalTensorsArg grads, double clip_fa
     const at::Device device = list.grads.groups[i].device;
     const std::vector<UnitRef> units = list.refs(i);
     run_on(
-        device,
-        [&] { cpu::adaptive_clip(units, limit, scale_on_host(loss_scale)); },
+        device, [&] { cpu::adaptive_clip(units, limit, scale_on_host(loss_scale)); },
         [&](Stream stream) {
           const MaybeTensor here = number_on(device, loss_scale);
           cuda::adaptive_clip(units, limit, here ? here->const_data_ptr<float>() : nullptr, stream);
