@@ -191,8 +191,6 @@ def extension():
     link = []
     if flavour():
         sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-        # AddressSanitizer finds the same faults of memory, and these take a third of the time.
-        sanitize += ["-fno-sanitize=null,object-size,pointer-overflow,vptr"]
         cxx += [*sanitize, "-g1", "-O1", "-fno-omit-frame-pointer"]
         link += sanitize
     nvcc = os.path.join(toolkit, "bin", "nvcc") if cuda else None

@@ -199,7 +199,7 @@ def resources(said: str) -> dict[str, Resources]:
 
 
 def ptxas(source: Path, arch: str) -> str:
-    """Output of ptxas -v for a .cu file and an architecture."""
+    """Output of ptxas -v for a .cu or .ptx file and an architecture."""
     command = [nvcc(), *NVCC_FLAGS, f"-arch={arch}", "-Xptxas=-v", "-cubin", f"-I{ROOT / 'csrc'}"]
     return run([*command, source, "-o", os.devnull])
 
