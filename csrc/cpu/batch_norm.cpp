@@ -20,7 +20,8 @@
 
 #include "../math/batch_norm.h"
 #include "../math/runs.h"
-#include "batch_norm_kernels.h"
+#include "batch_norm_backward_kernels.h"
+#include "batch_norm_forward_kernels.h"
 #include "parallel.h"
 
 namespace gradfuse::cpu {
@@ -113,7 +114,7 @@ struct Forward {
   static constexpr bool kSquares = true;  // the second sum holds the squares of the first's terms
 
   const BatchNormForward& call;
-  const BatchNormKernels& kernels = batch_norm_kernels();
+  const BatchNormForwardKernels& kernels = batch_norm_forward_kernels();
 
   bool has_sums() const { return call.training; }
   bool applies() const { return true; }
@@ -124,7 +125,7 @@ struct Forward {
       columns(kMean, c) = static_cast<F>(read(call.input, call.shape.dtype, c * call.shape.inner));
   }
   void sum(const Span& span, const Columns<F>& columns, double* sums, bool wide) const {
-    kernels.forward_sums(call, span, columns.coefficients, sums, columns.stride, wide);
+    kernels.sums(call, span, columns.coefficients, sums, columns.stride, wide);
   }
   void finish(const Columns<F>& columns, const double* sums) const {
     const int64_t channels = call.shape.channels;
@@ -154,7 +155,7 @@ struct Forward {
     }
   }
   void apply(const Span& span, const Columns<F>& columns) const {
-    kernels.forward_apply(call, span, columns.coefficients, columns.stride);
+    kernels.apply(call, span, columns.coefficients, columns.stride);
   }
 
  private:
@@ -171,7 +172,7 @@ struct Backward {
   static constexpr bool kSquares = false;
 
   const BatchNormBackward& call;
-  const BatchNormKernels& kernels = batch_norm_kernels();
+  const BatchNormBackwardKernels& kernels = batch_norm_backward_kernels();
 
   double mean(int64_t c) const { return call.stats[c]; }
   double invstd(int64_t c) const { return call.stats[call.shape.channels + c]; }
@@ -192,7 +193,7 @@ struct Backward {
     }
   }
   void sum(const Span& span, const Columns<F>& columns, double* sums, bool wide) const {
-    kernels.backward_sums(call, span, columns.coefficients, sums, columns.stride, wide);
+    kernels.sums(call, span, columns.coefficients, sums, columns.stride, wide);
   }
   void finish(const Columns<F>& columns, const double* sums) const {
     const double count = static_cast<double>(call.shape.count());
@@ -210,7 +211,7 @@ struct Backward {
     }
   }
   void apply(const Span& span, const Columns<F>& columns) const {
-    kernels.backward_apply(call, span, columns.coefficients, columns.stride);
+    kernels.apply(call, span, columns.coefficients, columns.stride);
   }
 };
 
