@@ -1,7 +1,8 @@
 """The compiled module gradfuse._C, or the reason why it is not there.
 
 Eager calls go straight to `backend`: `_C`, or `gradfuse.reference` with the same functions. Under
-torch.compile the same functions are reached as torch.library ops, which `define_op` registers.
+torch.compile, tracers and dispatch modes the same functions are reached as torch.library ops, which
+`define_op` registers: these record calls of ops, and nothing else.
 
 Modules look `_native.backend` up at each call and never bind it: tests put another implementation
 in its place here, for all modules at once.
@@ -19,7 +20,15 @@ import torch
 
 from gradfuse import reference
 
-__all__ = ["available", "backend", "define_op", "reason"]
+__all__ = [
+    "available",
+    "backend",
+    "define_op",
+    "is_traced",
+    "is_traced_in_place",
+    "reason",
+    "refuse_tracing",
+]
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -49,6 +58,47 @@ if not available and reason != "GRADFUSE_NATIVE=0":
         "compiler: pip install --no-build-isolation --force-reinstall --no-deps gradfuse",
         stacklevel=2,
     )
+
+
+def is_traced() -> bool:
+    """Whether a call must go through torch.ops: torch.compile, a tracer or a dispatch mode has to
+    see it."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def is_traced_in_place(op: str) -> bool:
+    """is_traced, for an op that writes a list of tensors. torch.jit.trace would leave it out of the
+    graph without a word, so that raises."""
+    if not is_traced():
+        return False
+    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+        raise RuntimeError(
+            f"{op}: expected a tracer that records writes to lists of tensors, got torch.jit.trace;"
+            " use torch.compile or torch.export, or clip outside of the traced function"
+        )
+    return True
+
+
+def refuse_tracing(op: str) -> None:
+    """Raises where a tracer records what must run: make_fx, FakeTensorMode, torch.export or
+    torch.jit.trace. Other dispatch modes only look on."""
+    key = torch._C._TorchDispatchModeKey
+    if torch._C._get_tracing_state() is not None or (
+        torch._C._len_torch_dispatch_stack() > 0
+        and any(
+            torch._C._get_dispatch_mode(mode) is not None
+            for mode in (key.PROXY, key.FAKE, key.FUNCTIONAL)
+        )
+    ):
+        raise RuntimeError(
+            f"{op}: expected a call that is not traced, because its effects on state would not be "
+            "recorded; trace forward and backward, and call it on their outcome"
+        )
+
 
 _library = torch.library.Library("gradfuse", "DEF")
 

@@ -216,7 +216,6 @@ MEASURED = [
         TypeError,
         "expected (float16|real).* got .*[Cc]omplex",
     ),
-    bad_gradient("coo", Tensor.to_sparse, TypeError, DENSE),
     bad_gradient("csr", Tensor.to_sparse_csr, TypeError, DENSE),
     bad_gradient("meta", lambda t: t.to("meta"), TypeError, "expected gradients .* got meta"),
     bad_gradient("freed storage", freed, RuntimeError, "expected storage of at least 2580 bytes"),
@@ -516,6 +515,12 @@ adaptive_clip_grad_ = Op(
     (*REAL, *COMPLEX),
     [
         *WRITTEN,
+        Bad(
+            "coo",
+            lambda sample: sample.tensors.update({"grad 3": sample.tensors["grad 3"].to_sparse()}),
+            TypeError,
+            "expected dense weights and gradients, got a sparse one for parameter 3",
+        ),
         *negative("clip_factor"),
         *negative("eps"),
         *NO_NORM,

@@ -626,10 +626,6 @@ def a_freed_gradient(optimizer, p):
     p.grad.untyped_storage().resize_(0)
 
 
-def a_sparse_gradient(optimizer, p):
-    p.grad = p.grad.to_sparse()
-
-
 def a_state_of_another_shape(optimizer, p):
     state = optimizer.state[p]
     name = next(k for k in state if k != "step")
@@ -658,7 +654,6 @@ BREAKS = {
     "overlapping itself": (data(lambda t: t[:1, :1].expand(40, 30)), "element per memory location"),
     "an integer": (an_integer, "(?i)expected float16, .*got (torch.int64|long)"),
     "a freed gradient": (a_freed_gradient, "expected storage of at least 4800 bytes, got 0"),
-    "a sparse gradient": (a_sparse_gradient, "(?i)expected dense gradients, got layout .*sparse"),
     "a state's shape": (a_state_of_another_shape, "shape|size|expected state"),
     "a state's type": (a_state_of_another_type, "(?i)expected state .* got .*half|float16"),
     "two learning rates": (a_learning_rate_of_two, "scalar|one element|one number"),

@@ -88,7 +88,7 @@ void prefetch_chunk(const ParamRef& p, const Chunk& c) {
       prefetch_run<writes>(static_cast<const char*>(data) + c.start * bytes, c.length * bytes);
   };
   from(p.param, p.dtype, std::true_type());
-  from(p.grad, p.dtype, std::false_type());
+  from(p.grad, p.grad_dtype, std::false_type());
   from(p.exp_avg, p.state_dtype, std::true_type());
   from(p.exp_avg_sq, p.state_dtype, std::true_type());
   from(p.max_exp_avg_sq, p.state_dtype, std::true_type());

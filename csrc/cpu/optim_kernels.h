@@ -139,12 +139,17 @@ inline void put_rounded(T* p, V v, int64_t element, const Rounding& rounding, ui
   access.put(p, v);
 }
 
-// The parameter's value: its master's if it has one.
+// The parameter's value: its master's, where the parameter is still the rounded master. Elsewhere
+// someone wrote the parameter since the last step, and that value counts.
 template <class V, class T, class Access>
 inline V value_of(const T* param, const float* master, int64_t i, const Access& access) {
+  const V x = access.get(param + i);
   if constexpr (sizeof(T) == 2)
-    if (master) return access.get(master + i);
-  return access.get(param + i);
+    if (master) {
+      const V wide = access.get(master + i);
+      return bit_cast<IntVec>(rounded_to<T>(wide)) == bit_cast<IntVec>(x) ? wide : x;
+    }
+  return x;
 }
 template <class T, class V, class Access>
 inline void put_value(T* param, float* master, V v, int64_t i, int64_t start,
@@ -160,8 +165,8 @@ inline T* from(void* data, int64_t start) {
   return data ? static_cast<T*>(data) + start : nullptr;
 }
 
-// T is the type of parameter and gradient, S that of the state.
-template <class T, class S>
+// T is the type of the parameter, S that of its state, G that of its gradient.
+template <class T, class S, class G>
 void adamw_run(const ParamRef& p, int64_t start, int64_t n, const AdamWFactors<double>& factors,
                const ElementFactor& factor, const Rounding& given) {
   using V = VecOfType<T>;
@@ -169,7 +174,7 @@ void adamw_run(const ParamRef& p, int64_t start, int64_t n, const AdamWFactors<d
   const AdamWFactors<E> f = narrowed<E>(factors);
   const Gradient<T> gradient(factor);
   T* const param = from<T>(p.param, start);
-  const T* const grad = static_cast<const T*>(p.grad) + start;
+  const G* const grad = static_cast<const G*>(p.grad) + start;
   S* const exp_avg = from<S>(p.exp_avg, start);
   S* const exp_avg_sq = from<S>(p.exp_avg_sq, start);
   S* const max_exp_avg_sq = from<S>(p.max_exp_avg_sq, start);
@@ -188,7 +193,7 @@ void adamw_run(const ParamRef& p, int64_t start, int64_t n, const AdamWFactors<d
   });
 }
 
-template <class T, class S>
+template <class T, class S, class G>
 void sgd_run(const ParamRef& p, int64_t start, int64_t n, const SgdFactors<double>& factors,
              const ElementFactor& factor, const Rounding& given) {
   using V = VecOfType<T>;
@@ -196,7 +201,7 @@ void sgd_run(const ParamRef& p, int64_t start, int64_t n, const SgdFactors<doubl
   const SgdFactors<E> f = narrowed<E>(factors);
   const Gradient<T> gradient(factor);
   T* const param = from<T>(p.param, start);
-  const T* const grad = static_cast<const T*>(p.grad) + start;
+  const G* const grad = static_cast<const G*>(p.grad) + start;
   S* const buffer = from<S>(p.exp_avg, start);  // momentum
   float* const master = from<float>(p.master, start);
   const Rounding rounding = {given.stochastic, given.key + static_cast<uint32_t>(start >> 32)};
@@ -213,7 +218,7 @@ void sgd_run(const ParamRef& p, int64_t start, int64_t n, const SgdFactors<doubl
 
 // Sum of adamw_ratio over elements [start, start + n): in the compute type over blocks of 256
 // vectors, in float64 over the blocks.
-template <class T, class S>
+template <class T, class S, class G>
 double ratio_run(const ParamRef& p, int64_t start, int64_t n, const AdamWFactors<double>& factors,
                  const ElementFactor& factor) {
   using V = VecOfType<T>;
@@ -221,7 +226,7 @@ double ratio_run(const ParamRef& p, int64_t start, int64_t n, const AdamWFactors
   constexpr int64_t kBlock = 256 * Lanes<T>::count;
   const AdamWFactors<E> f = narrowed<E>(factors);
   const Gradient<T> gradient(factor);
-  const T* const grad = static_cast<const T*>(p.grad) + start;
+  const G* const grad = static_cast<const G*>(p.grad) + start;
   const S* const exp_avg_sq = from<S>(p.exp_avg_sq, start);
   double total = 0.0;
   for (int64_t block = 0; block < n; block += kBlock) {
@@ -235,32 +240,35 @@ double ratio_run(const ParamRef& p, int64_t start, int64_t n, const AdamWFactors
   return total;
 }
 
-// Calls run(Type<T>, Type<S>) with the types of a parameter and of its state.
+// Calls run(Type<T>, Type<S>, Type<G>) with the types of a parameter, its state and its gradient.
 template <class F>
 auto with_types_of(const ParamRef& p, F run) {
-  return with_types<Half, BFloat16>(p.dtype, p.state_dtype, run);
+  return with_types<Half, BFloat16>(p.dtype, p.state_dtype, p.grad_dtype, run);
 }
 template <class Tag>
 using TypeOf = typename Tag::type;
 
 void adamw(const ParamRef& p, int64_t start, int64_t n, const AdamWFactors<double>& factors,
            const ElementFactor& factor, const Rounding& rounding) {
-  with_types_of(p, [&](auto t, auto s) {
-    adamw_run<TypeOf<decltype(t)>, TypeOf<decltype(s)>>(p, start, n, factors, factor, rounding);
+  with_types_of(p, [&](auto t, auto s, auto g) {
+    adamw_run<TypeOf<decltype(t)>, TypeOf<decltype(s)>, TypeOf<decltype(g)>>(p, start, n, factors,
+                                                                             factor, rounding);
   });
 }
 
 void sgd(const ParamRef& p, int64_t start, int64_t n, const SgdFactors<double>& factors,
          const ElementFactor& factor, const Rounding& rounding) {
-  with_types_of(p, [&](auto t, auto s) {
-    sgd_run<TypeOf<decltype(t)>, TypeOf<decltype(s)>>(p, start, n, factors, factor, rounding);
+  with_types_of(p, [&](auto t, auto s, auto g) {
+    sgd_run<TypeOf<decltype(t)>, TypeOf<decltype(s)>, TypeOf<decltype(g)>>(p, start, n, factors,
+                                                                           factor, rounding);
   });
 }
 
 double adamw_ratio_sum(const ParamRef& p, int64_t start, int64_t n,
                        const AdamWFactors<double>& factors, const ElementFactor& factor) {
-  return with_types_of(p, [&](auto t, auto s) {
-    return ratio_run<TypeOf<decltype(t)>, TypeOf<decltype(s)>>(p, start, n, factors, factor);
+  return with_types_of(p, [&](auto t, auto s, auto g) {
+    return ratio_run<TypeOf<decltype(t)>, TypeOf<decltype(s)>, TypeOf<decltype(g)>>(
+        p, start, n, factors, factor);
   });
 }
 

@@ -26,7 +26,7 @@ GRADFUSE_HD double square_root(double v) { return std::sqrt(v); }
 
 #include "../math/updates.h"
 
-// Parameters of one group and one pair of types.
+// Parameters of one group and one triple of types.
 struct ParamBatch {
   static constexpr int kCapacity = 320;
   void* param[kCapacity];
@@ -137,10 +137,10 @@ __device__ void put(T* p, const W (&x)[kCount], int64_t element, const Rounding&
 }
 
 // The streams of one parameter.
-template <class T, class S>
+template <class T, class S, class G>
 struct Streams {
   T* param;
-  const T* grad;
+  const G* grad;
   S* exp_avg;
   S* exp_avg_sq;
   S* max_exp_avg_sq;
@@ -148,22 +148,32 @@ struct Streams {
 
   __device__ Streams(const ParamBatch& batch, int run)
       : param(static_cast<T*>(batch.param[run])),
-        grad(static_cast<const T*>(batch.grad[run])),
+        grad(static_cast<const G*>(batch.grad[run])),
         exp_avg(static_cast<S*>(batch.exp_avg[run])),
         exp_avg_sq(static_cast<S*>(batch.exp_avg_sq[run])),
         max_exp_avg_sq(static_cast<S*>(batch.max_exp_avg_sq[run])),
         master(sizeof(T) == 2 ? batch.master[run] : nullptr) {}
 };
 
-template <Rule kRule, int kCount, bool kWhole, class T, class S, class W>
-__device__ void update(const Streams<T, S>& s, int64_t i, const Prepared<kRule, W>& with) {
-  W x[kCount], g[kCount], m[kCount], v[kCount], top[kCount];
-  bool from_master = false;
-  if constexpr (sizeof(T) == 2) {
-    from_master = s.master;
-    if (from_master) get<kCount, kWhole>(s.master + i, x);
+// x, the parameter's values, becomes the master's, where x is still the rounded master. Elsewhere
+// someone wrote the parameter since the last step.
+template <int kCount, bool kWhole, class T>
+__device__ void widen_from_master(const float* master, float (&x)[kCount]) {
+  float wide[kCount];
+  get<kCount, kWhole>(master, wide);
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    const float held = Element<T>::widen(Element<T>::narrow(wide[k]));
+    if (__float_as_uint(held) == __float_as_uint(x[k])) x[k] = wide[k];
   }
-  if (!from_master) get<kCount, kWhole>(s.param + i, x);
+}
+
+template <Rule kRule, int kCount, bool kWhole, class T, class S, class G, class W>
+__device__ void update(const Streams<T, S, G>& s, int64_t i, const Prepared<kRule, W>& with) {
+  W x[kCount], g[kCount], m[kCount], v[kCount], top[kCount];
+  get<kCount, kWhole>(s.param + i, x);
+  if constexpr (sizeof(T) == 2)
+    if (s.master) widen_from_master<kCount, kWhole, T>(s.master + i, x);
   get<kCount, kWhole>(s.grad + i, g);
   if (s.exp_avg) get<kCount, kWhole>(s.exp_avg + i, m);
   if constexpr (kRule == Rule::AdamW) {
@@ -179,7 +189,7 @@ __device__ void update(const Streams<T, S>& s, int64_t i, const Prepared<kRule, 
       sgd_update(x[k], gradient(with, g[k]), s.exp_avg ? &m[k] : nullptr, with.rule);
   }
   if constexpr (sizeof(T) == 2)
-    if (from_master) put<kCount, kWhole>(s.master + i, x, i, with.rounding, 0);
+    if (s.master) put<kCount, kWhole>(s.master + i, x, i, with.rounding, 0);
   put<kCount, kWhole>(s.param + i, x, i, with.rounding, 0);
   if (s.exp_avg) put<kCount, kWhole>(s.exp_avg + i, m, i, with.rounding, 1);
   if constexpr (kRule == Rule::AdamW) {
@@ -199,7 +209,7 @@ __device__ void for_each_group(const ParamBatch& batch, int run, Many many, One 
   for (int64_t i = whole + threadIdx.x; i < end; i += kThreads) one(i);
 }
 
-template <Rule kRule, class T, class S>
+template <Rule kRule, class T, class S, class G>
 __global__ void __launch_bounds__(kThreads)
     optim_update(const __grid_constant__ ParamBatch batch,
                  const __grid_constant__ GroupOptions group, GradientUse use, DType dtype,
@@ -214,14 +224,14 @@ __global__ void __launch_bounds__(kThreads)
     with = prepare<kRule, W>(batch, run, group, use, dtype, stochastic,
                              lr_scale ? lr_scale[batch.first_param + run] : 1.0);
   __syncthreads();
-  const Streams<T, S> streams(batch, run);
+  const Streams<T, S, G> streams(batch, run);
   const Prepared<kRule, W> mine = with;
   for_each_group<kCount>(
       batch, run, [&](int64_t i) { update<kRule, kCount, true>(streams, i, mine); },
       [&](int64_t i) { update<kRule, 1, false>(streams, i, mine); });
 }
 
-template <class T, class S>
+template <class T, class S, class G>
 __global__ void __launch_bounds__(kThreads)
     ratio_sums(const __grid_constant__ ParamBatch batch, const __grid_constant__ GroupOptions group,
                GradientUse use, DType dtype,
@@ -233,7 +243,7 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ Prepared<Rule::AdamW, W> with;
   if (threadIdx.x == 0) with = prepare<Rule::AdamW, W>(batch, run, group, use, dtype, false, 1.0);
   __syncthreads();
-  const Streams<T, S> s(batch, run);
+  const Streams<T, S, G> s(batch, run);
   const Prepared<Rule::AdamW, W> mine = with;
   double sum = 0.0;
   for_each_group<kCount>(
@@ -287,10 +297,11 @@ bool is_aligned(const ParamRef& p) {
 
 // Whether two parameters go into one batch.
 bool go_together(const ParamRef& a, const ParamRef& b) {
-  return a.dtype == b.dtype && a.state_dtype == b.state_dtype && a.group == b.group;
+  return a.dtype == b.dtype && a.state_dtype == b.state_dtype && a.grad_dtype == b.grad_dtype &&
+         a.group == b.group;
 }
 
-// Calls launch(batch, like, blocks) for the parameters of each group and pair of types, up to
+// Calls launch(batch, like, blocks) for the parameters of each group and triple of types, up to
 // kCapacity at a time; `like` is one of them. Empty parameters take a place but no block.
 template <class Launch>
 void for_each_batch(const OptimStep& step, Launch launch) {
@@ -336,26 +347,28 @@ void optim_step(const OptimStep& step, void* scratch, Stream stream) {
   double* const slots = step.update_clip ? lr_scale + step.params.size() : nullptr;
   for_each_batch(step, [&](const ParamBatch& batch, const ParamRef& like, unsigned blocks) {
     const GroupOptions& group = step.groups[like.group];
-    const auto launch = [&](auto type, auto state) {
+    const auto launch = [&](auto type, auto state, auto grad) {
       using T = typename decltype(type)::type;
       using S = typename decltype(state)::type;
+      using G = typename decltype(grad)::type;
       if (step.rule == Rule::Sgd) {
-        optim_update<Rule::Sgd, T, S><<<blocks, kThreads, 0, stream>>>(
+        optim_update<Rule::Sgd, T, S, G><<<blocks, kThreads, 0, stream>>>(
             batch, group, step.use, like.dtype, step.stochastic_rounding, nullptr);
         return check_launch("optim_update");
       }
       if (step.update_clip) {
-        ratio_sums<T, S>
+        ratio_sums<T, S, G>
             <<<blocks, kThreads, 0, stream>>>(batch, group, step.use, like.dtype, slots);
         check_launch("ratio_sums");
         merge_ratios<<<grid(batch.count), kThreads, 0, stream>>>(batch, step.use, slots, lr_scale);
         check_launch("merge_ratios");
       }
-      optim_update<Rule::AdamW, T, S><<<blocks, kThreads, 0, stream>>>(
+      optim_update<Rule::AdamW, T, S, G><<<blocks, kThreads, 0, stream>>>(
           batch, group, step.use, like.dtype, step.stochastic_rounding, lr_scale);
       check_launch("optim_update");
     };
-    if (blocks) with_types<__half, __nv_bfloat16>(like.dtype, like.state_dtype, launch);
+    if (blocks)
+      with_types<__half, __nv_bfloat16>(like.dtype, like.state_dtype, like.grad_dtype, launch);
     advance_steps<<<1, kThreads, 0, stream>>>(batch, step.use);
     check_launch("advance_steps");
   });

@@ -3,6 +3,7 @@
 
 #include "../tensor/checks.h"
 #include "../tensor/dispatch.h"
+#include "../tensor/event.h"
 #include "../tensor/grad_list.h"
 #include "../tensor/python_args.h"
 #include "measure.h"
@@ -27,6 +28,9 @@ UnitList check_units(const char* op, std::vector<at::Tensor> weights,
   for (size_t i = 0; i < weights.size(); ++i) {
     if (!grads[i].defined()) {
       weights[i].reset();
+    } else if (grads[i].is_sparse() || weights[i].is_sparse()) {
+      fail<TypeError>(op, ": expected dense weights and gradients, got a sparse one for parameter ",
+                      i, "; clip it by its norm");
     } else if (!weights[i].sizes().equals(grads[i].sizes()) ||
                weights[i].device() != grads[i].device()) {
       fail<std::invalid_argument>(
@@ -36,10 +40,9 @@ UnitList check_units(const char* op, std::vector<at::Tensor> weights,
     }
   }
   UnitList list;
-  list.grads = check_gradients(op, std::move(grads), true);
-  for (size_t i = 0; i < weights.size(); ++i)
-    if (!list.grads.tensors[i].defined()) weights[i].reset();
-  list.weights = check_gradients(op, std::move(weights), false);
+  list.grads = check_gradients(op, std::move(grads), Access::Write);
+  for (const auto& repeat : list.grads.repeats) weights[repeat.first].reset();
+  list.weights = check_gradients(op, std::move(weights), Access::Read);
   return list;
 }
 
@@ -68,6 +71,7 @@ std::vector<UnitRef> UnitList::refs(size_t group) {
 void adaptive_clip_(TensorsArg weights, OptionalTensorsArg grads, double clip_factor, double eps,
                     double norm_type, OptionalTensorArg scale) {
   const char* op = "adaptive_clip_grad_";
+  GRADFUSE_EVENT("gradfuse::adaptive_clip_grad_");
   const MaybeTensor loss_scale = maybe_tensor(op, "scale", scale.object);
   const bool of_grad = grads.object.is_none();
   UnitList list =

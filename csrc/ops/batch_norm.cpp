@@ -10,6 +10,7 @@
 #include "../tensor/checks.h"
 #include "../tensor/dispatch.h"
 #include "../tensor/dtype.h"
+#include "../tensor/event.h"
 #include "../tensor/python_args.h"
 
 namespace gradfuse {
@@ -397,6 +398,7 @@ OfEach<at::Tensor> backward(const BackwardCall& given, OfEach<bool> wanted) {
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_forward_(BatchNormCallArg given) {
+  GRADFUSE_EVENT("gradfuse::batch_norm_act");
   Fields fields("BatchNormCall", given.object, 12);
   ForwardCall call = {};
   call.input = tensor_of(kOp, "input", fields.next());
@@ -423,6 +425,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_forward_(BatchNormCall
 // grad_input, grad_residual, grad_weight, grad_bias; None where not wanted.
 std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor> batch_norm_backward_(
     TensorArg grad_output, BatchNormSavedArg saved, BatchNormOptionsArg options, WantedArg wants) {
+  GRADFUSE_EVENT("gradfuse::batch_norm_act_backward");
   Fields tensors("BatchNormSaved", saved.object, 7);
   BackwardCall call = {};
   call.grad_output = tensor_of(kOp, "grad_output", grad_output.object);

@@ -1,8 +1,13 @@
 // Gradient clipping by norm and by value: checks, allocates, picks the device, binds.
 #include "clip.h"
 
+#include <torch/csrc/utils/object_ptr.h>
+
+#include "../math/prefetch.h"
 #include "../tensor/checks.h"
 #include "../tensor/dispatch.h"
+#include "../tensor/event.h"
+#include "../tensor/garbage.h"
 #include "../tensor/python_args.h"
 #include "measure.h"
 
@@ -47,7 +52,7 @@ void clamp_gradients(GradList& grads, double clip_value) {
 ClipTuple clip_tensors(std::vector<at::Tensor> tensors, double max_norm, double norm_type,
                        int nonfinite) {
   const char* op = "clip_grad_norm_";
-  GradList list = check_gradients(op, std::move(tensors), true);
+  GradList list = check_gradients(op, std::move(tensors), Access::Write);
   const py::gil_scoped_release release;
   ClipResult result =
       measure_gradients(op, list, max_norm, norm_spec(norm_type), nonfinite_of(nonfinite), {});
@@ -57,7 +62,8 @@ ClipTuple clip_tensors(std::vector<at::Tensor> tensors, double max_norm, double 
 
 ClipTuple stats(TensorsArg tensors, bool of_grad, double norm_type, int nonfinite) {
   const char* op = "get_total_norm";
-  const GradList list = check_gradients(op, read_tensors(op, tensors, of_grad), false);
+  GRADFUSE_EVENT("gradfuse::get_total_norm");
+  const GradList list = check_gradients(op, read_tensors(op, tensors, of_grad), Access::Read);
   const py::gil_scoped_release release;
   return as_tuple(
       measure_gradients(op, list, INFINITY, norm_spec(norm_type), nonfinite_of(nonfinite), {}));
@@ -65,57 +71,70 @@ ClipTuple stats(TensorsArg tensors, bool of_grad, double norm_type, int nonfinit
 
 ClipTuple clip_(TensorsArg tensors, bool of_grad, double max_norm, double norm_type,
                 int nonfinite) {
+  GRADFUSE_EVENT("gradfuse::clip_grad_norm_");
   return clip_tensors(read_tensors("clip_grad_norm_", tensors, of_grad), max_norm, norm_type,
                       nonfinite);
 }
 
 void scale_(TensorsArg tensors, bool of_grad, double max_norm, TensorArg total_norm) {
   const char* op = "clip_grads_with_norm_";
+  GRADFUSE_EVENT("gradfuse::clip_grads_with_norm_");
   const at::Tensor norm = tensor_of(op, "total_norm", total_norm.object);
-  GradList list = check_gradients(op, read_tensors(op, tensors, of_grad), true);
+  GradList list = check_gradients(op, read_tensors(op, tensors, of_grad), Access::Write);
   const py::gil_scoped_release release;
   scale_by_norm(op, list, max_norm, norm);
 }
 
 void clamp_(TensorsArg tensors, bool of_grad, double clip_value) {
   const char* op = "clip_grad_value_";
+  GRADFUSE_EVENT("gradfuse::clip_grad_value_");
   std::vector<at::Tensor> grads = read_tensors(op, tensors, of_grad);
   for (size_t i = 0; i < grads.size(); ++i)
     if (grads[i].defined() && grads[i].is_complex())
       fail<TypeError>(op, ": expected real gradients, which have an order, got ",
                       grads[i].scalar_type(), " for tensor ", i);
-  GradList list = check_gradients(op, std::move(grads), true);
+  GradList list = check_gradients(op, std::move(grads), Access::Write);
   const py::gil_scoped_release release;
   clamp_gradients(list, clip_value);
 }
 
-// Parameters held between calls, so that a call walks no Python list.
+// Parameters held between calls, so that a call walks no Python list. They are held as objects,
+// as HeldParams does.
 class ParameterList {
  public:
+  int traverse(visitproc visit, void* arg) const {
+    for (const THPObjectPtr& p : parameters_) Py_VISIT(const_cast<PyObject*>(p.get()));
+    return 0;
+  }
+  void clear() { const auto gone = std::move(parameters_); }
+
   void add(TensorArg parameter) {
-    parameters_.push_back(tensor_of("GradClipper.add", "parameter", parameter.object));
+    tensor_of("GradClipper.add", "parameter", parameter.object);
+    parameters_.emplace_back(parameter.object.inc_ref().ptr());
   }
   ClipTuple clip_(double max_norm, double norm_type, int nonfinite) const {
+    GRADFUSE_EVENT("gradfuse::GradClipper.clip_");
     return clip_tensors(gradients(), max_norm, norm_type, nonfinite);
   }
   // Norm, plan and statistics; nothing is clipped.
   ClipTuple measure(double max_norm, double norm_type, int nonfinite) const {
-    const GradList list = check_gradients(kOp, gradients(), true);
+    const GradList list = check_gradients(kOp, gradients(), Access::ReadOnce);
     const py::gil_scoped_release release;
     return as_tuple(
         measure_gradients(kOp, list, max_norm, norm_spec(norm_type), nonfinite_of(nonfinite), {}));
   }
   // Does what the plan says, times a coefficient for each parameter if given.
   void apply_(TensorArg plan, OptionalTensorArg coefficients) const {
+    GRADFUSE_EVENT("gradfuse::GradClipper.clip_");
     const at::Tensor given = checked_vector(kOp, "plan", plan.object, kPlanFields);
     const MaybeTensor each = maybe_vector(kOp, "coefficients", coefficients.object,
                                           static_cast<int64_t>(parameters_.size()));
-    GradList list = check_gradients(kOp, gradients(), true);
+    GradList list = check_gradients(kOp, gradients(), Access::Write);
     const py::gil_scoped_release release;
     apply_plan(list, given, each);
   }
   void clamp_(double clip_value) const {
-    GradList list = check_gradients(kOp, gradients(), true);
+    GradList list = check_gradients(kOp, gradients(), Access::Write);
     const py::gil_scoped_release release;
     clamp_gradients(list, clip_value);
   }
@@ -125,11 +144,18 @@ class ParameterList {
 
   std::vector<at::Tensor> gradients() const {
     std::vector<at::Tensor> grads;
-    grads.reserve(parameters_.size());
-    for (const at::Tensor& p : parameters_) grads.push_back(p.unsafeGetTensorImpl()->grad());
+    const size_t n = parameters_.size();
+    grads.reserve(n);
+    const auto tensor = [&](size_t i) -> const at::Tensor& {
+      return unpacked(const_cast<PyObject*>(parameters_[i].get()));
+    };
+    prefetched(
+        n, [&](size_t i) { grads.push_back(tensor(i).unsafeGetTensorImpl()->grad()); },
+        ahead(16, [&](size_t i) { __builtin_prefetch(parameters_[i].get()); }),
+        ahead(8, [&](size_t i) { prefetch_fields(tensor(i)); }));
     return grads;
   }
-  std::vector<at::Tensor> parameters_;
+  std::vector<THPObjectPtr> parameters_;
 };
 
 }  // namespace
@@ -153,7 +179,7 @@ void bind_clip(py::module_& m) {
   m.def("scale_", &scale_, py::arg("tensors"), py::arg("of_grad"), py::arg("max_norm"),
         py::arg("total_norm"));
   m.def("clamp_", &clamp_, py::arg("tensors"), py::arg("of_grad"), py::arg("clip_value"));
-  py::class_<ParameterList>(m, "ParameterList")
+  py::class_<ParameterList>(m, "ParameterList", collects_garbage<ParameterList>())
       .def(py::init<>())
       .def("add", &ParameterList::add, py::arg("parameter"))
       .def("clip_", &ParameterList::clip_, py::arg("max_norm"), py::arg("norm_type"),

@@ -7,6 +7,7 @@
 
 #include "../math/prefetch.h"
 #include "../tensor/checks.h"
+#include "../tensor/grad_list.h"
 #include "../tensor/python_args.h"
 
 namespace gradfuse {
@@ -89,6 +90,11 @@ const char* HeldParams::slot_name(int slot) const {
   return kNames[static_cast<int>(rule_)][slot];
 }
 
+void HeldParams::Held::take(const at::Tensor& tensor) {
+  borrowed = c10::MaybeOwned<at::Tensor>::borrowed(tensor);
+  autograd = tensor.unsafeGetTensorImpl()->autograd_meta();
+}
+
 HeldParams::Names HeldParams::interned_names() const {
   Names names;
   for (int slot = 0; slot < kSlots; ++slot)
@@ -112,9 +118,13 @@ bool HeldParams::is_current(PyObject* groups, PyObject* state,
       !has_items(state, entries_.data(), static_cast<Py_ssize_t>(entries_.size())))
     return false;
   const Names names = interned_names();
-  const auto header = ahead(12, [&](size_t i) { __builtin_prefetch(raw(held_[i].state)); });
+  const auto header = ahead(12, [&](size_t i) {
+    __builtin_prefetch(raw(held_[i].state));
+    __builtin_prefetch(raw(held_[i].object));
+  });
   const auto table = ahead(6, [&](size_t i) {
     if (raw(held_[i].state)) prefetch_table(raw(held_[i].state));
+    prefetch_fields(held_[i].param());
   });
   size_t next = 0, items = 0;
   const bool same = for_each_parameter(groups, [&](int group, PyObject* param) {
@@ -122,9 +132,11 @@ bool HeldParams::is_current(PyObject* groups, PyObject* state,
     if (next == held_.size()) return false;
     const Held& h = held_[next++];
     if (raw(h.object) != param || h.group != group) return false;
+    const at::Tensor& tensor = unpacked(param);
+    if (tensor.dtype() != h.type || tensor.device() != h.device) return false;
     if (raw(h.state) && !state_is_current(h, names, items_.data() + items)) return false;
     items += std::max(h.items, 0);
-    return h.repeated || h.complete || !h.grad().defined();
+    return h.repeated || h.complete || !tensor.unsafeGetTensorImpl()->grad().defined();
   });
   return same && next == held_.size();
 }
@@ -154,13 +166,14 @@ void HeldParams::bind(PyObject* groups, PyObject* state, const std::vector<int>&
     if (!is_tensor(param))
       fail<TypeError>(op(), ": expected tensors as parameters, got ", Py_TYPE(param)->tp_name,
                       " for parameter ", held.size());
-    Held h = {};
+    const at::Tensor& tensor = unpacked(param);
+    Held h;
+    h.type = tensor.dtype();
+    h.device = tensor.device();
+    h.group = group;
     Py_INCREF(param);
     h.object = param;
-    h.param = unpacked(param);
-    h.autograd = h.param.unsafeGetTensorImpl()->autograd_meta();
-    h.group = group;
-    h.items = -1;
+    h.take(tensor);
     h.repeated = !seen.insert(param).second;
     PyObject* dict = PyDict_GetItemWithError(state, param);
     if (!dict && PyErr_Occurred()) throw py::error_already_set();
@@ -168,7 +181,6 @@ void HeldParams::bind(PyObject* groups, PyObject* state, const std::vector<int>&
       read_state(h, dict, names, needs[group]);
       h.items = copy_items(dict, keys, items);
     }
-    h.complete = true;
     for (int slot = 0; slot < kSlots; ++slot)
       if (slot != kMasterParam && needs[group] >> slot & 1) h.complete &= h.tensors[slot].defined();
     held.push_back(std::move(h));
@@ -182,10 +194,25 @@ void HeldParams::bind(PyObject* groups, PyObject* state, const std::vector<int>&
   entries_ = std::move(entries);
 }
 
+void HeldParams::look_up() {
+  for (Held& h : held_) {
+    const at::Tensor& now = unpacked(h.object.get());
+    if (!now.is_same(*h.borrowed)) h.take(now);
+  }
+}
+
+int HeldParams::traverse(visitproc visit, void* arg) const {
+  for (const Held& h : held_) {
+    Py_VISIT(raw(h.object));
+    Py_VISIT(raw(h.state));
+  }
+  return 0;
+}
+
 std::vector<at::Tensor> HeldParams::parameters() const {
   std::vector<at::Tensor> out;
   out.reserve(held_.size());
-  for (const Held& h : held_) out.push_back(h.param);
+  for (const Held& h : held_) out.push_back(h.param());
   return out;
 }
 

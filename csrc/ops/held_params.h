@@ -1,8 +1,12 @@
 // The parameters of an optimizer and their state, held between steps so that a step walks no Python
 // list.
+//
+// Parameters are held as Python objects: another reference to their tensors would make
+// torch.utils.swap_tensors fail. Python's garbage collector sees these, see traverse().
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/MaybeOwned.h>
 #include <torch/csrc/utils/object_ptr.h>
 
 #include <array>
@@ -18,32 +22,49 @@ class HeldParams {
   struct Held {
     THPObjectPtr object;  // the parameter
     THPObjectPtr state;  // its dict, or null
-    at::Tensor param;
-    std::array<PyObject*, kSlots> in_state;  // borrowed: they are only compared
+    c10::MaybeOwned<at::Tensor> borrowed;  // the object's tensor, valid after look_up()
+    std::array<PyObject*, kSlots> in_state = {};  // borrowed: they are only compared
     std::array<at::Tensor, kSlots> tensors;
-    const void* autograd;  // where its gradient is kept; only to prefetch
-    int group;
-    int items;  // of its dict, in items_; -1: not held, its keys are looked up
-    bool repeated;  // occurs earlier too
-    bool complete;  // it has all tensors that its group needs
+    const void* autograd = nullptr;  // where its gradient is kept; only to prefetch
+    caffe2::TypeMeta type;
+    c10::Device device{c10::kCPU};
+    int group = 0;
+    int items = -1;  // of its dict, in items_; -1: not held, its keys are looked up
+    bool repeated = false;  // occurs earlier too
+    bool complete = true;  // it has all tensors that its group needs
+    // Where its memory was when walk() last looked for overlaps, and what came of it: parameters
+    // that share memory are updated in layers one after another, in their order.
+    const void* place = nullptr;
+    int64_t numel = 0;
+    int layer = 0;
 
-    const at::Tensor& grad() const { return param.unsafeGetTensorImpl()->grad(); }
+    void take(const at::Tensor& tensor);
+    const at::Tensor& param() const { return *borrowed; }
+    const at::Tensor& grad() const { return param().unsafeGetTensorImpl()->grad(); }
   };
 
   explicit HeldParams(Rule rule) : rule_(rule) {}
 
   // Whether the held parameters and tensors are those of an optimizer's param_groups (a list of
   // dicts) and state (a dict of dicts), and every parameter with a gradient has the tensors that
-  // its group needs: bit i of needs[group] stands for slot i. (A master is optional.)
+  // its group needs: bit i of needs[group] stands for slot i. (A master is optional.) Also whether
+  // all parameters have the type and device that they had then.
   bool is_current(PyObject* groups, PyObject* state, const std::vector<int>& needs) const;
   // Takes over what they contain. If they have another form, throws TypeError and changes nothing.
   void bind(PyObject* groups, PyObject* state, const std::vector<int>& needs);
+
+  // To be called before param() and grad(), with the GIL: a parameter may have another tensor now.
+  void look_up();
+
+  // Python's tp_traverse.
+  int traverse(visitproc visit, void* arg) const;
 
   Rule rule() const { return rule_; }
   const char* op() const { return rule_ == Rule::AdamW ? "AdamW.step" : "SGD.step"; }
   const char* slot_name(int slot) const;  // null where the rule has no such tensor
   size_t size() const { return held_.size(); }
   const Held& operator[](size_t i) const { return held_[i]; }
+  Held& operator[](size_t i) { return held_[i]; }
   std::vector<at::Tensor> parameters() const;
   std::vector<at::Tensor> gradients() const;  // undefined for repeated parameters
 

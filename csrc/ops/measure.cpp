@@ -161,6 +161,9 @@ ClipResult measure_gradients(const char* op, const GradList& grads, double max_n
   } else {
     result = measure_on_host(grads, m);
   }
+  for (const auto& [row, first] : grads.repeats)
+    result.stats.select(0, static_cast<int64_t>(row))
+        .copy_(result.stats.select(0, static_cast<int64_t>(first)));
   check_refused(op, result, m);
   return result;
 }

@@ -13,7 +13,8 @@ namespace gradfuse {
 struct ClipResult {
   at::Tensor norm;   // [] float32, or float64 if any gradient is; on the first gradient's device
   at::Tensor plan;   // [kPlanFields] float64, a ClipPlan; same device
-  at::Tensor stats;  // [list length, kStatsFields] float64, a TensorStats each; same device
+  at::Tensor stats;  // [list length, kStatsFields] float64, a TensorStats each; same device. A
+                     // repeated gradient has those of the first
 };
 
 using ClipTuple = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // as Python takes it

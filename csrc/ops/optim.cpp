@@ -1,7 +1,11 @@
 // The optimizers' step: reads Python's arguments, binds.
 #include "optim.h"
 
+#include <memory>
+
 #include "../tensor/checks.h"
+#include "../tensor/event.h"
+#include "../tensor/garbage.h"
 #include "../tensor/python_args.h"
 #include "step.h"
 
@@ -21,50 +25,69 @@ MeasureCall read_measure(double max_norm, int nonfinite, OptionalTensorArg scale
   return {max_norm, nonfinite_of(nonfinite), given};
 }
 
-// HeldParams and the step on them, with the checks of Python's arguments.
+// HeldParams and the step on them, with the checks of Python's arguments. A call keeps the
+// parameters that it began with: another thread may bind others meanwhile.
 class Stepper {
  public:
-  explicit Stepper(int rule) : held_(static_cast<Rule>(rule)) {
+  explicit Stepper(int rule) : held_(std::make_shared<HeldParams>(static_cast<Rule>(rule))) {
     if (rule != 0 && rule != 1)
       fail<std::invalid_argument>("Stepper: rule must be 0 or 1, got ", rule);
   }
+  int traverse(visitproc visit, void* arg) const { return held_->traverse(visit, arg); }
+  void clear() { held_ = std::make_shared<HeldParams>(held_->rule()); }
+
   bool is_current(ParamGroupsArg groups, StateArg state, SlotsArg needs) const {
     const auto slots = checked_slots(groups, needs);
-    return held_.is_current(groups.object.ptr(), state.object.ptr(), slots);
+    return held_->is_current(groups.object.ptr(), state.object.ptr(), slots);
   }
   void bind(ParamGroupsArg groups, StateArg state, SlotsArg needs) {
     const auto slots = checked_slots(groups, needs);
-    held_.bind(groups.object.ptr(), state.object.ptr(), slots);
+    const auto held = std::make_shared<HeldParams>(held_->rule());
+    held->bind(groups.object.ptr(), state.object.ptr(), slots);
+    held_ = held;
     groups_ = slots.size();
   }
-  std::vector<at::Tensor> parameters() const { return held_.parameters(); }
+  std::vector<at::Tensor> parameters() const { return current()->parameters(); }
   ClipTuple measure(double max_norm, int nonfinite, OptionalTensorArg scale,
                     OptionalTensorArg found_inf) const {
     const MeasureCall call = read_measure(max_norm, nonfinite, scale, found_inf);
+    const auto held = current();
     const py::gil_scoped_release release;
-    return as_tuple(gradfuse::measure(held_, call));
+    return as_tuple(gradfuse::measure(*held, call));
   }
   ClipTuple step(StepGroupsArg groups, double max_norm, int nonfinite, OptionalTensorArg scale,
                  OptionalTensorArg found_inf, StepOptionsArg options) {
     const MeasureCall measurement = read_measure(max_norm, nonfinite, scale, found_inf);
     const StepCall call = read_step(groups, options);
+    GRADFUSE_EVENT(event());
+    const auto held = current();
     const py::gil_scoped_release release;
-    return as_tuple(gradfuse::step(held_, measurement, call));
+    return as_tuple(gradfuse::step(*held, measurement, call));
   }
   void update(StepGroupsArg groups, OptionalTensorArg plan, OptionalTensorArg coefficients,
               StepOptionsArg options) {
     const StepCall call = read_step(groups, options);
     const MaybeTensor given = maybe_vector(kStepOp, "plan", plan.object, kPlanFields);
     const MaybeTensor each = maybe_vector(kStepOp, "coefficients", coefficients.object,
-                                          static_cast<int64_t>(held_.size()));
+                                          static_cast<int64_t>(held_->size()));
+    GRADFUSE_EVENT(event());
+    const auto held = current();
     const py::gil_scoped_release release;
-    gradfuse::update(held_, call, given, each);
+    gradfuse::update(*held, call, given, each);
   }
 
  private:
+  std::shared_ptr<HeldParams> current() const {
+    held_->look_up();
+    return held_;
+  }
+  const char* event() const {
+    return held_->rule() == Rule::AdamW ? "gradfuse::AdamW.step" : "gradfuse::SGD.step";
+  }
+
   // An AdamWGroup or SGDGroup.
   void read_group(py::handle record, StepCall& call) const {
-    Fields fields(held_.rule() == Rule::AdamW ? "AdamWGroup" : "SGDGroup", record, 6);
+    Fields fields(held_->rule() == Rule::AdamW ? "AdamWGroup" : "SGDGroup", record, 6);
     GroupOptions o = {};
     MaybeTensor lr_value;
     const py::handle lr = fields.next();
@@ -73,7 +96,7 @@ class Stepper {
     else
       o.lr = lr.cast<double>();
     o.maximize = fields.next_as<bool>();
-    if (held_.rule() == Rule::AdamW) {
+    if (held_->rule() == Rule::AdamW) {
       for (double* field : {&o.adamw.beta1, &o.adamw.beta2, &o.adamw.eps, &o.adamw.weight_decay})
         *field = fields.next_as<double>();
     } else {
@@ -106,7 +129,7 @@ class Stepper {
     return found;
   }
 
-  HeldParams held_;
+  std::shared_ptr<HeldParams> held_;
   size_t groups_ = 0;
 };
 
@@ -121,7 +144,7 @@ void bind_optim(py::module_& m) {
              {"MAX_EXP_AVG_SQ", 1 << kMaxExpAvgSq},
              {"MASTER_PARAM", 1 << kMasterParam},
              {"STEP", 1 << kStep}});
-  py::class_<Stepper>(m, "Stepper")
+  py::class_<Stepper>(m, "Stepper", collects_garbage<Stepper>())
       .def(py::init<int>(), py::arg("rule"))
       .def("is_current", &Stepper::is_current, py::arg("groups"), py::arg("state"),
            py::arg("needs"))

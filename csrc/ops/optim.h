@@ -24,11 +24,13 @@ struct ParamRef {
   void* exp_avg;  // SGD: momentum_buffer, or null without momentum
   void* exp_avg_sq;  // AdamW
   void* max_exp_avg_sq;  // AdamW with amsgrad; else null
-  float* master;  // float32 copy of a 16-bit parameter that has one; else null
+  float* master;  // float32 copy of a 16-bit parameter that has one; else null. Where param is no
+                  // longer its rounding, param counts
   float* step;  // []: steps taken; advanced by an update that is not skipped. Null: not counted
   int64_t numel;
-  DType dtype;  // of param and grad
-  DType state_dtype;  // of the moments: dtype or Float
+  DType dtype;
+  DType state_dtype;  // of the moments: dtype, or Float for a 16-bit one
+  DType grad_dtype;  // the same
   int32_t group;
   int32_t row;  // index among the optimizer's parameters, for coefficients and random numbers
 };
@@ -59,19 +61,29 @@ struct GradientUse {
   }
 };
 
-// Calls f(Type<T>, Type<S>) with the types of a parameter and of its moments.
+// with_types for a 16-bit T.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable
+#endif
+template <class T, class F>
+GRADFUSE_HD_FORCED auto with_short_types(bool wide_state, bool wide_grad, F f) {
+  using Wide = Type<float>;
+  if (wide_state) return wide_grad ? f(Type<T>(), Wide(), Wide()) : f(Type<T>(), Wide(), Type<T>());
+  return wide_grad ? f(Type<T>(), Type<T>(), Wide()) : f(Type<T>(), Type<T>(), Type<T>());
+}
+
+// Calls f(Type<T>, Type<S>, Type<G>) with the types of a parameter, its moments and its gradient.
 #ifdef __CUDACC__
 #pragma nv_exec_check_disable
 #endif
 template <class Half, class BFloat16, class F>
-GRADFUSE_HD_FORCED auto with_types(DType dtype, DType state_dtype, F f) {
-  const bool wide = state_dtype == DType::Float;
+GRADFUSE_HD_FORCED auto with_types(DType dtype, DType state_dtype, DType grad_dtype, F f) {
+  const bool wide = state_dtype == DType::Float, wide_grad = grad_dtype == DType::Float;
   switch (dtype) {
-    case DType::Half: return wide ? f(Type<Half>(), Type<float>()) : f(Type<Half>(), Type<Half>());
-    case DType::BFloat16:
-      return wide ? f(Type<BFloat16>(), Type<float>()) : f(Type<BFloat16>(), Type<BFloat16>());
-    case DType::Float: return f(Type<float>(), Type<float>());
-    default: return f(Type<double>(), Type<double>());
+    case DType::Half: return with_short_types<Half>(wide, wide_grad, f);
+    case DType::BFloat16: return with_short_types<BFloat16>(wide, wide_grad, f);
+    case DType::Float: return f(Type<float>(), Type<float>(), Type<float>());
+    default: return f(Type<double>(), Type<double>(), Type<double>());
   }
 }
 

@@ -33,7 +33,7 @@ void prefetch_version(const at::Tensor& t) {
 // Calls f with a parameter and each tensor of its state.
 template <class F>
 void for_each_tensor(const HeldParams::Held& h, F f) {
-  f(h.param);
+  f(h.param());
   for (const at::Tensor& t : h.tensors) f(t);
 }
 
@@ -73,35 +73,79 @@ struct Use {
 
 // Applies the plan to the gradients and returns what is left of it for the update.
 Use materialize(const HeldParams& held, Walk& found, const Use& use) {
-  GradList grads = check_gradients(held.op(), found.grads.tensors, true);
+  GradList grads = check_gradients(held.op(), found.grads.tensors, Access::Write);
+  grads.sparse = found.grads.sparse;
   apply_plan(grads, *use.plan, use.coefficients);
   for (std::vector<ParamRef>& params : found.params)  // writing may have moved them
     for (ParamRef& r : params) r.grad = found.grads.tensors[r.row].const_data_ptr();
   return {without_factor(*use.plan), std::nullopt};
 }
 
-// A parameter and its gradient in the layout of the update: dense copies where they have gaps.
+// A parameter and its gradient in the layout of the update: dense copies where they have gaps, the
+// rows that a sparse gradient has.
 struct Laid {
   int32_t row;
   at::Tensor param, grad;
+  at::Tensor rows;  // [n] of the parameter; undefined for all of it
+
+  // Copies the updated values back.
+  void write_back(const at::Tensor& target) const {
+    if (rows.defined())
+      target.index_copy_(0, rows, param);
+    else if (!param.is_same(target))
+      target.copy_(param);
+  }
 };
 
-std::vector<Laid> lay_out(const HeldParams& held, Walk& found) {
+// Whether an update by a sparse gradient changes nothing but the rows that it has.
+bool updates_rows_only(const HeldParams::Held& h, const StepCall& call) {
+  for (Slot slot : {kExpAvg, kMasterParam})
+    if (h.tensors[slot].defined()) return false;
+  return h.grad().sparse_dim() == 1 && call.groups[h.group].sgd.weight_decay == 0.0;
+}
+
+// `values` is the gradient, or the values of a sparse one.
+Laid laid_out(const HeldParams::Held& h, int32_t row, const at::Tensor& values,
+              const StepCall& call) {
+  Laid l = {row, h.param(), values, {}};
+  if (h.grad().is_sparse()) {
+    if (updates_rows_only(h, call)) {
+      l.rows = h.grad()._indices().select(0, 0);
+      l.param = h.param().index_select(0, l.rows).contiguous();
+      l.grad = values.contiguous();
+      return l;
+    }
+    l.grad = h.grad().to_dense();
+  }
+  const at::Tensor& like = layout_of(h);
+  at::Tensor dense = like;
+  if (!like.is_non_overlapping_and_dense()) dense = at::empty(like.sizes(), like.options());
+  if (!same_strides(l.param, dense)) l.param = dense_copy(l.param, dense.strides());
+  if (!same_strides(l.grad, dense) || l.grad.is_neg() || l.grad.is_conj())
+    l.grad = dense_copy(l.grad.resolve_conj().resolve_neg(), dense.strides());
+  return l;
+}
+
+// Lays out the parameters of a layer that need it.
+std::vector<Laid> lay_out(const HeldParams& held, Walk& found, int layer, const StepCall& call) {
   std::vector<Laid> all;
   for (const auto& [list, place] : found.noncontiguous) {
     ParamRef& ref = found.params[list][place];
     const HeldParams::Held& h = held[ref.row];
-    Laid l = {ref.row, h.param, found.grads.tensors[ref.row]};
-    const at::Tensor& like = layout_of(h);
-    at::Tensor dense = like;
-    if (!like.is_non_overlapping_and_dense()) dense = at::empty(like.sizes(), like.options());
-    if (!same_strides(l.param, dense)) l.param = dense_copy(l.param, dense.strides());
-    if (!same_strides(l.grad, dense) || l.grad.is_neg() || l.grad.is_conj())
-      l.grad = dense_copy(l.grad.resolve_conj().resolve_neg(), dense.strides());
-    ref = ref_of(h, l.param, l.grad, ref.row, true);
-    all.push_back(std::move(l));
+    if (h.layer != layer) continue;
+    all.push_back(laid_out(h, ref.row, found.grads.tensors[ref.row], call));
+    ref = ref_of(h, all.back().param, all.back().grad, ref.row, true);
   }
   return all;
+}
+
+// The parameters of a list that are in a layer.
+std::vector<ParamRef> of_layer(const HeldParams& held, Walk& found, size_t list, int layer) {
+  if (found.last_layer == 0) return std::move(found.params[list]);
+  std::vector<ParamRef> out;
+  for (const ParamRef& ref : found.params[list])
+    if (held[ref.row].layer == layer) out.push_back(ref);
+  return out;
 }
 
 // Sets learning rates that are tensors where the kernels read them: as numbers on the host, else as
@@ -144,22 +188,26 @@ void apply(const HeldParams& held, Walk& found, const StepCall& call, const Use&
   const bool writes_grads = call.materialize && given.plan;
   const Use use = writes_grads ? materialize(held, found, given) : given;
   for (const std::vector<ParamRef>& params : found.params) bump_versions(held, params);
-  const std::vector<Laid> laid = lay_out(held, found);
-  for (size_t list = 0; list < found.params.size(); ++list)
-    update_on(found.grads.groups[list].device, held.rule(), std::move(found.params[list]), call,
-              use);
-  for (const Laid& l : laid)
-    if (!l.param.is_same(held[l.row].param)) held[l.row].param.copy_(l.param);
+  for (int layer = 0; layer <= found.last_layer; ++layer) {
+    const std::vector<Laid> laid = lay_out(held, found, layer, call);
+    for (size_t list = 0; list < found.params.size(); ++list) {
+      std::vector<ParamRef> params = of_layer(held, found, list, layer);
+      if (!params.empty())
+        update_on(found.grads.groups[list].device, held.rule(), std::move(params), call, use);
+    }
+    for (const Laid& l : laid) l.write_back(held[l.row].param());
+  }
 }
 
 }  // namespace
 
 ClipResult measure(const HeldParams& held, const MeasureCall& call) {
-  return measure_gradients(held.op(), check_gradients(held.op(), held.gradients(), false),
+  return measure_gradients(held.op(),
+                           check_gradients(held.op(), held.gradients(), Access::ReadOnce),
                            call.max_norm, norm_spec(2.0), call.nonfinite, call.scale);
 }
 
-ClipResult step(const HeldParams& held, const MeasureCall& measurement, const StepCall& call) {
+ClipResult step(HeldParams& held, const MeasureCall& measurement, const StepCall& call) {
   Walk found = walk(held);
   const ClipResult result =
       measure_gradients(held.op(), found.grads, measurement.max_norm, norm_spec(2.0),
@@ -168,7 +216,7 @@ ClipResult step(const HeldParams& held, const MeasureCall& measurement, const St
   return result;
 }
 
-void update(const HeldParams& held, const StepCall& call, const MaybeTensor& plan,
+void update(HeldParams& held, const StepCall& call, const MaybeTensor& plan,
             const MaybeTensor& coefficients) {
   Walk found = walk(held);
   apply(held, found, call, {plan, coefficients});

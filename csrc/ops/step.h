@@ -29,12 +29,12 @@ struct MeasureCall {
 ClipResult measure(const HeldParams& held, const MeasureCall& call);
 
 // The same and the update, in one walk of the parameters. Throws as both.
-ClipResult step(const HeldParams& held, const MeasureCall& measurement, const StepCall& call);
+ClipResult step(HeldParams& held, const MeasureCall& measurement, const StepCall& call);
 
 // Updates the parameters that have a gradient as the plan says, unless it says Skip.
 // Throws std::invalid_argument or TypeError, nothing written, where a gradient or a state does not
 // fit its parameter.
-void update(const HeldParams& held, const StepCall& call, const MaybeTensor& plan,
+void update(HeldParams& held, const StepCall& call, const MaybeTensor& plan,
             const MaybeTensor& coefficients);
 
 }  // namespace gradfuse

@@ -3,11 +3,17 @@
 #include <ATen/MemoryOverlap.h>
 #include <c10/core/impl/COWDeleter.h>
 
+#include <algorithm>
+#include <optional>
+
 #include "../math/prefetch.h"
+#include "../tensor/address_map.h"
 #include "../tensor/checks.h"
 #include "../tensor/dispatch.h"
 #include "../tensor/dtype.h"
+#include "../tensor/sparse.h"
 #include "../tensor/storage.h"
+#include "overlap.h"
 
 namespace gradfuse {
 namespace {
@@ -38,15 +44,15 @@ inline bool same_sizes(const at::Tensor& a, const at::Tensor& b) {
   return true;
 }
 
-// Whether moments of one type fit parameters of another.
-bool type_fits(at::ScalarType moment, at::ScalarType param) {
+// Whether moments or gradients of one type fit parameters of another.
+bool type_fits(at::ScalarType type, at::ScalarType param) {
   const bool short_param = param == at::kHalf || param == at::kBFloat16;
-  return moment == param || (short_param && moment == at::kFloat);
+  return type == param || (short_param && type == at::kFloat);
 }
 
 // Whether parameter, gradient and state are dense runs of one shape and device, of matching types.
 bool is_dense(const Held& h, const at::Tensor& grad) {
-  const at::Tensor& p = h.param;
+  const at::Tensor& p = h.param();
   const at::Device device = p.device();
   if (!h.complete || !is_dense_run(p) || !device_is_supported(device.type()) ||
       !dtype_of(p.scalar_type()))
@@ -54,7 +60,8 @@ bool is_dense(const Held& h, const at::Tensor& grad) {
   const auto goes_with = [&](const at::Tensor& t, caffe2::TypeMeta type) {
     return t.dtype() == type && is_dense_run(t) && t.device() == device && same_sizes(t, p);
   };
-  if (!goes_with(grad, p.dtype())) return false;
+  if (!goes_with(grad, grad.dtype()) || !type_fits(grad.scalar_type(), p.scalar_type()))
+    return false;
   const caffe2::TypeMeta single = caffe2::TypeMeta::Make<float>();
   const at::Tensor &moment = h.tensors[kExpAvg], &step = h.tensors[kStep];
   if (moment.defined() && !type_fits(moment.scalar_type(), p.scalar_type())) return false;
@@ -68,7 +75,7 @@ bool is_dense(const Held& h, const at::Tensor& grad) {
 
 // Whether a tensor of the state has the type, device and layout that its parameter asks for.
 bool state_fits(const Held& h, int slot) {
-  const at::Tensor &p = h.param, &t = h.tensors[slot], &moment = h.tensors[kExpAvg];
+  const at::Tensor &p = h.param(), &t = h.tensors[slot], &moment = h.tensors[kExpAvg];
   const at::ScalarType type = t.scalar_type();
   const bool type_is_right = slot == kStep || slot == kMasterParam
                                  ? type == at::kFloat
@@ -84,13 +91,13 @@ bool state_fits(const Held& h, int slot) {
 // Throws unless the parameter can be updated.
 void check_param(const HeldParams& held, size_t index) {
   const Held& h = held[index];
-  const at::Tensor &p = h.param, &grad = h.grad();
+  const at::Tensor &p = h.param(), &grad = h.grad();
   const char* const op = held.op();
-  if (!grad.sizes().equals(p.sizes()) || grad.scalar_type() != p.scalar_type() ||
+  if (!grad.sizes().equals(p.sizes()) || !type_fits(grad.scalar_type(), p.scalar_type()) ||
       grad.device() != p.device())
     fail<std::invalid_argument>(op,
-                                ": expected a gradient of the parameter's shape, dtype and "
-                                "device, ",
+                                ": expected a gradient of the parameter's shape and device, of its "
+                                "dtype or float32 for a 16-bit one, ",
                                 p.sizes(), " of ", p.scalar_type(), " on ", p.device(), ", got ",
                                 grad.sizes(), " of ", grad.scalar_type(), " on ", grad.device(),
                                 " for parameter ", index);
@@ -117,14 +124,14 @@ void check_param(const HeldParams& held, size_t index) {
 // Prefetch in the order in which addresses become known: the tensors of a parameter and its state,
 // then their storages and the gradient, then the gradient's storage.
 void prefetch_tensors(const Held& h) {
-  prefetch_fields(h.param);
+  prefetch_fields(h.param());
   __builtin_prefetch(h.autograd);
   __builtin_prefetch(static_cast<const char*>(h.autograd) + 64);
   for (const at::Tensor& t : h.tensors)
     if (t.defined()) prefetch_fields(t);
 }
 void prefetch_storages(const Held& h) {
-  prefetch_storage(h.param);
+  prefetch_storage(h.param());
   for (const at::Tensor& t : h.tensors)
     if (t.defined()) prefetch_storage(t);
   if (h.grad().defined()) prefetch_fields(h.grad());
@@ -133,43 +140,81 @@ void prefetch_grad_storage(const Held& h) {
   if (h.grad().defined()) prefetch_storage(h.grad());
 }
 
+// Puts the values of a sparse gradient in its place.
+void read_sparse(const HeldParams& held, size_t index, GradList& grads) {
+  if (held.rule() == Rule::AdamW)
+    fail<std::runtime_error>(held.op(), ": AdamW does not support sparse gradients, got one for ",
+                             "parameter ", index, "; consider torch.optim.SparseAdam");
+  at::Tensor& grad = grads.tensors[index];
+  grads.sparse.push_back(grad);
+  grad = coalesced_values(grad);
+}
+
+// Whether another parameter may have this gradient too: someone else refers to it or its memory.
+bool may_be_shared(const at::Tensor& grad) {
+  const c10::Storage& storage = grad.unsafeGetTensorImpl()->unsafe_storage();
+  return grad.use_count() > 1 || storage.use_count() > 1;
+}
+
+// Whether two dense gradients, which begin at one address, are the same.
+bool same_run(const at::Tensor& a, const at::Tensor& b) {
+  return a.scalar_type() == b.scalar_type() && a.numel() == b.numel();
+}
+
 }  // namespace
 
 const at::Tensor& layout_of(const HeldParams::Held& h) {
   for (int slot = 0; slot < kStep; ++slot)
     if (h.tensors[slot].defined()) return h.tensors[slot];
-  return h.param;
+  return h.param();
 }
 
-Walk walk(const HeldParams& held) {
+Walk walk(HeldParams& held) {
   Walk found;
-  found.grads.tensors.resize(held.size());
+  GradList& grads = found.grads;
+  grads.tensors.resize(held.size());
+  std::optional<AddressMap> seen;  // shared gradients
+  bool moved = false;
+
+  // Adds a dense gradient, or notes which earlier one it is; returns the number of its list.
+  const auto add_dense = [&](size_t i, const at::Tensor& grad, bool shared) {
+    if (shared && grad.numel()) {
+      if (!seen) seen.emplace(held.size());
+      const std::optional<size_t> first = seen->insert(grad.const_data_ptr(), i);
+      if (first && same_run(grads.tensors[*first], grad)) return add_repeat(grads, i, *first);
+    }
+    return add_dense_gradient(grads, i);
+  };
   const auto visit = [&](size_t i) {
-    const Held& h = held[i];
+    Held& h = held[i];
     if (h.repeated) return;
     const at::Tensor& grad = h.grad();
     if (!grad.defined()) return;
-    found.grads.tensors[i] = grad;
     const bool dense = is_dense(h, grad);
-    const size_t list =
-        dense ? add_dense_gradient(found.grads, i) : add_gradient(held.op(), found.grads, i);
+    const bool shared = dense && may_be_shared(grad);
+    grads.tensors[i] = grad;
+    if (!dense && grad.is_sparse()) read_sparse(held, i, grads);
+    const size_t list = dense ? add_dense(i, grad, shared) : add_gradient(held.op(), grads, i);
     if (list == found.params.size()) {
       found.params.emplace_back();
       found.params.back().reserve(held.size());
     }
     ParamRef ref = {};
     if (dense) {
-      ref = ref_of(h, h.param, grad, i, false);
+      ref = ref_of(h, h.param(), grad, i, false);
     } else {
       check_param(held, i);
       ref.row = static_cast<int32_t>(i);
       found.noncontiguous.emplace_back(list, found.params[list].size());
     }
     found.params[list].push_back(ref);
+    moved |= h.place != begin_of(h.param()) || h.numel != h.param().numel();
+    found.last_layer = std::max(found.last_layer, h.layer);
   };
   prefetched(held.size(), visit, ahead(16, [&](size_t i) { prefetch_tensors(held[i]); }),
              ahead(10, [&](size_t i) { prefetch_storages(held[i]); }),
              ahead(5, [&](size_t i) { prefetch_grad_storage(held[i]); }));
+  if (moved) found.last_layer = find_layers(held);
   return found;
 }
 
@@ -192,6 +237,7 @@ ParamRef ref_of(const HeldParams::Held& h, const at::Tensor& param, const at::Te
   r.step = static_cast<float*>(of_slot(kStep));
   r.numel = param.numel() * (param.is_complex() ? 2 : 1);
   r.dtype = *dtype_of(param.scalar_type());
+  r.grad_dtype = *dtype_of(grad.scalar_type());
   const at::Tensor& moment = h.tensors[kExpAvg];
   r.state_dtype = moment.defined() ? *dtype_of(moment.scalar_type()) : r.dtype;
   r.group = h.group;

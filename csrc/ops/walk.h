@@ -15,13 +15,14 @@ struct Walk {
   GradList grads;
   std::vector<std::vector<ParamRef>> params;
   // (list, place in it) of those that an update cannot take as they are: their memory has gaps or
-  // is copy-on-write.
+  // is copy-on-write, or the gradient is sparse.
   std::vector<std::pair<size_t, size_t>> noncontiguous;
+  int last_layer = 0;  // of the parameters, see HeldParams::Held
 };
 
-// Throws std::invalid_argument or TypeError, nothing written, where a gradient or a state does not
-// fit its parameter.
-Walk walk(const HeldParams& held);
+// Throws std::invalid_argument, std::runtime_error or TypeError, nothing written, where a gradient
+// or a state does not fit its parameter.
+Walk walk(HeldParams& held);
 
 // The tensor whose strides an update follows: one of the state, or the parameter.
 const at::Tensor& layout_of(const HeldParams::Held& held);

@@ -5,36 +5,15 @@
 #include <algorithm>
 
 #include "../math/prefetch.h"
+#include "address_map.h"
 #include "checks.h"
 #include "dispatch.h"
 #include "dtype.h"
+#include "sparse.h"
 #include "storage.h"
 
 namespace gradfuse {
 namespace {
-
-// A set of addresses, to find repeated gradients. Open addressing: on thousands of small tensors a
-// std::unordered_set costs more than the kernels do.
-class AddressSet {
- public:
-  explicit AddressSet(size_t n) : shift_(64) {
-    size_t size = 1;
-    while (size < 2 * n + 1) size *= 2, --shift_;
-    slots_.assign(size, nullptr);
-  }
-  bool insert(const void* p) {
-    const size_t mask = slots_.size() - 1;
-    size_t i = shift_ == 64 ? 0 : (reinterpret_cast<uint64_t>(p) * 0x9e3779b97f4a7c15u) >> shift_;
-    for (; slots_[i]; i = (i + 1) & mask)
-      if (slots_[i] == p) return false;
-    slots_[i] = p;
-    return true;
-  }
-
- private:
-  std::vector<const void*> slots_;
-  int shift_;
-};
 
 // The fewest dimensions that describe the same elements, outermost first, for a cheap walk.
 StridedLayout coalesced_layout(const at::Tensor& t) {
@@ -119,6 +98,8 @@ void GradList::prepare_write() {
       if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
     }
   }
+  for (const at::Tensor& t : sparse)
+    if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
 }
 
 namespace {
@@ -128,18 +109,16 @@ bool same_layout(const StridedLayout* a, const StridedLayout* b) {
   return a->sizes == b->sizes && a->strides == b->strides;
 }
 
-// A gradient that begins where an earlier one does must be that one or a view of all of it, and
-// counts once. Anything else is refused: threads would write the same memory twice.
-void check_same_run(const char* op, const GradList& list, const GradRef& ref, size_t index) {
+// Whether a gradient has the elements of an earlier one, which begins at the same address.
+bool is_same_run(const GradList& list, const GradRef& ref, size_t earlier) {
   for (const DeviceGroup& group : list.groups)
-    for (const GradRef& earlier : group.refs)
-      if (earlier.data == ref.data &&
-          (earlier.numel != ref.numel || earlier.dtype != ref.dtype ||
-           earlier.is_complex != ref.is_complex || !same_layout(earlier.layout, ref.layout)))
-        fail<std::runtime_error>(op,
-                                 ": expected gradients that do not overlap in memory, got one that "
-                                 "begins where another does for tensor ",
-                                 index, "; .clone() it first");
+    for (size_t i = 0; i < group.refs.size(); ++i) {
+      const GradRef& other = group.refs[i];
+      if (group.rows[i] == static_cast<int64_t>(earlier))
+        return other.numel == ref.numel && other.dtype == ref.dtype &&
+               other.is_complex == ref.is_complex && same_layout(other.layout, ref.layout);
+    }
+  return false;
 }
 
 }  // namespace
@@ -176,14 +155,24 @@ size_t add_dense_gradient(GradList& list, size_t index) {
                 index);
 }
 
-GradList check_gradients(const char* op, std::vector<at::Tensor> tensors, bool writes) {
+size_t add_repeat(GradList& list, size_t index, size_t first) {
+  list.repeats.emplace_back(index, first);
+  return group_of(list.groups, list.tensors[first].device(), 0);
+}
+
+GradList check_gradients(const char* op, std::vector<at::Tensor> tensors, Access access) {
   GradList list;
   list.tensors = std::move(tensors);
   const size_t n = list.tensors.size();
-  AddressSet seen(writes ? n : 0);
+  const bool writes = access == Access::Write;
+  AddressMap seen(access == Access::Read ? 0 : n);
   const auto add = [&](size_t i) {
     at::Tensor& t = list.tensors[i];
     if (!t.defined()) return;
+    if (t.is_sparse()) {
+      list.sparse.push_back(t);
+      t = coalesced_values(t);
+    }
     const GradRef ref = ref_of(op, list, i);
     if (writes && !t.is_non_overlapping_and_dense() &&
         at::has_internal_overlap(t) == at::MemOverlap::Yes)
@@ -191,10 +180,17 @@ GradList check_gradients(const char* op, std::vector<at::Tensor> tensors, bool w
                                ": expected gradients with an element per memory location, got an "
                                "expanded one for tensor ",
                                i, "; .clone() it first");
-    if (writes && ref.numel && !seen.insert(ref.data)) {
-      check_same_run(op, list, ref, i);
-      t.reset();
-      return;
+    if (access != Access::Read && ref.numel) {
+      const std::optional<size_t> earlier = seen.insert(ref.data, i);
+      if (earlier && is_same_run(list, ref, *earlier)) {
+        add_repeat(list, i, *earlier);
+        return;
+      }
+      if (earlier && writes)  // threads would write the same memory twice
+        fail<std::runtime_error>(op,
+                                 ": expected gradients that do not overlap in memory, got one that "
+                                 "begins where another does for tensor ",
+                                 i, "; .clone() it first");
     }
     append(list, ref, i);
   };

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <deque>
+#include <utility>
 #include <vector>
 
 #include "../math/runs.h"
@@ -19,23 +20,32 @@ struct DeviceGroup {
 
 // A checked list of gradients. Holds references, so that they outlive a release of the GIL.
 struct GradList {
-  std::vector<at::Tensor> tensors;  // undefined if missing or repeated
+  std::vector<at::Tensor> tensors;  // undefined if missing; of a sparse one, its values
   std::deque<StridedLayout> layouts;
   std::vector<DeviceGroup> groups;  // in order of first appearance
+  // (index, that of the same gradient): elements given again, which are in no group.
+  std::vector<std::pair<size_t, size_t>> repeats;
+  std::vector<at::Tensor> sparse;  // the sparse ones themselves
   bool any_double = false;
 
   // To be called before a write: copies copy-on-write storage, bumps autograd's versions.
   void prepare_write();
 };
 
-// Checks every tensor before anything is written. `writes` says that the caller may write.
-GradList check_gradients(const char* op, std::vector<at::Tensor> tensors, bool writes);
+// What a caller does with a list. A gradient that is given twice counts twice where it is only
+// read, unless it is that of a step. One that is written counts once, and may overlap no other.
+enum class Access { Read, ReadOnce, Write };
+
+// Checks every tensor before anything is written.
+GradList check_gradients(const char* op, std::vector<at::Tensor> tensors, Access access);
 
 // Checks list.tensors[index], which must be defined, and appends it to the group of its device. For
 // callers that only read and iterate over the list themselves. Returns the group's number.
 size_t add_gradient(const char* op, GradList& list, size_t index);
 // The same for a tensor that the caller knows to be a dense run of a supported type.
 size_t add_dense_gradient(GradList& list, size_t index);
+// The same for one that is that of another index.
+size_t add_repeat(GradList& list, size_t index, size_t first);
 
 // Prefetch the cache lines of a tensor's fields and, once these have arrived, its storage's:
 // thousands of small tensors are thousands of cache misses.

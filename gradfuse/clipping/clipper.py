@@ -139,7 +139,7 @@ class GradClipper:
             return report
         code = CLIP_NONFINITE[self._nonfinite]
         names = self._names
-        if torch.compiler.is_compiling():
+        if _native.is_traced_in_place("GradClipper.clip_"):
             grads = [p.grad for p in self._parameters if p.grad is not None]
             names = [
                 name for name, p in zip(names, self._parameters, strict=True) if p.grad is not None
@@ -152,6 +152,7 @@ class GradClipper:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _clip_by(self, policy: Policy) -> GradReport:
+        _native.refuse_tracing("GradClipper.clip_")
         code = CLIP_NONFINITE[self._nonfinite]
         step = plan_with_policy(
             policy,

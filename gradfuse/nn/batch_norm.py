@@ -105,6 +105,10 @@ class _BatchNormAct(_BatchNorm):
             f"activation={self.activation!r} and a residual; gradfuse.unfuse the model first"
         )
 
+    def __dir__(self) -> list[str]:
+        # torch.jit.trace asks for every name that is listed here.
+        return [name for name in super().__dir__() if name != "qconfig"]
+
     def extra_repr(self) -> str:
         slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
         return f"{super().extra_repr()}, activation={self.activation!r}{slope}"

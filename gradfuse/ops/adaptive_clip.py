@@ -44,7 +44,7 @@ def adaptive_clip_grad_(
     eps = check_nonnegative(op, "eps", eps)
     norm_type = check_norm_type(op, norm_type)
     parameters = as_sequence(op, parameters)
-    if torch.compiler.is_compiling():
+    if _native.is_traced_in_place(op):
         owners = [p for p in parameters if p.grad is not None]
         torch.ops.gradfuse.adaptive_clip_grads_(
             [p.detach() for p in owners], grads_of(owners), clip_factor, eps, norm_type

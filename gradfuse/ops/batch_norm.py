@@ -145,7 +145,7 @@ def batch_norm_act(
         input, residual, weight, bias, running_mean, running_var, training, momentum, eps, code,
         negative_slope,
     )  # fmt: skip
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if _native.is_traced():
         return _through_library(BatchNormCall(*arguments, wants_mask))
     if _transformed() or type(input) not in _PLAIN or not (input.is_cpu or input.is_cuda):
         _check_transformed(input, running_mean, training, eps)

@@ -60,7 +60,7 @@ def get_total_norm(
     norm_type = check_norm_type("get_total_norm", norm_type)
     code = NonFinite.ERROR if error_if_nonfinite else NonFinite.PROPAGATE
     tensors = as_sequence("get_total_norm", tensors)
-    if torch.compiler.is_compiling():
+    if _native.is_traced():
         norm: Tensor = torch.ops.gradfuse.grad_stats(list(tensors), norm_type, code)[0]
         return norm
     return _native.backend.stats(tensors, False, norm_type, code)[0]
@@ -120,7 +120,7 @@ def clip_grad_norm_(
         warnings.warn(
             "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2
         )
-    if torch.compiler.is_compiling():
+    if _native.is_traced_in_place(op):
         grads = grads_of(parameters)
         norm: Tensor = torch.ops.gradfuse.clip_grads_(grads, max_norm, norm_type, code)[0]
         return norm
@@ -154,7 +154,7 @@ def clip_grads_with_norm_(
     if not isinstance(total_norm, Tensor):
         total_norm = torch.tensor(total_norm, device="cpu")
     parameters = as_sequence("clip_grads_with_norm_", parameters)
-    if torch.compiler.is_compiling():
+    if _native.is_traced_in_place("clip_grads_with_norm_"):
         torch.ops.gradfuse.scale_grads_(grads_of(parameters), max_norm, total_norm)
     else:
         _native.backend.scale_(parameters, True, max_norm, total_norm)
@@ -181,7 +181,7 @@ def clip_grad_value_(
     """
     clip_value = check_nonnegative("clip_grad_value_", "clip_value", clip_value)
     parameters = as_sequence("clip_grad_value_", parameters)
-    if torch.compiler.is_compiling():
+    if _native.is_traced_in_place("clip_grad_value_"):
         torch.ops.gradfuse.clamp_grads_(grads_of(parameters), clip_value)
     else:
         _native.backend.clamp_(parameters, True, clip_value)

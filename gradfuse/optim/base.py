@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-import math
 import sys
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from gradfuse import _native
-from gradfuse._codes import STATE_NAMES, Action, Rule, Slot
-from gradfuse._records import AdamWGroup, ClipPlan, SGDGroup, StepOptions
-from gradfuse.clipping.policy import Policy, plan_with_policy
+from gradfuse._codes import STATE_NAMES, Rule, Slot
+from gradfuse.clipping.policy import Policy
 from gradfuse.clipping.report import GradReport
 from gradfuse.ops.checks import STEP_NONFINITE, check_max_norm, check_nonfinite
-from gradfuse.ops.clip import clip_grad_value_
+from gradfuse.optim.parts import Clip, Part, StepCall, step_apart
+from gradfuse.optim.skips import SkipCounter
+from gradfuse.optim.unwrapped import unwrapped_step
 
 __all__ = ["Clip", "ClippedOptimizer", "as_number", "check_torchs_options", "parameter_names"]
 
-Clip: TypeAlias = "float | Policy | None"
-
-_OWN = "gradfuse"  # key in a state_dict's first group of what torch's optimizers do not have
+_SHORT = {torch.float16, torch.bfloat16}
+_LONG = {torch.float32, torch.float64, torch.complex64, torch.complex128}
+_OWN = "gradfuse"  # key in a state_dict's groups of what torch's optimizers do not have
 _SETTINGS = ("_nonfinite", "_materialize", "_master", "_stochastic", "_update_clip", "_clip")
 
 
 class ClippedOptimizer(torch.optim.Optimizer):
     """What the optimizers share: a step that measures, decides and updates."""
 
-    _step_supports_amp_scaling = True  # GradScaler hands its scale over instead of unscaling
     _leaves_check = False  # our GradScaler sets it during a step, which then skips for NaN and inf
     _rule: ClassVar[Rule]
 
@@ -43,11 +43,8 @@ class ClippedOptimizer(torch.optim.Optimizer):
                 f"{op}: expected master_weights or stochastic_rounding, got both: with master "
                 "weights nothing is lost that rounding at random could save"
             )
-        if clip is not None and _is_made_by_zero():
-            raise RuntimeError(
-                f"{op}: expected clip=None in a ZeroRedundancyOptimizer, got {clip!r}: each rank "
-                "would clip by the norm of its own parameters; call clip_grad_norm_ before step()"
-            )
+        if clip is not None:
+            _refuse_in_zero(op, clip)
         self._nonfinite = nonfinite
         self._materialize = materialize
         self._master = master
@@ -58,11 +55,10 @@ class ClippedOptimizer(torch.optim.Optimizer):
 
     def _reset(self) -> None:
         """Sets what lives between steps but is not part of the state."""
-        self._report: GradReport | None = None
-        self._skipped = 0  # steps skipped so far, except those in _skipped_on
-        self._skipped_on: Tensor | None = None  # counted on the device, without waiting for it
-        self._parameter_names: list[str] = []
-        self._stepper = _native.backend.Stepper(self._rule)
+        self._whole = Part(self._rule)  # the groups without a clip of their own
+        self._apart: dict[int, Part] = {}  # the others, by their number
+        self._reports: list[GradReport] = []  # of the last step
+        self._skips = SkipCounter(type(self).__name__)
 
     @property
     def clip(self) -> Clip:
@@ -74,9 +70,17 @@ class ClippedOptimizer(torch.optim.Optimizer):
 
     @clip.setter
     def clip(self, value: Clip) -> None:
-        if value is not None and not isinstance(value, Policy):
-            value = check_max_norm(type(self).__name__, "clip", value, "None")
-        self._clip = value
+        self._clip = self._checked_clip(value)
+
+    def _checked_clip(self, value: Clip) -> Clip:
+        if value is None or isinstance(value, Policy):
+            return value
+        return check_max_norm(type(self).__name__, "clip", value, "None")
+
+    def _policies(self) -> list[Policy]:
+        """All policies: the optimizer's, and those of groups."""
+        clips = [self._clip, *(group.get("clip") for group in self.param_groups)]
+        return [clip for clip in clips if isinstance(clip, Policy)]
 
     @property
     def nonfinite(self) -> str:
@@ -85,8 +89,17 @@ class ClippedOptimizer(torch.optim.Optimizer):
 
     @property
     def report(self) -> GradReport | None:
-        """What the last step saw; None before it, and where steps measure nothing."""
-        return self._report
+        """What the last step saw of the groups without a clip of their own.
+
+        None before the first step, and where steps measure nothing.
+        """
+        return self._whole.report
+
+    @property
+    def reports(self) -> list[GradReport | None]:
+        """What the last step saw of each group; groups that are clipped together share a report."""
+        parts = (self._apart.get(i, self._whole) for i, _ in enumerate(self.param_groups))
+        return [part.report for part in parts]
 
     @property
     def skipped_steps(self) -> int:
@@ -94,18 +107,42 @@ class ClippedOptimizer(torch.optim.Optimizer):
 
         On CUDA, reading this waits for the device.
         """
-        return self._skipped + (0 if self._skipped_on is None else int(self._skipped_on))
+        return self._skips.total
+
+    def _takes_scale(self) -> bool:
+        """Whether torch's GradScaler hands its scale over, for the step to unscale and check.
+
+        Not to a step that someone replaced, as Accelerate does: they see a skipped step by its not
+        being called.
+        """
+        return unwrapped_step(self) is ClippedOptimizer.step
+
+    _step_supports_amp_scaling: Any = property(_takes_scale)  # torch's name
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim.Optimizer.add_param_group.
 
+        A group may have a "clip" of its own: its gradients are then bounded by their own norm, or
+        with None by nothing, and count in no other norm.
+
         Raises:
-            ValueError: the group wants an option that a fused step does not have.
+            ValueError: the group wants an option that a fused step does not have, its clip is out
+                of range, or is a policy that another group has.
+            RuntimeError: the group has a clip within torch's ZeroRedundancyOptimizer.
         """
+        op = type(self).__name__
         check_torchs_options(
-            type(self).__name__,
-            *(param_group.get(name) for name in ("fused", "foreach", "differentiable")),
+            op, *(param_group.get(name) for name in ("fused", "foreach", "differentiable"))
         )
+        clip = param_group.get("clip")
+        if clip is not None:
+            _refuse_in_zero(op, clip)
+            param_group["clip"] = self._checked_clip(clip)
+        if isinstance(clip, Policy) and any(clip is other for other in self._policies()):
+            raise ValueError(
+                f"{op}: expected a policy for each group, because it has state, got one twice: "
+                f"{clip!r}"
+            )
         super().add_param_group(param_group)
 
     def __repr__(self) -> str:
@@ -135,62 +172,53 @@ class ClippedOptimizer(torch.optim.Optimizer):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _step(self) -> None:
-        self._refresh()
-        scale: Tensor | None = getattr(self, "grad_scale", None)
+        op = type(self).__name__
+        _native.refuse_tracing(f"{op}.step")
+        self._reports = []
+        parts = self._parts()
+        self._refresh(parts)
+        call = self._call()
+        groups = [self._group(group, as_number(group["lr"])) for group in self.param_groups]
+        if torch._C._current_graph_task_id() != -1 and any(part.clip is not None for part in parts):
+            warnings.warn(
+                f"{op}.step: runs within a backward pass, where other gradients are still "
+                "missing, so clip bounds the norm of this optimizer's own",
+                stacklevel=6,
+            )
+        if len(parts) == 1:
+            plan = parts[0].step(groups, call)
+        else:
+            plan = step_apart(parts, [[groups[i] for i in part.indices] for part in parts], call)
+        if plan is not None:
+            self._reports = [part.report for part in parts if part.report is not None]
+            self._skips.count(plan, self._reports)
+
+    def _call(self) -> StepCall:
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if not isinstance(found_inf, Tensor):  # torch's 0 where there are no gradients
             found_inf = None
-        code = STEP_NONFINITE["skip" if self._leaves_check else self._nonfinite]
-        groups = [self._group(group, as_number(group["lr"])) for group in self.param_groups]
-        clip = self._clip
-        if isinstance(clip, Policy):
-            self._step_with_policy(clip, groups, code, scale, found_inf)
-        elif clip is not None or code or scale is not None or found_inf is not None:
-            max_norm = math.inf if clip is None else clip
-            result = self._stepper.step(
-                groups, max_norm, code, scale, found_inf, self._options(math.inf)
-            )
-            self._report = self._report_of(result, max_norm, None)
-            self._count(result[1])
-        else:
-            self._stepper.update(groups, None, None, self._options(math.inf))
-
-    def _step_with_policy(
-        self,
-        policy: Policy,
-        groups: Sequence[AdamWGroup] | Sequence[SGDGroup],
-        code: int,
-        scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
-        step = plan_with_policy(
-            policy,
-            lambda max_norm: self._stepper.measure(max_norm, code, scale, found_inf),
-            self._stepper.parameters,
-            scale,
-            skips=True,
+        return StepCall(
+            STEP_NONFINITE["skip" if self._leaves_check else self._nonfinite],
+            self._nonfinite,
+            getattr(self, "grad_scale", None),
+            found_inf,
+            self._update_clip,
+            self._stochastic,
+            self._materialize,
         )
-        self._report = self._report_of(step.reported, policy.max_norm, repr(policy))
-        self._stepper.update(groups, step.plan, step.coefficients, self._options(policy.bound))
-        policy.keep(step.state)
-        if self._materialize and policy.bound < math.inf:
-            clip_grad_value_(self._stepper.parameters(), policy.bound)
-        self._count(step.plan)
 
-    def _options(self, bound: float) -> StepOptions:
-        return StepOptions(bound, self._update_clip, self._stochastic, self._materialize)
-
-    def _report_of(
-        self, result: tuple[Tensor, Tensor, Tensor], max_norm: float, policy: str | None
-    ) -> GradReport:
-        return GradReport(self._parameter_names, result, max_norm, 2.0, self._nonfinite, policy)
-
-    def _count(self, plan: Tensor) -> None:
-        """Counts a step that was left out; on a device without waiting for it."""
-        if self._skipped_on is not None:
-            self._skipped_on += ClipPlan.of(plan).action.eq(Action.SKIP).to(self._skipped_on)
-        elif self._report is not None:
-            self._skipped += self._report.skipped
+    def _parts(self) -> list[Part]:
+        """The groups by the norm that clips them."""
+        own = [i for i, group in enumerate(self.param_groups) if "clip" in group]
+        whole = self._whole
+        whole.clip = self._clip
+        whole.indices = [i for i, group in enumerate(self.param_groups) if "clip" not in group]
+        if self._apart.keys() != set(own):
+            self._apart = {i: self._apart.get(i) or Part(self._rule) for i in own}
+        for i in own:
+            part = self._apart[i]
+            part.clip, part.indices = self._checked_clip(self.param_groups[i]["clip"]), [i]
+        return [*([whole] if whole.indices or not own else []), *self._apart.values()]
 
     def _group(self, group: dict[str, Any], lr: float | Tensor) -> Any:
         """A parameter group as the native update takes it."""
@@ -200,23 +228,27 @@ class ClippedOptimizer(torch.optim.Optimizer):
         """The state that a parameter of the group needs."""
         raise NotImplementedError
 
-    def _refresh(self) -> None:
+    def _refresh(self, parts: Sequence[Part]) -> None:
         """Binds the parameters and their state anew, if param_groups or state have changed."""
-        needs = [self._needed(group) for group in self.param_groups]
-        if self._stepper.is_current(self.param_groups, self.state, needs):
-            return
-        for group, need in zip(self.param_groups, needs, strict=True):
-            for p in group["params"]:
-                if p.grad is not None and need:
-                    self._complete(p, self.state[p], need)
-                if self._skipped_on is None and p.device.type != "cpu":
-                    self._skipped_on = torch.zeros((), dtype=torch.int64, device=p.device)
-        self._parameter_names = parameter_names(self.param_groups)
-        self._stepper.bind(self.param_groups, self.state, needs)
+        for part in parts:
+            groups = self.param_groups
+            if len(parts) > 1:
+                groups = [groups[i] for i in part.indices]
+            needs = [self._needed(group) for group in groups]
+            if part.stepper.is_current(groups, self.state, needs):
+                continue
+            for group, need in zip(groups, needs, strict=True):
+                for p in group["params"]:
+                    if need and p.grad is not None and _fits(p.grad, p):
+                        self._complete(p, self.state[p], need)
+                    self._skips.put_on(p.device)
+            names = parameter_names(self.param_groups)
+            part.names = [name for i in part.indices for name in names[i]]
+            part.stepper.bind(groups, self.state, needs)
 
     def _complete(self, p: Tensor, state: dict[str, Any], need: Slot) -> None:
         """Gives a parameter the state it needs, in the type, device and layout of the kernels."""
-        is_wide = self._master and p.dtype in (torch.float16, torch.bfloat16)
+        is_wide = self._master and p.dtype in _SHORT
         dtype = torch.float32 if is_wide else p.dtype
         has_moments = False
         for slot, name in STATE_NAMES[self._rule].items():
@@ -237,44 +269,50 @@ class ClippedOptimizer(torch.optim.Optimizer):
                 state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as torch's optimizer has it, and in the first parameter group, as "gradfuse",
-        skipped_steps and the state of the policy. torch's optimizers load it as it is.
+        """The state as torch's optimizer has it, and in the parameter groups, as "gradfuse",
+        skipped_steps and the state of the policies. torch's optimizers load it as it is.
 
         torch.distributed.checkpoint keeps the groups, and would drop a key beside them.
         """
         out: dict[str, Any] = super().state_dict()
-        own: dict[str, Any] = {"skipped_steps": self.skipped_steps}
-        if isinstance(self._clip, Policy):
-            own["policy"] = self._clip.state_dict()
-        out["param_groups"][0][_OWN] = own
+        for i, group in enumerate(out["param_groups"]):
+            own: dict[str, Any] = {"skipped_steps": self.skipped_steps} if i == 0 else {}
+            if i == 0 and isinstance(self._clip, Policy):
+                own["policy"] = self._clip.state_dict()
+            if isinstance(group.get("clip"), Policy):
+                own["group_policy"] = group.pop("clip").state_dict()
+            if own:
+                group[_OWN] = own
         return out
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the state of this optimizer or of torch's, as torch does, with its hooks.
 
-        A load that raises leaves the optimizer and its policy as they were.
+        A load that raises leaves the optimizer and its policies as they were. Policies are those
+        of this optimizer; only their state is loaded.
         """
-        policy = self._clip if isinstance(self._clip, Policy) else None
         before = self.state, self.param_groups, self.skipped_steps
-        policy_before = None if policy is None else policy.state
+        policies_before = [(policy, policy.state) for policy in self._policies()]
         given: dict[str, Any] = {}  # what the pre-hooks made of state_dict
         hooks = [
             self.register_load_state_dict_pre_hook(lambda _, made: given.update(made)),
-            self.register_load_state_dict_post_hook(lambda _: self._load_own(given), prepend=True),
+            self.register_load_state_dict_post_hook(
+                lambda _: self._load_own(given, before[1]), prepend=True
+            ),
         ]
         try:
             super().load_state_dict(state_dict)
         except BaseException:
             self.state, self.param_groups, skipped = before
-            self._set_skipped(skipped)
-            if policy is not None and policy_before is not None:
-                policy.state = policy_before
+            self._skips.reset(skipped)
+            for policy, state in policies_before:
+                policy.state = state
             raise
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _load_own(self, state_dict: dict[str, Any]) -> None:
+    def _load_own(self, state_dict: dict[str, Any], old_groups: list[dict[str, Any]]) -> None:
         """Loads what torch's load_state_dict does not, before post-hooks see the state."""
         # torch casts the state to the parameter's dtype, which would round a float32 master.
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
@@ -284,25 +322,35 @@ class ClippedOptimizer(torch.optim.Optimizer):
                 if isinstance(value, Tensor) and value.dtype != self.state[p][name].dtype:
                     self.state[p][name] = value.detach().clone().to(p.device)
         own = state_dict.get(_OWN, {})  # where it was before it moved into the first group
-        for group in self.param_groups:
-            own = group.pop(_OWN, own)
-        self._set_skipped(own.get("skipped_steps", 0))
+        for i, (group, old) in enumerate(zip(self.param_groups, old_groups, strict=True)):
+            of_group = group.pop(_OWN, {})
+            if i == 0:
+                own = of_group or own
+            if "clip" in old:
+                group.setdefault("clip", old["clip"])
+            if isinstance(group.get("clip"), Policy) and "group_policy" in of_group:
+                group["clip"].load_state_dict(of_group["group_policy"])
+        self._skips.reset(own.get("skipped_steps", 0))
         if isinstance(self._clip, Policy) and "policy" in own:
             self._clip.load_state_dict(own["policy"])
-
-    def _set_skipped(self, steps: int) -> None:
-        if self._skipped_on is not None:
-            self._skipped_on.zero_()
-        self._skipped = steps
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: self.__dict__[name] for name in _SETTINGS}
         return {**super().__getstate__(), **own, "_skipped": self.skipped_steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "_stepper" not in self.__dict__:  # unpickled or copied
+        if "_whole" not in self.__dict__:  # unpickled or copied
             self._reset()
+        self._skips.reset(state.pop("_skipped", self.skipped_steps))
         super().__setstate__(state)
+
+
+def _refuse_in_zero(op: str, clip: Clip) -> None:
+    if _is_made_by_zero():
+        raise RuntimeError(
+            f"{op}: expected clip=None in a ZeroRedundancyOptimizer, got {clip!r}: each rank would "
+            "clip by the norm of its own parameters; call clip_grad_norm_ before step()"
+        )
 
 
 def _is_made_by_zero() -> bool:
@@ -330,6 +378,12 @@ def check_torchs_options(
         )
 
 
+def _fits(grad: Tensor, p: Tensor) -> bool:
+    """Whether a step takes the gradient; one that does not leaves the state as it is."""
+    types = {p.dtype, torch.float32} if p.dtype in _SHORT else {p.dtype} & _LONG
+    return grad.shape == p.shape and grad.device == p.device and grad.dtype in types
+
+
 def _laid_out(t: Tensor, like: Tensor) -> Tensor:
     """t with the strides that zeros_like(like) has; t itself if it has them already."""
     if t.shape == like.shape and t.stride() == _strides(like):
@@ -342,13 +396,14 @@ def _strides(like: Tensor) -> tuple[int, ...]:
     return torch.empty_like(like, device="meta", memory_format=torch.preserve_format).stride()
 
 
-def parameter_names(groups: Sequence[dict[str, Any]]) -> list[str]:
-    """The names that the groups were made with, else "0", "1", ..."""
-    names: list[str] = []
+def parameter_names(groups: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The names that each group was made with, else "0", "1", ... over all groups."""
+    names: list[list[str]] = []
+    count = 0
     for group in groups:
-        given = group.get("param_names")
-        for i, _ in enumerate(group["params"]):
-            names.append(given[i] if given else str(len(names)))
+        n = len(group["params"])
+        names.append(list(group.get("param_names") or map(str, range(count, count + n))))
+        count += n
     return names
 
 

@@ -46,7 +46,7 @@ class GradScaler(torch.amp.GradScaler):
 
     def _step_of(self, optimizer: Any) -> Any:
         """Runs a step that checks for itself, if torch asks _check_inf_per_device for the check."""
-        before = optimizer.report
+        before = optimizer._reports
         self._stepping = optimizer
         try:
             result = super().step(optimizer)
@@ -70,13 +70,15 @@ class GradScaler(torch.amp.GradScaler):
         assert scale is not None
         return self._put(optimizer, torch.zeros_like(scale))
 
-    def _record(self, optimizer: Any, before: GradReport | None) -> None:
+    def _record(self, optimizer: Any, before: list[GradReport]) -> None:
         """Stores what the step found, without waiting for the device."""
-        report: GradReport | None = optimizer.report
-        if report is None or report is before:
+        reports: list[GradReport] = optimizer._reports
+        if not reports or reports is before:
             super()._check_inf_per_device(optimizer)
-        else:
-            self._put(optimizer, TensorStats.of(report._stats).nonfinite.any().float())
+            return
+        found = [TensorStats.of(report._stats).nonfinite.any() for report in reports]
+        device = found[0].device
+        self._put(optimizer, torch.stack([f.to(device) for f in found]).any().float())
 
     def _put(self, optimizer: Any, found_inf: Tensor) -> dict[Any, Tensor]:
         found = {found_inf.device: found_inf}
@@ -96,13 +98,19 @@ def _has_gradients(optimizer: torch.optim.Optimizer) -> bool:
     return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
 
+class _Probe(SGD):
+    """Takes the scale, although its step is replaced."""
+
+    _step_supports_amp_scaling = True
+
+
 @functools.cache
 def _torch_is_as_known() -> bool:
     """Tests what torch does not promise: that its scaler's step takes the check from a method, and
     that update() looks for the outcome where that method put it."""
     p = torch.nn.Parameter(torch.ones(1, device="cpu"))
     try:
-        optimizer = SGD([p], lr=1.0)
+        optimizer = _Probe([p], lr=1.0)
         # Hooks for the steps of all optimizers are not called for this one.
         optimizer.step = functools.partial(_OWN_STEP, optimizer)  # type: ignore[method-assign]
         scaler = GradScaler("cpu", init_scale=4.0)

@@ -81,7 +81,8 @@ class ClipInStep:
         for group in groups:
             for p in group["params"]:
                 _prove(self._optimizer, group, p, self._proven)
-        self._names, self._paths = parameter_names(groups), paths
+        self._names = [name for names in parameter_names(groups) for name in names]
+        self._paths = paths
         self._stepper.bind(groups, self._no_state, needs)
 
     @torch.no_grad()

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from gradfuse.reference.gradients import check_gradients, magnitudes, read_tensors
+from gradfuse.reference.gradients import Access, check_gradients, magnitudes, read_tensors
 
 
 def unit_norms(x: Tensor, p: float) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,13 @@ def adaptive_clip_(
             f"{op}: expected a gradient for each parameter, got {len(listed)} for "
             f"{len(listed_weights)}"
         )
-    pairs = check_gradients(op, listed, writes=True)
+    for i, (w, g) in enumerate(zip(listed_weights, listed, strict=True)):
+        if g is not None and torch.sparse_coo in (g.layout, w.layout):  # type: ignore[union-attr]
+            raise TypeError(
+                f"{op}: expected dense weights and gradients, got a sparse one for parameter {i}; "
+                "clip it by its norm"
+            )
+    pairs = check_gradients(op, listed, Access.WRITE).each
     for i, g in pairs:
         w = listed_weights[i]
         assert w is not None
@@ -69,7 +75,7 @@ def adaptive_clip_(
                 f"{op}: expected a gradient of the parameter's shape and device, got "
                 f"{list(g.shape)} on {g.device} for {list(w.shape)} on {w.device}, parameter {i}"
             )
-    check_gradients(op, [listed_weights[i] for i, _ in pairs], writes=False)
+    check_gradients(op, [listed_weights[i] for i, _ in pairs], Access.READ)
     for i, g in pairs:
         w = listed_weights[i]
         assert w is not None

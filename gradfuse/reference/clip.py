@@ -15,7 +15,13 @@ from torch import Tensor
 
 from gradfuse._codes import Action, NonFinite
 from gradfuse._records import ClipPlan, ClipResult, TensorStats
-from gradfuse.reference.gradients import check_gradients, magnitudes, read_tensors
+from gradfuse.reference.gradients import (
+    Access,
+    GradList,
+    check_gradients,
+    magnitudes,
+    read_tensors,
+)
 
 
 def scaled_norm(x: Tensor, p: float) -> tuple[float, float]:
@@ -106,7 +112,7 @@ _NO_GRADIENT = TensorStats(norm=0.0, largest=0.0, nonfinite=0.0, zeros=0.0, nume
 def planned(
     op: str,
     tensors: list[Tensor | None],
-    grads: list[tuple[int, Tensor]],
+    grads: GradList,
     max_norm: float,
     p: float,
     nonfinite: int,
@@ -117,12 +123,14 @@ def planned(
 
     Norms are of the gradients without their loss scale, which the plan's factor takes off.
     """
-    device = grads[0][1].device if grads else torch.device("cpu")
-    any_double = any(g.dtype in (torch.float64, torch.complex128) for _, g in grads)
+    device = grads.each[0][1].device if grads.each else torch.device("cpu")
+    any_double = any(g.dtype in (torch.float64, torch.complex128) for _, g in grads.each)
     rows = [_NO_GRADIENT for _ in tensors]
-    for row, g in grads:
+    for row, g in grads.each:
         rows[row] = _stats_of(g, scale)
-    norm = combine_norms([scaled_norm(g, p) for _, g in grads], p)
+    for row, first in grads.repeats:
+        rows[row] = rows[first]
+    norm = combine_norms([scaled_norm(g, p) for _, g in grads.each], p)
     norm = (norm[0], norm[1] / scale)
     scaling = scaling_of(norm, max_norm, nonfinite)
     if found_inf:
@@ -149,8 +157,8 @@ def planned(
     return ClipResult(total_norm, plan, stats.reshape(-1, len(TensorStats._fields))), scaling
 
 
-def _apply(grads: list[tuple[int, Tensor]], scaling: Scaling) -> None:
-    for _, g in grads:
+def _apply(grads: GradList, scaling: Scaling) -> None:
+    for _, g in grads.each:
         if scaling.action == Action.ZERO:
             g.zero_()
         elif scaling.action == Action.SCALE:
@@ -159,7 +167,7 @@ def _apply(grads: list[tuple[int, Tensor]], scaling: Scaling) -> None:
 
 def stats(tensors: Iterable[Tensor], of_grad: bool, norm_type: float, nonfinite: int) -> ClipResult:
     listed = read_tensors("get_total_norm", tensors, of_grad)
-    grads = check_gradients("get_total_norm", listed, writes=False)
+    grads = check_gradients("get_total_norm", listed, Access.READ)
     return planned("get_total_norm", listed, grads, math.inf, norm_type, nonfinite)[0]
 
 
@@ -169,7 +177,7 @@ def clip_(
 ) -> ClipResult:
     op = "clip_grad_norm_"
     listed = read_tensors(op, tensors, of_grad)
-    grads = check_gradients(op, listed, writes=True)
+    grads = check_gradients(op, listed, Access.WRITE)
     result, scaling = planned(op, listed, grads, max_norm, norm_type, nonfinite)
     _apply(grads, scaling)
     return result
@@ -178,7 +186,7 @@ def clip_(
 @torch.no_grad()
 def scale_(tensors: Iterable[Tensor], of_grad: bool, max_norm: float, total_norm: Tensor) -> None:
     op = "clip_grads_with_norm_"
-    grads = check_gradients(op, read_tensors(op, tensors, of_grad), writes=True)
+    grads = check_gradients(op, read_tensors(op, tensors, of_grad), Access.WRITE)
     if total_norm.numel() != 1 or total_norm.is_complex():
         raise ValueError(
             f"{op}: total_norm must be one real number, got {list(total_norm.shape)} of "
@@ -190,13 +198,13 @@ def scale_(tensors: Iterable[Tensor], of_grad: bool, max_norm: float, total_norm
 @torch.no_grad()
 def clamp_(tensors: Iterable[Tensor], of_grad: bool, clip_value: float) -> None:
     op = "clip_grad_value_"
-    grads = check_gradients(op, read_tensors(op, tensors, of_grad), writes=True)
-    for i, g in grads:
+    grads = check_gradients(op, read_tensors(op, tensors, of_grad), Access.WRITE)
+    for i, g in grads.each:
         if g.is_complex():
             raise TypeError(
                 f"{op}: expected real gradients, which have an order, got {g.dtype} for tensor {i}"
             )
-    for _, g in grads:
+    for _, g in grads.each:
         bound = torch.tensor(clip_value, dtype=torch.float64, device="cpu").to(g)  # may be inf
         g.clamp_(-bound, bound)
 
@@ -215,14 +223,14 @@ class ParameterList:
 
     def measure(self, max_norm: float, norm_type: float, nonfinite: int) -> ClipResult:
         op, listed = "GradClipper", [p.grad for p in self._parameters]
-        grads = check_gradients(op, listed, writes=True)
+        grads = check_gradients(op, listed, Access.READ_ONCE)
         return planned(op, listed, grads, max_norm, norm_type, nonfinite)[0]
 
     @torch.no_grad()
     def apply_(self, plan: Tensor, coefficients: Tensor | None) -> None:
-        grads = check_gradients("GradClipper", [p.grad for p in self._parameters], writes=True)
+        grads = check_gradients("GradClipper", [p.grad for p in self._parameters], Access.WRITE)
         fields = ClipPlan.read(plan)
-        for i, g in grads:
+        for i, g in grads.each:
             own = fields.factor if coefficients is None else fields.factor * float(coefficients[i])
             if fields.action == Action.ZERO:
                 g.zero_()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from enum import Enum, auto
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +17,21 @@ _DTYPES = {
     torch.complex64,
     torch.complex128,
 }
+
+
+class Access(Enum):
+    """What a caller does with a list of gradients, as in csrc/tensor/grad_list.h."""
+
+    READ = auto()
+    READ_ONCE = auto()
+    WRITE = auto()
+
+
+class GradList(NamedTuple):
+    """Checked gradients."""
+
+    each: list[tuple[int, Tensor]]  # (row, gradient; of a sparse one, its values)
+    repeats: list[tuple[int, int]]  # (row, that of the same gradient)
 
 
 def magnitudes(x: Tensor) -> Tensor:
@@ -44,15 +61,23 @@ def layout_of(x: Tensor) -> list[tuple[int, int]]:
     return dims
 
 
-def check_gradients(
-    op: str, tensors: list[Tensor | None], writes: bool
-) -> list[tuple[int, Tensor]]:
-    """(row, gradient) of every gradient, a repeated one once if it may be written."""
-    found: list[tuple[int, Tensor]] = []
-    seen: dict[int, object] = {}
+def coalesced_values(t: Tensor) -> Tensor:
+    """The values of a sparse tensor, one for each index, which share its memory."""
+    if not t.is_coalesced():
+        t.data = t.coalesce()
+    return t._values()
+
+
+def check_gradients(op: str, tensors: list[Tensor | None], access: Access) -> GradList:
+    """Every gradient, a repeated one once unless access is READ."""
+    writes = access is Access.WRITE
+    found = GradList([], [])
+    seen: dict[int, tuple[int, object]] = {}
     for i, t in enumerate(tensors):
         if t is None:
             continue
+        if not t.is_nested and t.layout == torch.sparse_coo:
+            t = coalesced_values(t)
         if t.dtype not in _DTYPES:
             raise TypeError(
                 f"{op}: expected float16, bfloat16, float32, float64, complex64 or complex128, "
@@ -66,7 +91,7 @@ def check_gradients(
         if t.device.type == "meta":
             raise TypeError(f"{op}: expected gradients with memory, got meta for tensor {i}")
         if t.numel() == 0:
-            found.append((i, t))
+            found.each.append((i, t))
             continue
         if type(t) in (Tensor, torch.nn.Parameter):
             last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
@@ -81,16 +106,17 @@ def check_gradients(
                 f"{op}: expected gradients with an element per memory location, got an expanded "
                 f"one for tensor {i}; .clone() it first"
             )
-        if writes:
+        if access is not Access.READ:
             address = t.data_ptr() if type(t) in (Tensor, torch.nn.Parameter) else id(t)
             extent = (t.dtype, t.numel(), layout_of(t))
-            if seen.get(address, extent) != extent:
+            first, known = seen.setdefault(address, (i, extent))
+            if first != i and known == extent:
+                found.repeats.append((i, first))
+                continue
+            if first != i and writes:
                 raise RuntimeError(
                     f"{op}: expected gradients that do not overlap in memory, got one that begins "
                     f"where another does for tensor {i}; .clone() it first"
                 )
-            if address in seen:
-                continue
-            seen[address] = extent
-        found.append((i, t))
+        found.each.append((i, t))
     return found

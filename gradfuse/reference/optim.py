@@ -12,7 +12,7 @@ from torch import Tensor
 from gradfuse._codes import STATE_NAMES, Action, Rule, Slot
 from gradfuse._records import AdamWGroup, ClipPlan, ClipResult, SGDGroup, StepOptions
 from gradfuse.reference.clip import planned
-from gradfuse.reference.gradients import check_gradients
+from gradfuse.reference.gradients import Access, GradList, check_gradients
 
 Groups = Sequence[AdamWGroup] | Sequence[SGDGroup]
 State = dict[Slot, Tensor]
@@ -53,13 +53,14 @@ def _put(target: Tensor, value: Tensor, key: int | None, stream: int) -> None:
 
 
 class Stepper:
-    """The parameters of an optimizer and their state. See csrc/ops/stepper.h."""
+    """The parameters of an optimizer and their state. See csrc/ops/optim.cpp."""
 
     def __init__(self, rule: int) -> None:
         self._rule = Rule(rule)
         self._names = STATE_NAMES[self._rule]
         self._op = {Rule.ADAMW: "AdamW.step", Rule.SGD: "SGD.step"}[self._rule]
         self._params: list[tuple[Tensor, int]] = []  # with the index of its group
+        self._kinds: list[tuple[torch.dtype, torch.device]] = []
         self._needs: list[int] = []
         self._state: Mapping[Tensor, Any] = {}
         self._tensors: list[Any] = []
@@ -75,6 +76,7 @@ class Stepper:
         if (
             len(listed) != len(self._params)
             or any(a is not b or g != h for (a, g), (b, h) in zip(listed, self._params))  # noqa: B905
+            or _kinds(listed) != self._kinds
             or needs != self._needs
             or state is not self._state
         ):
@@ -99,6 +101,7 @@ class Stepper:
     ) -> None:
         """Keeps the parameters of the groups, their state, and the Slots that each group needs."""
         self._params = _listed(groups)
+        self._kinds = _kinds(self._params)
         self._needs = list(needs)
         self._state = state
         self._tensors = self._in_state(state)
@@ -118,12 +121,21 @@ class Stepper:
             seen.add(id(p))
         return out
 
+    def _checked(self, listed: list[Tensor | None], access: Access) -> GradList:
+        for i, g in enumerate(listed):
+            if g is not None and g.is_sparse and self._rule == Rule.ADAMW:
+                raise RuntimeError(
+                    f"{self._op}: AdamW does not support sparse gradients, got one for parameter "
+                    f"{i}; consider torch.optim.SparseAdam"
+                )
+        return check_gradients(self._op, listed, access)
+
     @torch.no_grad()
     def measure(
         self, max_norm: float, nonfinite: int, scale: Tensor | None, found_inf: Tensor | None
     ) -> ClipResult:
         listed = self._gradients()
-        grads = check_gradients(self._op, listed, writes=False)
+        grads = self._checked(listed, Access.READ_ONCE)
         of_scale = 1.0 if scale is None else float(scale)
         bad = found_inf is not None and bool(found_inf)
         return planned(self._op, listed, grads, max_norm, 2.0, nonfinite, of_scale, bad)[0]
@@ -150,33 +162,50 @@ class Stepper:
         options: StepOptions,
     ) -> None:
         listed = self._gradients()
-        grads = check_gradients(self._op, listed, writes=options.materialize)
-        for i, g in grads:
-            self._check(i, g)
+        grads = self._checked(listed, Access.WRITE if options.materialize else Access.READ_ONCE)
+        for i, g in enumerate(listed):
+            if g is not None:
+                self._check(i, g)
         factor = 1.0
         if plan is not None:
             fields = ClipPlan.read(plan)
             if fields.action in (Action.REFUSE, Action.SKIP):
                 return
             factor = fields.factor * 2.0**fields.factor_exponent
-        for i, grad in enumerate(listed):
-            if grad is None:
-                continue
+        scaled: dict[int, Tensor] = {}
+        for i, grad in grads.each:
             own = factor if coefficients is None else factor * float(coefficients[i])
-            g = _real(grad).to(torch.float64).mul(own).to(_wide(grad))
+            scaled[i] = _real(grad).to(torch.float64).mul(own).to(_wide(grad))
             if options.materialize:
-                _real(grad).copy_(g)
+                _real(grad).copy_(scaled[i])
+        scaled |= {i: scaled[first] for i, first in grads.repeats}
+        for i, g in sorted(scaled.items()):
             if not math.isinf(options.bound):
                 g = g.clamp(-options.bound, options.bound)
-            self._update(i, g, groups[self._params[i][1]], options)
+            group, sparse = groups[self._params[i][1]], listed[i]
+            rows = None
+            if sparse is not None and sparse.is_sparse:
+                rows = self._rows_of(i, sparse, group)
+                if rows is None:
+                    g = _dense(sparse, g)
+            self._update(i, g, group, options, rows)
+
+    def _rows_of(self, i: int, sparse: Tensor, group: AdamWGroup | SGDGroup) -> Tensor | None:
+        """The rows that a sparse gradient has, if an update changes nothing else."""
+        state = self._state_of(i)
+        only = Slot.EXP_AVG not in state and Slot.MASTER_PARAM not in state
+        if sparse.sparse_dim() == 1 and only and not group.weight_decay:
+            return sparse._indices()[0]
+        return None
 
     def _check(self, i: int, g: Tensor) -> None:
         p = self._params[i][0]
-        if g.shape != p.shape or g.dtype != p.dtype or g.device != p.device:
+        types = {p.dtype, torch.float32} if _is_short(p) else {p.dtype}
+        if g.shape != p.shape or g.dtype not in types or g.device != p.device:
             raise ValueError(
-                f"{self._op}: expected a gradient of the parameter's shape, dtype and device, "
-                f"{list(p.shape)} of {p.dtype} on {p.device}, got {list(g.shape)} of {g.dtype} on "
-                f"{g.device} for parameter {i}"
+                f"{self._op}: expected a gradient of the parameter's shape and device, of its "
+                f"dtype or float32 for a 16-bit one, {list(p.shape)} of {p.dtype} on {p.device}, "
+                f"got {list(g.shape)} of {g.dtype} on {g.device} for parameter {i}"
             )
         if p.layout != torch.strided or torch._debug_has_internal_overlap(p) == 1:
             raise TypeError(
@@ -184,12 +213,9 @@ class Stepper:
                 f"got another kind for parameter {i}"
             )
         for slot, t in self._state_of(i).items():
-            short = p.dtype in (torch.float16, torch.bfloat16)
-            types = {p.dtype, torch.float32} if short else {p.dtype}
-            if slot in (Slot.MASTER_PARAM, Slot.STEP):
-                types = {torch.float32}
+            of_state = {torch.float32} if slot in (Slot.MASTER_PARAM, Slot.STEP) else types
             shape = torch.Size() if slot == Slot.STEP else p.shape
-            if t.dtype not in types or t.shape != shape:
+            if t.dtype not in of_state or t.shape != shape:
                 raise ValueError(
                     f"{self._op}: expected state {self._names[slot]} of {list(shape)} in the type "
                     f"of its parameter or float32, got {list(t.shape)} of {t.dtype} for parameter "
@@ -206,15 +232,25 @@ class Stepper:
         return {slot: t for slot, t in found.items() if t is not None}
 
     def _update(
-        self, i: int, g: Tensor, group: AdamWGroup | SGDGroup, options: StepOptions
+        self,
+        i: int,
+        g: Tensor,
+        group: AdamWGroup | SGDGroup,
+        options: StepOptions,
+        rows: Tensor | None,
     ) -> None:
+        """Updates a parameter, or some rows of it, by its gradient."""
         p, state = self._params[i][0], self._state_of(i)
         master, step = state.get(Slot.MASTER_PARAM), state.get(Slot.STEP)
         taken = 0.0 if step is None else float(step)
         key = _key(i, taken) if options.stochastic_rounding else None
         moments = {slot: _real(state[slot]) for slot in _MOMENTS if slot in state}
         g = -g if group.maximize else g
-        x = _real(p if master is None else master).to(g.dtype)
+        target = _real(p) if rows is None else _real(p)[rows]
+        x = target.to(g.dtype)
+        if master is not None and _is_short(p):
+            # Elsewhere someone wrote the parameter since the last step, and that value counts.
+            x = torch.where(_same(master.to(p.dtype), p.detach()), master.detach(), x)
         if isinstance(group, AdamWGroup):
             x, new = _adamw(x, g, moments, group, taken + 1.0, options.update_clip)
         else:
@@ -222,15 +258,37 @@ class Stepper:
         for stream, slot in enumerate(_MOMENTS, 1):
             if slot in new:
                 _put(moments[slot], new[slot], key, stream)
-        if master is not None:
-            _real(master).copy_(x)
-        _put(_real(p), x, key, 0)
+        if master is not None and _is_short(p):
+            master.copy_(x)
+        _put(target, x, key, 0)
+        if rows is not None:
+            _real(p).index_copy_(0, rows, target)
         if step is not None:
             step += 1.0
 
 
 def _listed(groups: Sequence[dict[str, Any]]) -> list[tuple[Tensor, int]]:
     return [(p, g) for g, group in enumerate(groups) for p in group["params"]]
+
+
+def _kinds(params: Sequence[tuple[Tensor, int]]) -> list[tuple[torch.dtype, torch.device]]:
+    return [(p.dtype, p.device) for p, _ in params]
+
+
+def _is_short(t: Tensor) -> bool:
+    return t.dtype in (torch.float16, torch.bfloat16)
+
+
+def _dense(sparse: Tensor, values: Tensor) -> Tensor:
+    """The dense tensor of these values at the sparse one's indices."""
+    made = torch.sparse_coo_tensor(
+        sparse._indices(), values, sparse.shape, is_coalesced=True, check_invariants=False
+    )
+    return made.to_dense()
+
+
+def _same(a: Tensor, b: Tensor) -> Tensor:
+    return (a == b) | (a.isnan() & b.isnan())
 
 
 def _wide(t: Tensor) -> torch.dtype:

@@ -41,6 +41,14 @@ inline void store(Half* p, FloatVec v) {
 }
 #endif
 
+// The value that a 16-bit T holds after v is stored in it.
+template <class T>
+inline FloatVec rounded_to(FloatVec v) {
+  ShortVec bits;
+  store(reinterpret_cast<T*>(&bits), v);
+  return load(reinterpret_cast<const T*>(&bits));
+}
+
 #if GRADFUSE_VEC_BYTES == 32
 // The first n lanes are -1, the others 0.
 template <class I>

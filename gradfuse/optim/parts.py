@@ -1,0 +1,114 @@
+"""Parameter groups that are clipped by one norm: how a step measures, decides and updates them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gradfuse import _native
+from gradfuse._codes import Action, NonFinite, Rule
+from gradfuse._records import AdamWGroup, ClipPlan, ClipResult, SGDGroup, StepOptions
+from gradfuse.clipping.policy import PlannedStep, Policy, plan_with_policy
+from gradfuse.clipping.report import GradReport
+from gradfuse.ops.clip import clip_grad_value_
+
+__all__ = ["Clip", "Part", "StepCall", "step_apart"]
+
+Clip: TypeAlias = "float | Policy | None"
+Groups: TypeAlias = "Sequence[AdamWGroup] | Sequence[SGDGroup]"
+
+
+class StepCall(NamedTuple):
+    """What all parts of a step have in common."""
+
+    code: NonFinite
+    nonfinite: str  # its name in reports
+    scale: Tensor | None  # the loss scale that the gradients carry
+    found_inf: Tensor | None
+    update_clip: bool
+    stochastic_rounding: bool
+    materialize: bool
+
+    def options(self, bound: float = math.inf) -> StepOptions:
+        return StepOptions(bound, self.update_clip, self.stochastic_rounding, self.materialize)
+
+
+class Part:
+    """The parameter groups that share a clip: all of an optimizer, but for those with their own."""
+
+    def __init__(self, rule: Rule) -> None:
+        self.stepper = _native.backend.Stepper(rule)
+        self.names: list[str] = []  # of its parameters
+        self.indices: list[int] = []  # of its groups
+        self.clip: Clip = None
+        self.report: GradReport | None = None  # of the last step
+
+    def step(self, groups: Groups, call: StepCall) -> Tensor | None:
+        """A whole step. Returns the plan that decided on it, or None if nothing was measured."""
+        clip = self.clip
+        if isinstance(clip, Policy):
+            planned = self.plan(call)
+            self.update(groups, call, planned)
+            return planned.plan
+        if clip is None and not call.code and call.scale is None and call.found_inf is None:
+            self.stepper.update(groups, None, None, call.options())
+            return None
+        max_norm = math.inf if clip is None else clip
+        result = self.stepper.step(
+            groups, max_norm, call.code, call.scale, call.found_inf, call.options()
+        )
+        self.report = GradReport(self.names, result, max_norm, 2.0, call.nonfinite)
+        return result[1]
+
+    def plan(self, call: StepCall) -> PlannedStep:
+        """Measures the gradients and decides."""
+        clip = self.clip
+
+        def measure(max_norm: float) -> tuple[Tensor, Tensor, Tensor]:
+            return self.stepper.measure(max_norm, call.code, call.scale, call.found_inf)
+
+        if isinstance(clip, Policy):
+            return plan_with_policy(clip, measure, self.stepper.parameters, call.scale, skips=True)
+        result = ClipResult(*measure(math.inf if clip is None else clip))
+        return PlannedStep(result.norm, result.plan, None, result, {})
+
+    def update(self, groups: Groups, call: StepCall, planned: PlannedStep) -> None:
+        """Does what was decided."""
+        clip = self.clip
+        if not isinstance(clip, Policy):
+            max_norm = math.inf if clip is None else clip
+            self.report = GradReport(self.names, planned.reported, max_norm, 2.0, call.nonfinite)
+            self.stepper.update(groups, planned.plan, None, call.options())
+            return
+        self.report = GradReport(
+            self.names, planned.reported, clip.max_norm, 2.0, call.nonfinite, repr(clip)
+        )
+        self.stepper.update(groups, planned.plan, planned.coefficients, call.options(clip.bound))
+        clip.keep(planned.state)
+        if call.materialize and clip.bound < math.inf:
+            clip_grad_value_(self.stepper.parameters(), clip.bound)
+
+
+def step_apart(parts: Sequence[Part], groups: Sequence[Groups], call: StepCall) -> Tensor:
+    """A step of several parts, each with its own norm. If one leaves it out, all do.
+
+    Returns:
+        The plan of the first part.
+    """
+    if call.code == NonFinite.ERROR:  # before a policy rewrites gradients
+        for part in parts:
+            part.stepper.measure(math.inf, call.code, call.scale, call.found_inf)
+    planned = [part.plan(call) for part in parts]
+    device = planned[0].plan.device
+    skipped = [ClipPlan.of(p.plan).action.eq(Action.SKIP).to(device) for p in planned]
+    is_skipped = torch.stack(skipped).any()
+    for p in planned:
+        for plan in (p.plan, p.reported.plan):
+            ClipPlan.of(plan).action.masked_fill_(is_skipped.to(plan.device), Action.SKIP)
+    for part, of_part, p in zip(parts, groups, planned, strict=True):
+        part.update(of_part, call, p)
+    return planned[0].plan
