@@ -70,6 +70,27 @@ print(all(bool(same) for same in loader))
     assert assert_ran(run_python(USE + script, timeout=60)) == "True\n"
 
 
+def train(rank, params):
+    """Steps on parameters that other processes step on too; both optimizers move them down."""
+    rule = (gradfuse.optim.SGD, gradfuse.optim.AdamW)[rank]
+    optimizer = rule(params, lr=1e-3, clip=1.0)
+    for _ in range(50):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+
+
+@linux_only
+def test_hogwild(native):
+    """Spawned processes share the parameters' memory, and nothing keeps their steps apart."""
+    params = [torch.ones(n).share_memory_() for n in (3, 200_000)]
+    before = [p.clone() for p in params]
+    torch.multiprocessing.spawn(train, args=(params,), nprocs=2)
+    for p, old in zip(params, before, strict=True):
+        assert p.isfinite().all()
+        assert (p < old).all()
+
+
 @pytest.mark.usefixtures("backend")
 def test_threads_calling_at_once(device):
     """Each thread has its own parameters. The outcome equals that of one call after the other."""

@@ -132,7 +132,8 @@ class GradClipper:
         Raises:
             RuntimeError: nonfinite="error" and a gradient is NaN or inf; nothing was written. Or a
                 gradient is expanded, so that several elements share memory.
-            TypeError: a gradient is sparse, of an integer dtype or on an unsupported device.
+            TypeError: a gradient is neither dense nor sparse COO, of an integer dtype or on an
+                unsupported device.
         """
         if isinstance(self._max_norm, Policy):
             report: GradReport = self._clip_by(self._max_norm)

@@ -51,7 +51,8 @@ def get_total_norm(
     Raises:
         RuntimeError: error_if_nonfinite is set and the norm is nan or inf.
         ValueError: norm_type is not > 0.
-        TypeError: an input is no tensor, is sparse, of an integer dtype or on another device.
+        TypeError: an input is no tensor, is neither dense nor sparse COO, of an integer dtype or on
+            another device.
 
     Source: Pascanu, Mikolov, Bengio 2013, "On the difficulty of training recurrent neural
     networks", Algorithm 1; Blue 1978, "A portable Fortran program to find the Euclidean norm of a

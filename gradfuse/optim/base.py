@@ -158,9 +158,10 @@ class ClippedOptimizer(torch.optim.Optimizer):
             What the closure returned, else None.
 
         Raises:
-            RuntimeError: nonfinite="error" and a gradient is NaN or inf; nothing was written.
+            RuntimeError: nonfinite="error" and a gradient is NaN or inf; nothing was written. Or a
+                gradient of AdamW is sparse, or a tracer is recording.
             ValueError: a gradient has another shape or dtype than its parameter.
-            TypeError: a gradient or parameter is sparse, an integer or on an unsupported device.
+            TypeError: a gradient or parameter is an integer or on an unsupported device.
         """
         loss = None
         if closure is not None:

@@ -112,9 +112,12 @@ def test_every_kernel_was_run(ptx):
                 gradfuse.optim.AdamW(params, master_weights=master, update_clip=True),
                 gradfuse.optim.SGD(params, momentum=0.9, master_weights=master),
             ):
-                params[0].grad = random(33, dtype=dtype)
-                optimizer.step()
-                KERNELS_RUN.update(launch.kernel for launch in ptx.launches)
+                for of_grad in {dtype, torch.float32 if dtype.itemsize == 2 else dtype}:
+                    params[0].grad = None
+                    params[0].grad_dtype = of_grad
+                    params[0].grad = random(33, dtype=of_grad)
+                    optimizer.step()
+                    KERNELS_RUN.update(launch.kernel for launch in ptx.launches)
     _, compiled = emulated.build()
     every = {demangled(k) for c in compiled for k in Module(c.ptx.read_text()).kernel_names}
     assert every <= KERNELS_RUN, f"never run: {sorted(every - KERNELS_RUN)}"

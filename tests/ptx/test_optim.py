@@ -74,6 +74,26 @@ def test_every_stream_is_read_once_and_written_once(ptx, rule, dtype):
 
 
 @BOTH
+def test_a_master_costs_one_read_of_the_parameter_more(ptx, rule):
+    """It says whether someone wrote the parameter. A float32 gradient is read as it is."""
+    params = parameters(torch.bfloat16)
+    for p in params:
+        values = p.grad.float()
+        p.grad = None
+        p.grad_dtype = torch.float32
+        p.grad = values
+    optimizer = made(rule, params, clip=0.1, master_weights=True)
+    for _ in range(2):
+        optimizer.step()
+    launches = of_the_update(ptx)
+    for p in params:
+        assert moved(ptx, launches, p.grad) == ({16: p.grad.nbytes}, {})
+        assert len(moments(optimizer, p)) == (3 if rule is AdamW else 2)
+        for t in (p, *moments(optimizer, p)):
+            assert moved(ptx, launches, t) == ({16: t.nbytes}, {16: t.nbytes})
+
+
+@BOTH
 def test_the_norm_reads_gradients_once_and_does_not_wait(ptx, rule):
     params = parameters(torch.float32)
     made(rule, params, clip=0.1).step()
