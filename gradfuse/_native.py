@@ -60,14 +60,16 @@ if not available and reason != "GRADFUSE_NATIVE=0":
     )
 
 
+# As names of this module, because each call of an op asks them.
+_is_compiling = torch.compiler.is_compiling
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_jit_tracing = torch._C._is_tracing
+
+
 def is_traced() -> bool:
     """Whether a call must go through torch.ops: torch.compile, a tracer or a dispatch mode has to
     see it."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-    )
+    return _is_compiling() or _dispatch_modes() > 0 or _is_jit_tracing()
 
 
 def is_traced_in_place(op: str) -> bool:
@@ -75,7 +77,7 @@ def is_traced_in_place(op: str) -> bool:
     graph without a word, so that raises."""
     if not is_traced():
         return False
-    if not torch.compiler.is_compiling() and torch._C._get_tracing_state() is not None:
+    if not _is_compiling() and _is_jit_tracing():
         raise RuntimeError(
             f"{op}: expected a tracer that records writes to lists of tensors, got torch.jit.trace;"
             " use torch.compile or torch.export, or clip outside of the traced function"
@@ -86,14 +88,11 @@ def is_traced_in_place(op: str) -> bool:
 def refuse_tracing(op: str) -> None:
     """Raises where a tracer records what must run: make_fx, FakeTensorMode, torch.export or
     torch.jit.trace. Other dispatch modes only look on."""
+    if not _is_jit_tracing() and not _dispatch_modes():
+        return
     key = torch._C._TorchDispatchModeKey
-    if torch._C._get_tracing_state() is not None or (
-        torch._C._len_torch_dispatch_stack() > 0
-        and any(
-            torch._C._get_dispatch_mode(mode) is not None
-            for mode in (key.PROXY, key.FAKE, key.FUNCTIONAL)
-        )
-    ):
+    recording = (torch._C._get_dispatch_mode(k) for k in (key.PROXY, key.FAKE, key.FUNCTIONAL))
+    if _is_jit_tracing() or any(mode is not None for mode in recording):
         raise RuntimeError(
             f"{op}: expected a call that is not traced, because its effects on state would not be "
             "recorded; trace forward and backward, and call it on their outcome"

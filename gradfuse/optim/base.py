@@ -59,6 +59,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
         self._apart: dict[int, Part] = {}  # the others, by their number
         self._reports: list[GradReport] = []  # of the last step
         self._skips = SkipCounter(type(self).__name__)
+        self._step_name = f"{type(self).__name__}.step"
 
     @property
     def clip(self) -> Clip:
@@ -173,19 +174,14 @@ class ClippedOptimizer(torch.optim.Optimizer):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _step(self) -> None:
-        op = type(self).__name__
-        _native.refuse_tracing(f"{op}.step")
+        _native.refuse_tracing(self._step_name)
         self._reports = []
         parts = self._parts()
         self._refresh(parts)
         call = self._call()
         groups = [self._group(group, as_number(group["lr"])) for group in self.param_groups]
-        if torch._C._current_graph_task_id() != -1 and any(part.clip is not None for part in parts):
-            warnings.warn(
-                f"{op}.step: runs within a backward pass, where other gradients are still "
-                "missing, so clip bounds the norm of this optimizer's own",
-                stacklevel=6,
-            )
+        if torch._C._current_graph_task_id() != -1:
+            self._warn_in_backward(parts)
         if len(parts) == 1:
             plan = parts[0].step(groups, call)
         else:
@@ -208,18 +204,32 @@ class ClippedOptimizer(torch.optim.Optimizer):
             self._materialize,
         )
 
+    def _warn_in_backward(self, parts: Sequence[Part]) -> None:
+        if any(part.clip is not None for part in parts):
+            warnings.warn(
+                f"{self._step_name}: runs within a backward pass, where other gradients are still "
+                "missing, so clip bounds the norm of this optimizer's own",
+                stacklevel=7,
+            )
+
     def _parts(self) -> list[Part]:
         """The groups by the norm that clips them."""
-        own = [i for i, group in enumerate(self.param_groups) if "clip" in group]
-        whole = self._whole
-        whole.clip = self._clip
-        whole.indices = [i for i, group in enumerate(self.param_groups) if "clip" not in group]
-        if self._apart.keys() != set(own):
-            self._apart = {i: self._apart.get(i) or Part(self._rule) for i in own}
-        for i in own:
-            part = self._apart[i]
-            part.clip, part.indices = self._checked_clip(self.param_groups[i]["clip"]), [i]
-        return [*([whole] if whole.indices or not own else []), *self._apart.values()]
+        self._whole.clip = self._clip
+        for group in self.param_groups:
+            if "clip" in group:
+                return self._divided()
+        self._apart = {}
+        self._whole.indices = range(len(self.param_groups))
+        return [self._whole]
+
+    def _divided(self) -> list[Part]:
+        groups, whole = self.param_groups, self._whole
+        whole.indices = [i for i, group in enumerate(groups) if "clip" not in group]
+        own = [i for i, group in enumerate(groups) if "clip" in group]
+        self._apart = {i: self._apart.get(i) or Part(self._rule) for i in own}
+        for i, part in self._apart.items():
+            part.clip, part.indices = self._checked_clip(groups[i]["clip"]), [i]
+        return [*([whole] if whole.indices else []), *self._apart.values()]
 
     def _group(self, group: dict[str, Any], lr: float | Tensor) -> Any:
         """A parameter group as the native update takes it."""

@@ -43,7 +43,7 @@ class Part:
     def __init__(self, rule: Rule) -> None:
         self.stepper = _native.backend.Stepper(rule)
         self.names: list[str] = []  # of its parameters
-        self.indices: list[int] = []  # of its groups
+        self.indices: Sequence[int] = []  # of its groups
         self.clip: Clip = None
         self.report: GradReport | None = None  # of the last step
 

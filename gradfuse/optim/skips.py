@@ -59,9 +59,11 @@ class SkipCounter:
             reports: what the step saw.
         """
         if self._on_device is None:
-            skipped = any(report.skipped for report in reports)
-            self._on_host += skipped
-            self._in_a_row = self._in_a_row + 1 if skipped else 0
+            if not reports[0].skipped:  # a step is left out as a whole
+                self._in_a_row = 0
+                return
+            self._on_host += 1
+            self._in_a_row += 1
             if self._in_a_row == _MANY:
                 self._warn(reports)
             return
