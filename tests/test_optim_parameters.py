@@ -369,6 +369,16 @@ def test_sgd_takes_sparse_gradients_as_torch_does(options):
 
 
 @HOST_BACKENDS
+def test_weight_decay_reaches_rows_without_a_gradient():
+    layer, dense = embedding(), embedding()
+    look_up(layer)
+    dense.weight.grad = layer.weight.grad.to_dense()
+    for each in (layer, dense):
+        SGD(each.parameters(), lr=0.1, weight_decay=0.5).step()
+    assert torch.equal(layer.weight, dense.weight)
+
+
+@HOST_BACKENDS
 def test_sgd_touches_no_other_rows():
     layer = embedding()
     optimizer = SGD(layer.parameters(), lr=0.1, nonfinite="propagate")
