@@ -5,8 +5,7 @@ Environment:
     GRADFUSE_NATIVE       0 installs the pure-torch package, without the compiled module.
     GRADFUSE_SANITIZE     1 builds with AddressSanitizer and UndefinedBehaviorSanitizer.
     GRADFUSE_UNITY        1 compiles all files that include torch's headers as one: a third of the
-                          time, but GCC inlines less, so that steps on thousands of small tensors
-                          take a fifth longer. For tests.
+                          time, but every change compiles all of them again.
     TORCH_CUDA_ARCH_LIST  architectures, by default those of DEFAULT_ARCHS.
 """
 

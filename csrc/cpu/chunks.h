@@ -19,7 +19,7 @@ inline void prefetch_run(const void* data, int64_t bytes) {
   constexpr int64_t kLine = 64, kMost = 512;
   const char* line = static_cast<const char*>(data);
   for (const char* end = line + std::min(bytes, kMost); line < end; line += kLine)
-    __builtin_prefetch(line, kWrites);
+    prefetch_line<kWrites>(line);
 }
 
 struct Chunk {

@@ -76,7 +76,7 @@ Preparations prepare(const OptimStep& step) {
     out.of.push_back(static_cast<int32_t>(out.distinct.size() - 1));
     out.taken.push_back(taken);
   };
-  prefetched(n, take, ahead(16, [&](size_t i) { __builtin_prefetch(step.params[i].step, 1); }));
+  prefetched(n, take, ahead(16, [&](size_t i) { prefetch_line<true>(step.params[i].step); }));
   return out;
 }
 

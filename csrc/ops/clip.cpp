@@ -110,6 +110,7 @@ class ParameterList {
 
   void add(TensorArg parameter) {
     tensor_of("GradClipper.add", "parameter", parameter.object);
+    unpack_ = Unpacker(parameter.object);
     parameters_.emplace_back(parameter.object.inc_ref().ptr());
   }
   ClipTuple clip_(double max_norm, double norm_type, int nonfinite) const {
@@ -147,15 +148,16 @@ class ParameterList {
     const size_t n = parameters_.size();
     grads.reserve(n);
     const auto tensor = [&](size_t i) -> const at::Tensor& {
-      return unpacked(const_cast<PyObject*>(parameters_[i].get()));
+      return unpack_(parameters_[i].get());
     };
     prefetched(
         n, [&](size_t i) { grads.push_back(tensor(i).unsafeGetTensorImpl()->grad()); },
-        ahead(16, [&](size_t i) { __builtin_prefetch(parameters_[i].get()); }),
+        ahead(16, [&](size_t i) { prefetch_line(parameters_[i].get()); }),
         ahead(8, [&](size_t i) { prefetch_fields(tensor(i)); }));
     return grads;
   }
   std::vector<THPObjectPtr> parameters_;
+  Unpacker unpack_;
 };
 
 }  // namespace

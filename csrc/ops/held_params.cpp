@@ -43,7 +43,7 @@ bool for_each_parameter(PyObject* groups, F f) {
 // Prefetches a dict's table, once its header has arrived.
 void prefetch_table(PyObject* dict) {
   const char* table = reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(dict)->ma_keys);
-  for (size_t line = 0; line < 192; line += 64) __builtin_prefetch(table + line);
+  for (size_t line = 0; line < 192; line += 64) prefetch_line(table + line);
 }
 
 // Whether a dict has exactly these items, in this order.
@@ -90,9 +90,10 @@ const char* HeldParams::slot_name(int slot) const {
   return kNames[static_cast<int>(rule_)][slot];
 }
 
-void HeldParams::Held::take(const at::Tensor& tensor) {
-  borrowed = c10::MaybeOwned<at::Tensor>::borrowed(tensor);
-  autograd = tensor.unsafeGetTensorImpl()->autograd_meta();
+void HeldParams::Held::take(const at::Tensor& now) {
+  if (now.is_same(*borrowed)) return;
+  borrowed = c10::MaybeOwned<at::Tensor>::borrowed(now);
+  autograd = now.unsafeGetTensorImpl()->autograd_meta();
 }
 
 HeldParams::Names HeldParams::interned_names() const {
@@ -112,33 +113,34 @@ bool HeldParams::state_is_current(const Held& h, const Names& names,
   return true;
 }
 
-bool HeldParams::is_current(PyObject* groups, PyObject* state,
-                            const std::vector<int>& needs) const {
+bool HeldParams::is_current(PyObject* groups, PyObject* state, const std::vector<int>& needs) {
   if (needs != needs_ || !PyDict_Check(state) ||
       !has_items(state, entries_.data(), static_cast<Py_ssize_t>(entries_.size())))
     return false;
   const Names names = interned_names();
   const auto header = ahead(12, [&](size_t i) {
-    __builtin_prefetch(raw(held_[i].state));
-    __builtin_prefetch(raw(held_[i].object));
+    prefetch_line(raw(held_[i].state));
+    prefetch_line(raw(held_[i].object));
   });
   const auto table = ahead(6, [&](size_t i) {
     if (raw(held_[i].state)) prefetch_table(raw(held_[i].state));
-    prefetch_fields(held_[i].param());
+    prefetch_line(held_[i].param().unsafeGetTensorImpl() + 1);  // the last of its fields
   });
   size_t next = 0, items = 0;
   const bool same = for_each_parameter(groups, [&](int group, PyObject* param) {
     prefetch_for(next, held_.size(), header, table);
     if (next == held_.size()) return false;
-    const Held& h = held_[next++];
+    Held& h = held_[next++];
     if (raw(h.object) != param || h.group != group) return false;
-    const at::Tensor& tensor = unpacked(param);
+    const at::Tensor& tensor = unpack_(param);
     if (tensor.dtype() != h.type || tensor.device() != h.device) return false;
+    h.take(tensor);
     if (raw(h.state) && !state_is_current(h, names, items_.data() + items)) return false;
     items += std::max(h.items, 0);
     return h.repeated || h.complete || !tensor.unsafeGetTensorImpl()->grad().defined();
   });
-  return same && next == held_.size();
+  looked_up_ = same && next == held_.size();
+  return looked_up_;
 }
 
 void HeldParams::read_state(Held& h, PyObject* dict, const Names& names, int needs) const {
@@ -188,6 +190,7 @@ void HeldParams::bind(PyObject* groups, PyObject* state, const std::vector<int>&
   });
   if (!valid) fail<TypeError>(op(), ": expected param_groups as a list of dicts with lists");
   needs_ = needs;
+  if (!held.empty()) unpack_ = Unpacker(held.front().object.get());
   held_ = std::move(held);
   keys_ = std::move(keys);
   items_ = std::move(items);
@@ -195,10 +198,9 @@ void HeldParams::bind(PyObject* groups, PyObject* state, const std::vector<int>&
 }
 
 void HeldParams::look_up() {
-  for (Held& h : held_) {
-    const at::Tensor& now = unpacked(h.object.get());
-    if (!now.is_same(*h.borrowed)) h.take(now);
-  }
+  if (!looked_up_)
+    for (Held& h : held_) h.take(unpack_(h.object.get()));
+  looked_up_ = false;
 }
 
 int HeldParams::traverse(visitproc visit, void* arg) const {

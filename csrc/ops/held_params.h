@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "../tensor/python_args.h"
 #include "optim.h"
 
 namespace gradfuse {
@@ -21,24 +22,24 @@ class HeldParams {
  public:
   struct Held {
     THPObjectPtr object;  // the parameter
-    THPObjectPtr state;  // its dict, or null
-    c10::MaybeOwned<at::Tensor> borrowed;  // the object's tensor, valid after look_up()
-    std::array<PyObject*, kSlots> in_state = {};  // borrowed: they are only compared
+    c10::MaybeOwned<at::Tensor> borrowed;  // the object's tensor, see look_up()
     std::array<at::Tensor, kSlots> tensors;
     const void* autograd = nullptr;  // where its gradient is kept; only to prefetch
-    caffe2::TypeMeta type;
-    c10::Device device{c10::kCPU};
-    int group = 0;
-    int items = -1;  // of its dict, in items_; -1: not held, its keys are looked up
-    bool repeated = false;  // occurs earlier too
-    bool complete = true;  // it has all tensors that its group needs
     // Where its memory was when walk() last looked for overlaps, and what came of it: parameters
     // that share memory are updated in layers one after another, in their order.
     const void* place = nullptr;
     int64_t numel = 0;
     int layer = 0;
+    int group = 0;
+    bool repeated = false;  // occurs earlier too
+    bool complete = true;  // it has all tensors that its group needs
+    caffe2::TypeMeta type;
+    c10::Device device{c10::kCPU};
+    int items = -1;  // of its dict, in items_; -1: not held, its keys are looked up
+    THPObjectPtr state;  // its dict, or null
+    std::array<PyObject*, kSlots> in_state = {};  // borrowed: they are only compared
 
-    void take(const at::Tensor& tensor);
+    void take(const at::Tensor& now);
     const at::Tensor& param() const { return *borrowed; }
     const at::Tensor& grad() const { return param().unsafeGetTensorImpl()->grad(); }
   };
@@ -49,11 +50,12 @@ class HeldParams {
   // dicts) and state (a dict of dicts), and every parameter with a gradient has the tensors that
   // its group needs: bit i of needs[group] stands for slot i. (A master is optional.) Also whether
   // all parameters have the type and device that they had then.
-  bool is_current(PyObject* groups, PyObject* state, const std::vector<int>& needs) const;
+  bool is_current(PyObject* groups, PyObject* state, const std::vector<int>& needs);
   // Takes over what they contain. If they have another form, throws TypeError and changes nothing.
   void bind(PyObject* groups, PyObject* state, const std::vector<int>& needs);
 
   // To be called before param() and grad(), with the GIL: a parameter may have another tensor now.
+  // Costs nothing right after is_current, which does the same on its way.
   void look_up();
 
   // Python's tp_traverse.
@@ -80,6 +82,8 @@ class HeldParams {
   Rule rule_;
   std::vector<int> needs_;
   std::vector<Held> held_;
+  Unpacker unpack_;
+  bool looked_up_ = false;
   std::vector<THPObjectPtr> keys_;  // of the parameters' dicts, each once
   Items items_;  // of the parameters' dicts
   Items entries_;  // of the state dict

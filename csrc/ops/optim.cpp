@@ -36,7 +36,7 @@ class Stepper {
   int traverse(visitproc visit, void* arg) const { return held_->traverse(visit, arg); }
   void clear() { held_ = std::make_shared<HeldParams>(held_->rule()); }
 
-  bool is_current(ParamGroupsArg groups, StateArg state, SlotsArg needs) const {
+  bool is_current(ParamGroupsArg groups, StateArg state, SlotsArg needs) {
     const auto slots = checked_slots(groups, needs);
     return held_->is_current(groups.object.ptr(), state.object.ptr(), slots);
   }

@@ -17,8 +17,8 @@ void bump_version(const at::Tensor& t) {
 void prefetch_version_field(const at::Tensor& t) {
   if (!t.defined()) return;
   const at::TensorImpl* impl = t.unsafeGetTensorImpl();
-  __builtin_prefetch(&impl->version_counter());
-  __builtin_prefetch(impl + 1, 0);  // the keys, which are the last of its fields
+  prefetch_line(&impl->version_counter());
+  prefetch_line(impl + 1);  // the keys, which are the last of its fields
 }
 void prefetch_version(const at::Tensor& t) {
   if (!t.defined()) return;
@@ -27,7 +27,7 @@ void prefetch_version(const at::Tensor& t) {
   static_assert(sizeof(version) == sizeof(void*));
   const void* counter;
   std::memcpy(&counter, &version, sizeof(counter));
-  __builtin_prefetch(counter, 1);
+  prefetch_line<true>(counter);
 }
 
 // Calls f with a parameter and each tensor of its state.

@@ -7,7 +7,7 @@
 #include <optional>
 
 #include "../math/prefetch.h"
-#include "../tensor/address_map.h"
+#include "../tensor/address_set.h"
 #include "../tensor/checks.h"
 #include "../tensor/dispatch.h"
 #include "../tensor/dtype.h"
@@ -21,8 +21,8 @@ namespace {
 using Held = HeldParams::Held;
 
 // Whether a tensor is contiguous, holds its values itself and shares no copy-on-write memory.
-// Nearly all do, so this reads as few fields as possible.
-inline bool is_dense_run(const at::Tensor& t) {
+// Nearly all do, so this reads as few fields as possible, and is part of the loop over them.
+[[gnu::always_inline]] inline bool is_dense_run(const at::Tensor& t) {
   using K = c10::DispatchKey;
   constexpr c10::DispatchKeySet others = kWrappers |
                                          c10::DispatchKeySet({K::Negative, K::Conjugate}) |
@@ -36,7 +36,7 @@ inline bool is_dense_run(const at::Tensor& t) {
          data.get_deleter() != c10::impl::cow::cow_deleter;
 }
 
-inline bool same_sizes(const at::Tensor& a, const at::Tensor& b) {
+[[gnu::always_inline]] inline bool same_sizes(const at::Tensor& a, const at::Tensor& b) {
   const at::IntArrayRef x = a.sizes(), y = b.sizes();
   if (x.size() != y.size()) return false;
   for (size_t d = 0; d < x.size(); ++d)
@@ -51,13 +51,14 @@ bool type_fits(at::ScalarType type, at::ScalarType param) {
 }
 
 // Whether parameter, gradient and state are dense runs of one shape and device, of matching types.
-bool is_dense(const Held& h, const at::Tensor& grad) {
+[[gnu::always_inline]] inline bool is_dense(const Held& h, const at::Tensor& grad) {
   const at::Tensor& p = h.param();
   const at::Device device = p.device();
   if (!h.complete || !is_dense_run(p) || !device_is_supported(device.type()) ||
       !dtype_of(p.scalar_type()))
     return false;
-  const auto goes_with = [&](const at::Tensor& t, caffe2::TypeMeta type) {
+  const auto goes_with = [&](const at::Tensor& t,
+                             caffe2::TypeMeta type) __attribute__((always_inline)) {
     return t.dtype() == type && is_dense_run(t) && t.device() == device && same_sizes(t, p);
   };
   if (!goes_with(grad, grad.dtype()) || !type_fits(grad.scalar_type(), p.scalar_type()))
@@ -125,8 +126,8 @@ void check_param(const HeldParams& held, size_t index) {
 // then their storages and the gradient, then the gradient's storage.
 void prefetch_tensors(const Held& h) {
   prefetch_fields(h.param());
-  __builtin_prefetch(h.autograd);
-  __builtin_prefetch(static_cast<const char*>(h.autograd) + 64);
+  prefetch_line(h.autograd);
+  prefetch_line(static_cast<const char*>(h.autograd) + 64);
   for (const at::Tensor& t : h.tensors)
     if (t.defined()) prefetch_fields(t);
 }
@@ -134,10 +135,12 @@ void prefetch_storages(const Held& h) {
   prefetch_storage(h.param());
   for (const at::Tensor& t : h.tensors)
     if (t.defined()) prefetch_storage(t);
-  if (h.grad().defined()) prefetch_fields(h.grad());
+  const at::Tensor& grad = h.grad();
+  if (grad.defined()) prefetch_fields(grad);
 }
 void prefetch_grad_storage(const Held& h) {
-  if (h.grad().defined()) prefetch_storage(h.grad());
+  const at::Tensor& grad = h.grad();
+  if (grad.defined()) prefetch_storage(grad);
 }
 
 // Puts the values of a sparse gradient in its place.
@@ -156,11 +159,6 @@ bool may_be_shared(const at::Tensor& grad) {
   return grad.use_count() > 1 || storage.use_count() > 1;
 }
 
-// Whether two dense gradients, which begin at one address, are the same.
-bool same_run(const at::Tensor& a, const at::Tensor& b) {
-  return a.scalar_type() == b.scalar_type() && a.numel() == b.numel();
-}
-
 }  // namespace
 
 const at::Tensor& layout_of(const HeldParams::Held& h) {
@@ -173,15 +171,16 @@ Walk walk(HeldParams& held) {
   Walk found;
   GradList& grads = found.grads;
   grads.tensors.resize(held.size());
-  std::optional<AddressMap> seen;  // shared gradients
+  std::optional<AddressSet> seen;  // shared gradients
   bool moved = false;
 
   // Adds a dense gradient, or notes which earlier one it is; returns the number of its list.
   const auto add_dense = [&](size_t i, const at::Tensor& grad, bool shared) {
     if (shared && grad.numel()) {
       if (!seen) seen.emplace(held.size());
-      const std::optional<size_t> first = seen->insert(grad.const_data_ptr(), i);
-      if (first && same_run(grads.tensors[*first], grad)) return add_repeat(grads, i, *first);
+      if (!seen->insert(grad.const_data_ptr()))
+        if (const std::optional<size_t> first = find_same(grads, dense_ref(grad)))
+          return add_repeat(grads, i, *first);
     }
     return add_dense_gradient(grads, i);
   };
@@ -208,7 +207,8 @@ Walk walk(HeldParams& held) {
       found.noncontiguous.emplace_back(list, found.params[list].size());
     }
     found.params[list].push_back(ref);
-    moved |= h.place != begin_of(h.param()) || h.numel != h.param().numel();
+    const void* const place = dense ? ref.param : begin_of(h.param());
+    moved |= h.place != place || h.numel != h.param().numel();
     found.last_layer = std::max(found.last_layer, h.layer);
   };
   prefetched(held.size(), visit, ahead(16, [&](size_t i) { prefetch_tensors(held[i]); }),
@@ -220,12 +220,12 @@ Walk walk(HeldParams& held) {
 
 ParamRef ref_of(const HeldParams::Held& h, const at::Tensor& param, const at::Tensor& grad,
                 size_t index, bool writes) {
-  const auto memory = [&](const at::Tensor& t) {
+  const auto memory = [&](const at::Tensor& t) __attribute__((always_inline)) {
     if (!writes) return const_cast<void*>(t.const_data_ptr());
     return t.numel() ? t.mutable_data_ptr() : nullptr;
   };
   ParamRef r = {};
-  const auto of_slot = [&](Slot slot) {
+  const auto of_slot = [&](Slot slot) __attribute__((always_inline)) {
     return h.tensors[slot].defined() ? memory(h.tensors[slot]) : nullptr;
   };
   r.param = memory(param);

@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "../math/prefetch.h"
-#include "address_map.h"
+#include "address_set.h"
 #include "checks.h"
 #include "dispatch.h"
 #include "dtype.h"
@@ -109,32 +109,19 @@ bool same_layout(const StridedLayout* a, const StridedLayout* b) {
   return a->sizes == b->sizes && a->strides == b->strides;
 }
 
-// Whether a gradient has the elements of an earlier one, which begins at the same address.
-bool is_same_run(const GradList& list, const GradRef& ref, size_t earlier) {
-  for (const DeviceGroup& group : list.groups)
-    for (size_t i = 0; i < group.refs.size(); ++i) {
-      const GradRef& other = group.refs[i];
-      if (group.rows[i] == static_cast<int64_t>(earlier))
-        return other.numel == ref.numel && other.dtype == ref.dtype &&
-               other.is_complex == ref.is_complex && same_layout(other.layout, ref.layout);
-    }
-  return false;
-}
-
 }  // namespace
 
 void prefetch_fields(const at::Tensor& t) {
   const char* impl = reinterpret_cast<const char*>(t.unsafeGetTensorImpl());
-  for (size_t line = 0; line < sizeof(at::TensorImpl); line += 64) __builtin_prefetch(impl + line);
-  __builtin_prefetch(impl + sizeof(at::TensorImpl) - 1);
+  for (size_t line = 0; line < sizeof(at::TensorImpl); line += 64) prefetch_line(impl + line);
+  prefetch_line(impl + sizeof(at::TensorImpl) - 1);
 }
 
 void prefetch_storage(const at::Tensor& t) {
-  if (!t.has_storage()) return;
   const char* storage = reinterpret_cast<const char*>(
       t.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl());
-  __builtin_prefetch(storage);
-  __builtin_prefetch(storage + 64);
+  prefetch_line(storage);
+  prefetch_line(storage + 64);
 }
 
 const StridedLayout* layout_of(const at::Tensor& t, std::deque<StridedLayout>& layouts) {
@@ -147,12 +134,24 @@ size_t add_gradient(const char* op, GradList& list, size_t index) {
   return append(list, ref_of(op, list, index), index);
 }
 
+GradRef dense_ref(const at::Tensor& t) {
+  return {const_cast<void*>(t.const_data_ptr()), t.numel(), *dtype_of(t.scalar_type()),
+          t.is_complex(), nullptr};
+}
+
 size_t add_dense_gradient(GradList& list, size_t index) {
-  const at::Tensor& t = list.tensors[index];
-  return append(list,
-                {const_cast<void*>(t.const_data_ptr()), t.numel(), *dtype_of(t.scalar_type()),
-                 t.is_complex(), nullptr},
-                index);
+  return append(list, dense_ref(list.tensors[index]), index);
+}
+
+std::optional<size_t> find_same(const GradList& list, const GradRef& ref) {
+  for (const DeviceGroup& group : list.groups)
+    for (size_t i = 0; i < group.refs.size(); ++i) {
+      const GradRef& other = group.refs[i];
+      if (other.data == ref.data && other.numel == ref.numel && other.dtype == ref.dtype &&
+          other.is_complex == ref.is_complex && same_layout(other.layout, ref.layout))
+        return static_cast<size_t>(group.rows[i]);
+    }
+  return std::nullopt;
 }
 
 size_t add_repeat(GradList& list, size_t index, size_t first) {
@@ -165,7 +164,7 @@ GradList check_gradients(const char* op, std::vector<at::Tensor> tensors, Access
   list.tensors = std::move(tensors);
   const size_t n = list.tensors.size();
   const bool writes = access == Access::Write;
-  AddressMap seen(access == Access::Read ? 0 : n);
+  AddressSet seen(access == Access::Read ? 0 : n);
   const auto add = [&](size_t i) {
     at::Tensor& t = list.tensors[i];
     if (!t.defined()) return;
@@ -180,13 +179,12 @@ GradList check_gradients(const char* op, std::vector<at::Tensor> tensors, Access
                                ": expected gradients with an element per memory location, got an "
                                "expanded one for tensor ",
                                i, "; .clone() it first");
-    if (access != Access::Read && ref.numel) {
-      const std::optional<size_t> earlier = seen.insert(ref.data, i);
-      if (earlier && is_same_run(list, ref, *earlier)) {
-        add_repeat(list, i, *earlier);
+    if (access != Access::Read && ref.numel && !seen.insert(ref.data)) {
+      if (const std::optional<size_t> first = find_same(list, ref)) {
+        add_repeat(list, i, *first);
         return;
       }
-      if (earlier && writes)  // threads would write the same memory twice
+      if (writes)  // threads would write the same memory twice
         fail<std::runtime_error>(op,
                                  ": expected gradients that do not overlap in memory, got one that "
                                  "begins where another does for tensor ",

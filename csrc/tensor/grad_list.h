@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <deque>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -44,8 +45,11 @@ GradList check_gradients(const char* op, std::vector<at::Tensor> tensors, Access
 size_t add_gradient(const char* op, GradList& list, size_t index);
 // The same for a tensor that the caller knows to be a dense run of a supported type.
 size_t add_dense_gradient(GradList& list, size_t index);
+GradRef dense_ref(const at::Tensor& t);
 // The same for one that is that of another index.
 size_t add_repeat(GradList& list, size_t index, size_t first);
+// The index of the earlier gradient with the elements of this one, whose address is not new.
+std::optional<size_t> find_same(const GradList& list, const GradRef& ref);
 
 // Prefetch the cache lines of a tensor's fields and, once these have arrived, its storage's:
 // thousands of small tensors are thousands of cache misses.

@@ -7,6 +7,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <cstddef>
 #include <initializer_list>
 #include <utility>
 #include <vector>
@@ -42,6 +43,21 @@ bool is_tensor(py::handle object);
 // The tensor of an object that is one. Defined in one file, because the header of torch that it
 // needs doubles the time of compiling a file.
 const at::Tensor& unpacked(py::handle tensor);
+
+// The same without a call, for loops over thousands of tensors: all keep it in the same place.
+class Unpacker {
+ public:
+  Unpacker() = default;
+  explicit Unpacker(py::handle any)
+      : offset_(reinterpret_cast<const char*>(&unpacked(any)) -
+                reinterpret_cast<const char*>(any.ptr())) {}
+  const at::Tensor& operator()(const PyObject* tensor) const {
+    return *reinterpret_cast<const at::Tensor*>(reinterpret_cast<const char*>(tensor) + offset_);
+  }
+
+ private:
+  std::ptrdiff_t offset_ = 0;
+};
 
 // Throw a TypeError that names op and argument.
 at::Tensor tensor_of(const char* op, const char* name, py::handle object);
