@@ -760,8 +760,8 @@ FAULTS = [
     Fault(
         "a group's clip is not kept",
         "gradfuse/optim",
-        '            if "clip" in old:\n',
-        '            if "clip" in old and "clip" in group:\n',
+        '                if "clip" in old:\n',
+        '                if "clip" in old and "clip" in group:\n',
         "a resumed run clips a group by the whole",
         "tests/test_optim_groups.py",
     ),

@@ -152,7 +152,8 @@ def test_the_state_of_groups_policies_is_saved():
         fill(params, step)
         optimizer.step()
     saved = optimizer.state_dict()
-    assert all("clip" not in group for group in saved["param_groups"])
+    kinds = [type(group.get("clip")).__name__ for group in saved["param_groups"]]
+    assert kinds == ["NoneType", "str", "str"]
     buffer = io.BytesIO()
     torch.save(saved, buffer)
     buffer.seek(0)
@@ -173,6 +174,31 @@ def test_the_state_of_groups_policies_is_saved():
         again.step()
     assert bits(params) == bits(others)
     assert [r.to_dict() for r in optimizer.reports] == [r.to_dict() for r in again.reports]
+
+
+@pytest.mark.parametrize("flat", [False, True], ids=["", "flat"])
+def test_distributed_checkpoints_keep_groups_policies(flat):
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    def made():
+        model = torch.nn.Linear(3, 3)
+        groups = [{"params": [model.weight]}, {"params": [model.bias], "clip": ZClip()}]
+        return model, AdamW(groups, clip=AdaGC())
+
+    model, optimizer = made()
+    for step in range(3):
+        fill(model.parameters(), step)
+        optimizer.step()
+    options = dcp.StateDictOptions(flatten_optimizer_state_dict=flat)
+    saved = dcp.get_optimizer_state_dict(model, optimizer, options=options)
+    other, again = made()
+    dcp.set_optimizer_state_dict(other, again, saved, options=options)
+    assert isinstance(again.param_groups[1]["clip"], ZClip)
+    if flat:  # torch keeps only what live groups have as well
+        return
+    for ours, theirs in zip(again._policies(), optimizer._policies(), strict=True):
+        assert ours.state.keys() == theirs.state.keys() != set()
+        assert all(torch.equal(ours.state[k], theirs.state[k]) for k in theirs.state)
 
 
 def test_numbers_are_loaded_as_other_options_are():

@@ -290,8 +290,9 @@ class ClippedOptimizer(torch.optim.Optimizer):
             own: dict[str, Any] = {"skipped_steps": self.skipped_steps} if i == 0 else {}
             if i == 0 and isinstance(self._clip, Policy):
                 own["policy"] = self._clip.state_dict()
-            if isinstance(group.get("clip"), Policy):
-                own["group_policy"] = group.pop("clip").state_dict()
+            clip = group.get("clip")
+            if isinstance(clip, Policy):  # its place stays, for who expects the group's keys
+                own["group_policy"], group["clip"] = clip.state_dict(), repr(clip)
             if own:
                 group[_OWN] = own
         return out
@@ -337,8 +338,10 @@ class ClippedOptimizer(torch.optim.Optimizer):
             of_group = group.pop(_OWN, {})
             if i == 0:
                 own = of_group or own
-            if "clip" in old:
-                group.setdefault("clip", old["clip"])
+            if isinstance(group.get("clip", ""), str):  # neither a number nor None was saved
+                group.pop("clip", None)
+                if "clip" in old:
+                    group["clip"] = old["clip"]
             if isinstance(group.get("clip"), Policy) and "group_policy" in of_group:
                 group["clip"].load_state_dict(of_group["group_policy"])
         self._skips.reset(own.get("skipped_steps", 0))
