@@ -38,7 +38,7 @@ def assert_close(ours, theirs):
 def test_resumes_a_torch_run_and_goes_back(rule, more, device):
     if rule is SGD and more.keys() & {"capturable", "amsgrad"}:
         pytest.skip("only AdamW has these options")
-    options = {"lr": 0.01, **({"momentum": 0.9} if rule is SGD else {})}
+    options = {"lr": 0.01, **({"momentum": 0.9, "dampening": 0.5} if rule is SGD else {})}
     ours, theirs = fresh(device=device, shapes=SHAPES), fresh(device=device, shapes=SHAPES)
     if more.keys() & {"capturable"} and device.type == "cpu":
         first = TORCHS[rule](ours, **options)

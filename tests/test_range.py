@@ -40,6 +40,7 @@ EXTREMES = [
     (torch.float32, 1e25),
     (torch.float32, 3e38),
     (torch.float32, 1e-20),
+    (torch.float32, 1e-23),
     (torch.float32, 1e-30),
     (torch.float32, 1e-40),
     (torch.float32, 2e-45),
