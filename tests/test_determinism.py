@@ -49,6 +49,20 @@ def test_subnormals_count_whatever_the_threads_flush(dtype, n, native):
     assert bits(grad) == before
 
 
+def test_threads_that_begin_with_the_flag(native):
+    """A thread begins with the flag of the one that starts it."""
+    script = """
+import torch, gradfuse
+flushes = torch.set_flush_denormal(True)  # before torch has started a thread
+torch.set_num_threads(2)
+n, tiny = 4_000_000, 2.0**-140
+grad = torch.empty(n)
+grad.view(torch.int32).fill_(2**9)  # 2**-140
+print(flushes, gradfuse.get_total_norm([grad]).item() == 2.0**-129)
+"""
+    assert assert_ran(run_python(script)) in ("True True\n", "False True\n")
+
+
 def test_another_order_is_another_sum(native):
     """Otherwise no test of determinism could tell one order of summation from another."""
     grads = fresh(torch.float64)
