@@ -101,6 +101,15 @@ def test_coefficients_below_float64(max_norm, device):
         assert_values(grad, expected, 1e-12)
 
 
+def test_coefficients_below_float32(device):
+    """float32 holds the clipped bfloat16 gradients, but not what they are multiplied by."""
+    grad = extreme(torch.bfloat16, 3e38, 1000, device)
+    norm = true_norm([grad])
+    truth = truly_clipped(grad, norm, 1e-6)
+    gradfuse.clip_grad_norm_(owner(grad), 1e-6)
+    assert_values(grad, truth, torch.finfo(torch.bfloat16).eps)
+
+
 @pytest.mark.parametrize("scale", [1e-320, 1e-315, 1e-308, 1e-300])
 def test_norm_and_max_norm_at_the_end_of_float64(scale, device):
     """The norm is so small that only the 1e-6 counts in the coefficient's denominator."""
