@@ -155,25 +155,42 @@ struct Streams {
         master(sizeof(T) == 2 ? batch.master[run] : nullptr) {}
 };
 
-// x, the parameter's values, becomes the master's, where x is still the rounded master. Elsewhere
-// someone wrote the parameter since the last step.
+// x, a master, becomes the parameter's value where that is not the master's rounding: someone wrote
+// the parameter since the last step.
+template <class T>
+__device__ void yield_to(T param, float& x) {
+  const float now = Element<T>::widen(param);
+  if (__float_as_uint(Element<T>::widen(Element<T>::narrow(x))) != __float_as_uint(now)) x = now;
+}
+
+// The parameter's values: the masters', where the parameter still is their rounding. Holds the
+// parameter as it is stored, because registers are scarce.
 template <int kCount, bool kWhole, class T>
-__device__ void widen_from_master(const float* master, float (&x)[kCount]) {
-  float wide[kCount];
-  get<kCount, kWhole>(master, wide);
+__device__ void get_from_master(const T* param, const float* master, float (&x)[kCount]) {
+  get<kCount, kWhole>(master, x);
+  if constexpr (kWhole) {
+    constexpr int kPer = kPer16Bytes<T>;
 #pragma unroll
-  for (int k = 0; k < kCount; ++k) {
-    const float held = Element<T>::widen(Element<T>::narrow(wide[k]));
-    if (__float_as_uint(held) == __float_as_uint(x[k])) x[k] = wide[k];
+    for (int w = 0; w < kCount / kPer; ++w) {
+      const Word<T> word = load_word(param + w * kPer);
+#pragma unroll
+      for (int k = 0; k < kPer; ++k) yield_to(word.element[k], x[w * kPer + k]);
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) yield_to(param[k], x[k]);
   }
 }
 
 template <Rule kRule, int kCount, bool kWhole, class T, class S, class G, class W>
 __device__ void update(const Streams<T, S, G>& s, int64_t i, const Prepared<kRule, W>& with) {
   W x[kCount], g[kCount], m[kCount], v[kCount], top[kCount];
-  get<kCount, kWhole>(s.param + i, x);
-  if constexpr (sizeof(T) == 2)
-    if (s.master) widen_from_master<kCount, kWhole, T>(s.master + i, x);
+  bool from_master = false;
+  if constexpr (sizeof(T) == 2) {
+    from_master = s.master;
+    if (from_master) get_from_master<kCount, kWhole>(s.param + i, s.master + i, x);
+  }
+  if (!from_master) get<kCount, kWhole>(s.param + i, x);
   get<kCount, kWhole>(s.grad + i, g);
   if (s.exp_avg) get<kCount, kWhole>(s.exp_avg + i, m);
   if constexpr (kRule == Rule::AdamW) {
@@ -189,7 +206,7 @@ __device__ void update(const Streams<T, S, G>& s, int64_t i, const Prepared<kRul
       sgd_update(x[k], gradient(with, g[k]), s.exp_avg ? &m[k] : nullptr, with.rule);
   }
   if constexpr (sizeof(T) == 2)
-    if (s.master) put<kCount, kWhole>(s.master + i, x, i, with.rounding, 0);
+    if (from_master) put<kCount, kWhole>(s.master + i, x, i, with.rounding, 0);
   put<kCount, kWhole>(s.param + i, x, i, with.rounding, 0);
   if (s.exp_avg) put<kCount, kWhole>(s.exp_avg + i, m, i, with.rounding, 1);
   if constexpr (kRule == Rule::AdamW) {
@@ -209,8 +226,9 @@ __device__ void for_each_group(const ParamBatch& batch, int run, Many many, One 
   for (int64_t i = whole + threadIdx.x; i < end; i += kThreads) one(i);
 }
 
+// Two blocks on a multiprocessor are enough for its memory; for more of them ptxas would spill.
 template <Rule kRule, class T, class S, class G>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     optim_update(const __grid_constant__ ParamBatch batch,
                  const __grid_constant__ GroupOptions group, GradientUse use, DType dtype,
                  bool stochastic,
