@@ -454,8 +454,10 @@ def test_a_parameter_that_refers_to_its_owner_is_freed(kind):
 
 
 @pytest.mark.backends("cpu")
-def test_a_step_keeps_the_parameters_that_it_began_with():
+def test_a_step_keeps_the_parameters_that_it_began_with(backend):
     """Another thread binds others meanwhile."""
+    if backend == "reference":
+        pytest.skip("plain torch holds the parameters as lists, which threads do change")
     params = [torch.nn.Parameter(torch.ones(400_000)) for _ in range(4)]
     for p in params:
         p.grad = torch.ones_like(p)
