@@ -61,7 +61,7 @@ def adaptive_clip_(
             f"{len(listed_weights)}"
         )
     for i, (w, g) in enumerate(zip(listed_weights, listed, strict=True)):
-        if g is not None and torch.sparse_coo in (g.layout, w.layout):  # type: ignore[union-attr]
+        if g is not None and w is not None and torch.sparse_coo in (g.layout, w.layout):
             raise TypeError(
                 f"{op}: expected dense weights and gradients, got a sparse one for parameter {i}; "
                 "clip it by its norm"
