@@ -187,8 +187,9 @@ class ClippedOptimizer(torch.optim.Optimizer):
         else:
             plan = step_apart(parts, [[groups[i] for i in part.indices] for part in parts], call)
         if plan is not None:
-            self._reports = [part.report for part in parts if part.report is not None]
-            self._skips.count(plan, self._reports)
+            reports = [part.report for part in parts if part.report is not None]
+            self._reports = reports  # which another thread's step may replace
+            self._skips.count(plan, reports)
 
     def _call(self) -> StepCall:
         found_inf: Tensor | None = getattr(self, "found_inf", None)
