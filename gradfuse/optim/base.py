@@ -369,12 +369,15 @@ def _refuse_in_zero(op: str, clip: Clip) -> None:
 
 
 def _is_made_by_zero() -> bool:
-    """Whether torch's ZeroRedundancyOptimizer is calling the constructor. It says so nowhere else
-    than in the stack."""
+    """Whether torch's ZeroRedundancyOptimizer is calling the constructor.
+
+    It says so nowhere else than in the stack. Its functions are known by their globals, because a
+    frame whose f_locals someone read keeps the locals alive.
+    """
     module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
     frame = sys._getframe(1) if module is not None else None
     while module is not None and frame is not None:
-        if isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):
+        if frame.f_globals is vars(module):
             return True
         frame = frame.f_back
     return False
