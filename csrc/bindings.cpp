@@ -12,6 +12,7 @@ namespace gradfuse {
 void bind_clip(pybind11::module_& m);
 void bind_adaptive_clip(pybind11::module_& m);
 void bind_batch_norm(pybind11::module_& m);
+void bind_deferred(pybind11::module_& m);
 void bind_optim(pybind11::module_& m);
 
 }  // namespace gradfuse
@@ -33,5 +34,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   bind_clip(m);
   bind_adaptive_clip(m);
   bind_batch_norm(m);
+  bind_deferred(m);
   bind_optim(m);
 }

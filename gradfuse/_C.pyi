@@ -6,6 +6,7 @@ import torch
 import gradfuse._records
 
 __all__: list[str] = [
+    "BatchNormSite",
     "ParameterList",
     "Stepper",
     "adaptive_clip_",
@@ -15,10 +16,12 @@ __all__: list[str] = [
     "clip_",
     "codes",
     "compiler",
+    "count_waiting",
     "cuda_archs",
     "cuda_version",
     "isa",
     "num_threads",
+    "run_deferred_with",
     "scale_",
     "set_isa",
     "stats",
@@ -36,6 +39,15 @@ class ParameterList:
     def measure(
         self, max_norm: float, norm_type: float, nonfinite: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+
+class BatchNormSite:
+    def __init__(self) -> None: ...
+    def computed_at_once(self, reason: str) -> None: ...
+    def count(self) -> None: ...
+    def defer(self, call: gradfuse._records.BatchNormCall) -> torch.Tensor | None: ...
+    def finish(self, reason: str) -> None: ...
+    @property
+    def last(self) -> typing.Any: ...
 
 class Stepper:
     def __init__(self, rule: int) -> None: ...
@@ -103,8 +115,10 @@ def clip_(
     norm_type: float,
     nonfinite: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+def count_waiting() -> int: ...
 def isa() -> str: ...
 def num_threads() -> int: ...
+def run_deferred_with(function: collections.abc.Callable[..., torch.Tensor]) -> None: ...
 def scale_(
     tensors: torch.Tensor | collections.abc.Iterable[torch.Tensor],
     of_grad: bool,

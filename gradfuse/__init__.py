@@ -2,7 +2,7 @@
 
 from gradfuse import nn, optim, policies
 from gradfuse.clipping import GradClipper, GradReport, ParameterGrad
-from gradfuse.fuse import FuseReport, Site, fuse, unfuse
+from gradfuse.fuse import FuseReport, Site, fuse, fuse_report, unfuse
 from gradfuse.ops.adaptive_clip import adaptive_clip_grad_
 from gradfuse.ops.batch_norm import batch_norm_act
 from gradfuse.ops.clip import (
@@ -26,6 +26,7 @@ __all__ = [
     "clip_grad_value_",
     "clip_grads_with_norm_",
     "fuse",
+    "fuse_report",
     "get_total_norm",
     "nn",
     "optim",

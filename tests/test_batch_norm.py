@@ -105,6 +105,24 @@ def test_the_statistics_of_a_mean_far_from_zero(backend, device):
         assert worst < 4e-6 if dtype == torch.float32 else worst < 1e-6
 
 
+def test_the_gradients_of_a_mean_far_from_zero(backend, device):
+    """float32 differences are from a rounded mean; what the rounding lost comes back in float64."""
+    case = Case((8, 3, 20, 20), device=device, activation=None, scale=1.0, offset=1e5)
+    case.grad = case.grad + 1.0
+    x, g = case.x.double(), case.grad.double()
+    var, mean = torch.var_mean(x, (0, 2, 3), correction=0, keepdim=True)
+    expected = (g * (x - mean) * torch.rsqrt(var + 1e-3)).sum((0, 2, 3))
+    torch.testing.assert_close(run_ours(case)["w"].double(), expected, rtol=1e-5, atol=1e-2)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_gradients_whose_partial_sums_leave_float32(backend, device, channels_last):
+    case = Case((2, 3, 8, 16), channels_last, device=device, activation=None)
+    case.grad = torch.full_like(case.grad, 1e38)
+    case.grad[1] = -1e38
+    assert not run_ours(case)["b"].any()
+
+
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("scale", [1e30, 1e-30, 1e18, 1e-22])
 def test_huge_and_tiny_channels(backend, device, channels_last, scale):

@@ -85,7 +85,7 @@ def test_an_error_leaves_the_count_of_batches():
 
 def test_no_silent_conversion_to_sync_batch_norm():
     """timm#1254: the activation would be dropped."""
-    with pytest.raises(TypeError, match=r"got one with activation='relu'.*unfuse the model first"):
+    with pytest.raises(TypeError, match=r"got one with activation='relu'.*put to_batch_norm\(\)"):
         nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(BatchNormAct2d(3)))
 
 

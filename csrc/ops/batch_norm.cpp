@@ -12,24 +12,10 @@
 #include "../tensor/dtype.h"
 #include "../tensor/event.h"
 #include "../tensor/python_args.h"
+#include "batch_norm_call.h"
 
 namespace gradfuse {
 namespace {
-
-// A forward call as Python makes it: gradfuse/_records.py has the same fields.
-struct ForwardCall {
-  at::Tensor input;                           // [N, C, ...]
-  MaybeTensor residual;                       // like input, any strides
-  MaybeTensor weight, bias;                   // [C]
-  MaybeTensor running_mean, running_var;      // [C]; updated if training
-  bool training;
-  double momentum;
-  MaybeTensor momentum_value;  // [], in place of momentum
-  double eps;
-  Activation activation;
-  double negative_slope;
-  bool wants_mask;
-};
 
 // Results of a forward call. The output has the input's strides or, if those have gaps, the strides
 // of the memory format nearest to them.
@@ -58,7 +44,6 @@ struct OfEach {
 };
 
 constexpr const char* kOp = "batch_norm_act";
-
 using Dims = c10::SmallVector<int64_t, 6>;
 
 // Strides without gaps: dimension 1 is the innermost if channels_last, else second outermost.
@@ -204,7 +189,9 @@ void finish_update(const at::Tensor& running, const at::Tensor& written) {
     running.unsafeGetTensorImpl()->bump_version();
 }
 
-void check_forward(const ForwardCall& call) {
+}  // namespace
+
+void check_forward(const BatchNormForwardCall& call) {
   check_input(call.input);
   check_options(call.activation, call.eps, call.training);
   if (call.residual) check_twin("residual", *call.residual, call.input);
@@ -221,11 +208,19 @@ void check_forward(const ForwardCall& call) {
                                 call.momentum_value->sizes());
 }
 
-ForwardResult allocate(const ForwardCall& call, const at::Tensor& x, const Dims& strides,
+c10::SmallVector<int64_t, 6> output_strides(const at::Tensor& input) {
+  const Dims dense = dense_strides(input.sizes(), is_channels_last(input));
+  // A dense input's own strides are kept: those of dimensions of size 1 are arbitrary.
+  if (!has_strides(input, dense)) return dense;
+  return {input.strides().begin(), input.strides().end()};
+}
+
+namespace {
+
+ForwardResult allocate(const BatchNormForwardCall& call, const at::Tensor& x, const Dims& strides,
                        const BatchNormShape& shape) {
   const at::TensorOptions like_input = call.input.options();
   ForwardResult result;
-  // A dense input's own strides are kept: those of dimensions of size 1 are arbitrary.
   result.output = empty_strided_on_device(
       call.input.sizes(), x.is_same(call.input) ? call.input.strides() : at::IntArrayRef(strides),
       like_input);
@@ -237,7 +232,7 @@ ForwardResult allocate(const ForwardCall& call, const at::Tensor& x, const Dims&
 
 // act(batch_norm(input) + residual). Updates the running statistics if training and they are given.
 // Throws TypeError or std::invalid_argument, nothing written, on what the kernels cannot take.
-ForwardResult forward(const ForwardCall& given) {
+ForwardResult forward(const BatchNormForwardCall& given) {
   check_forward(given);
   const at::Tensor& input = given.input;
   const bool channels_last = is_channels_last(input);
@@ -397,10 +392,11 @@ OfEach<at::Tensor> backward(const BackwardCall& given, OfEach<bool> wanted) {
   return grads;
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_forward_(BatchNormCallArg given) {
-  GRADFUSE_EVENT("gradfuse::batch_norm_act");
-  Fields fields("BatchNormCall", given.object, 12);
-  ForwardCall call = {};
+}  // namespace
+
+BatchNormForwardCall read_forward(py::handle given) {
+  Fields fields("BatchNormCall", given, 12);
+  BatchNormForwardCall call = {};
   call.input = tensor_of(kOp, "input", fields.next());
   call.residual = maybe_tensor(kOp, "residual", fields.next());
   call.weight = maybe_tensor(kOp, "weight", fields.next());
@@ -417,6 +413,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_forward_(BatchNormCall
   call.activation = static_cast<Activation>(fields.next_as<int>());
   call.negative_slope = fields.next_as<double>();
   call.wants_mask = fields.next_as<bool>();
+  return call;
+}
+
+namespace {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_forward_(BatchNormCallArg given) {
+  GRADFUSE_EVENT("gradfuse::batch_norm_act");
+  const BatchNormForwardCall call = read_forward(given.object);
   const py::gil_scoped_release release;
   ForwardResult result = forward(call);
   return {std::move(result.output), std::move(result.mask), std::move(result.stats)};

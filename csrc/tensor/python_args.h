@@ -30,6 +30,7 @@ struct NumberArg : Argument {};  // a float, or a tensor of one
 struct ParamGroupsArg : Argument {};  // an optimizer's param_groups
 struct StateArg : Argument {};  // and its state
 struct SlotsArg : Argument {};  // the slots that each group needs, as bits
+struct FunctionArg : Argument {};
 struct WantedArg : Argument {};  // whether each gradient is wanted
 // NamedTuples of gradfuse/_records.py.
 struct BatchNormCallArg : Argument {};
@@ -115,6 +116,7 @@ GRADFUSE_ARGUMENT(NumberArg, "float | torch.Tensor");
 GRADFUSE_ARGUMENT(ParamGroupsArg, "list[dict[str, typing.Any]]");
 GRADFUSE_ARGUMENT(StateArg, "dict[torch.Tensor, typing.Any]");
 GRADFUSE_ARGUMENT(SlotsArg, "collections.abc.Sequence[int]");
+GRADFUSE_ARGUMENT(FunctionArg, "collections.abc.Callable[..., torch.Tensor]");
 GRADFUSE_ARGUMENT(WantedArg, "collections.abc.Sequence[bool]");
 GRADFUSE_ARGUMENT(BatchNormCallArg, "gradfuse._records.BatchNormCall");
 GRADFUSE_ARGUMENT(BatchNormSavedArg, "gradfuse._records.BatchNormSaved");

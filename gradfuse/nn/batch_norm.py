@@ -70,31 +70,7 @@ class _BatchNormAct(_BatchNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)
-        factor: float | Tensor = 0.0 if self.momentum is None else self.momentum
-        counts = self.training and self.track_running_stats
-        counted = self.num_batches_tracked if counts and not recomputing() else None
-        if counted is not None and self.momentum is None:
-            factor = (counted + 1).double().reciprocal()  # a tensor: nothing waits for its value
-        # The backward reads the output where it can: the next layer mostly keeps it anyway. torch's
-        # relu6 and leaky_relu keep their input, so that a later op may write to their output.
-        tracked = not self.training or self.track_running_stats
-        output = batch_norm_act(
-            input,
-            self.running_mean if tracked else None,
-            self.running_var if tracked else None,
-            self.weight,
-            self.bias,
-            residual=residual,
-            activation=self.activation,
-            training=self.training or (self.running_mean is None and self.running_var is None),
-            momentum=factor,
-            eps=self.eps,
-            negative_slope=self.negative_slope,
-            save="bitmask" if self.activation in ("relu6", "leaky_relu") else "output",
-        )
-        if counted is not None:  # last, so that an error leaves all as it was
-            counted.add_(1)
-        return output
+        return normalise(self, input, residual, self.activation, self.negative_slope)
 
     @property
     def qconfig(self) -> NoReturn:
@@ -102,7 +78,8 @@ class _BatchNormAct(_BatchNorm):
         # replace a batch norm. Their replacement would lose the activation and the residual.
         raise TypeError(
             f"{type(self).__name__}: expected a plain batch norm to convert, got one with "
-            f"activation={self.activation!r} and a residual; gradfuse.unfuse the model first"
+            f"activation={self.activation!r} and a residual; put to_batch_norm(), an add and an "
+            "activation in its place"
         )
 
     def __dir__(self) -> list[str]:
@@ -112,6 +89,41 @@ class _BatchNormAct(_BatchNorm):
     def extra_repr(self) -> str:
         slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
         return f"{super().extra_repr()}, activation={self.activation!r}{slope}"
+
+
+def normalise(
+    bn: _BatchNorm,
+    input: Tensor,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+) -> Tensor:
+    """act(bn(input) + residual) in one op, which counts the batch as bn does."""
+    factor: float | Tensor = 0.0 if bn.momentum is None else bn.momentum
+    counts = bn.training and bn.track_running_stats
+    counted = bn.num_batches_tracked if counts and not recomputing() else None
+    if counted is not None and bn.momentum is None:
+        factor = (counted + 1).double().reciprocal()  # a tensor: nothing waits for its value
+    # The backward reads the output where it can: the next layer mostly keeps it anyway. torch's
+    # relu6 and leaky_relu keep their input, so that a later op may write to their output.
+    tracked = not bn.training or bn.track_running_stats
+    output = batch_norm_act(
+        input,
+        bn.running_mean if tracked else None,
+        bn.running_var if tracked else None,
+        bn.weight,
+        bn.bias,
+        residual=residual,
+        activation=activation,
+        training=bn.training or (bn.running_mean is None and bn.running_var is None),
+        momentum=factor,
+        eps=bn.eps,
+        negative_slope=negative_slope,
+        save="bitmask" if activation in ("relu6", "leaky_relu") else "output",
+    )
+    if counted is not None:  # last, so that an error leaves all as it was
+        counted.add_(1)
+    return output
 
 
 def _share(source: nn.Module, target: nn.Module) -> None:
@@ -139,7 +151,7 @@ class BatchNormAct1d(_BatchNormAct, nn.BatchNorm1d):
     A checkpoint's recomputation leaves the running statistics and num_batches_tracked alone, unless
     the module is compiled and the checkpoint around it is not.
     nn.SyncBatchNorm.convert_sync_batchnorm raises TypeError on these modules: it would drop the
-    activation and the residual. gradfuse.unfuse the model first.
+    activation and the residual.
 
     Raises:
         ValueError: the activation is unknown, or the input has another number of dimensions.

@@ -16,12 +16,14 @@ from gradfuse._native import define_op
 from gradfuse._records import BatchNormCall, BatchNormOptions, BatchNormSaved
 from gradfuse.reference import MASKED, OUTPUT_SAVED
 
-__all__ = ["ACTIVATIONS", "batch_norm_act", "check_activation", "recomputing"]
+__all__ = ["ACTIVATIONS", "batch_norm_act", "check_activation", "is_transformed", "recomputing"]
 
 ACTIVATIONS = tuple(name for name in reference.ACTIVATIONS if name is not None)
 _CODES = dict(zip(reference.ACTIVATIONS, Activation, strict=True))
 _OP = "batch_norm_act"
 _PLAIN = (Tensor, torch.nn.Parameter)
+# torch's relu6 and leaky_relu keep their input, so that a later op may write to their output.
+_WITH_MASK = (Activation.RELU6, Activation.LEAKY_RELU)
 
 # The records from plain tuples, without a Python frame: eager calls take microseconds.
 _call_from: Callable[[tuple[Any, ...]], BatchNormCall] = partial(tuple.__new__, BatchNormCall)
@@ -46,7 +48,7 @@ def recomputing() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _transformed() -> bool:
+def is_transformed() -> bool:
     """Whether torch.func or forward-mode AD must see through the call."""
     return (
         torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
@@ -147,22 +149,27 @@ def batch_norm_act(
     )  # fmt: skip
     if _native.is_traced():
         return _through_library(BatchNormCall(*arguments, wants_mask))
-    if _transformed() or type(input) not in _PLAIN or not (input.is_cpu or input.is_cuda):
+    if is_transformed() or type(input) not in _PLAIN or not (input.is_cpu or input.is_cuda):
         _check_transformed(input, running_mean, training, eps)
         return reference.batch_norm_act(
             input, running_mean, running_var, weight, bias, residual=residual,
             activation=activation, training=training, momentum=momentum, eps=eps,
             negative_slope=negative_slope,
         )  # fmt: skip
-    if torch.is_grad_enabled() and (
-        input.requires_grad
-        or (weight is not None and weight.requires_grad)
-        or (bias is not None and bias.requires_grad)
-        or (residual is not None and residual.requires_grad)
-    ):
-        result: Tensor = _BatchNormAct.apply(*arguments, wants_mask)
+    return _run(*arguments, wants_mask)
+
+
+def _run(*arguments: Any) -> Tensor:
+    """Runs the call of these fields, with a gradient where one is wanted."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:4]):
+        result: Tensor = _BatchNormAct.apply(*arguments)
         return result
-    return _native.backend.batch_norm_forward(_call_from((*arguments, False)))[0]
+    return _native.backend.batch_norm_forward(_call_from((*arguments[:-1], False)))[0]
+
+
+def _run_deferred(*arguments: Any) -> Tensor:
+    """The same for an output that waited: whoever saved what follows from its activation."""
+    return _run(*arguments[:-1], arguments[9] in _WITH_MASK)
 
 
 def _check_save(save: str, activation: str | None, negative_slope: float) -> None:
@@ -463,6 +470,9 @@ def _library_gradient(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Te
             grads = (grads[0], grad_output, *grads[2:])
     return (*grads, *(None,) * (len(_LIBRARY_FIELDS) - 4))
 
+
+if _native.available:
+    _native.backend.run_deferred_with(_run_deferred)
 
 define_op(
     "batch_norm_act(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias,"

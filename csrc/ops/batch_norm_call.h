@@ -1,0 +1,36 @@
+// Batch normalisation: a forward call as Python makes it, for the files that run or defer one.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <pybind11/pybind11.h>
+
+#include "../math/activation.h"
+#include "../tensor/storage.h"
+
+namespace gradfuse {
+
+// gradfuse/_records.py has the same fields.
+struct BatchNormForwardCall {
+  at::Tensor input;                           // [N, C, ...]
+  MaybeTensor residual;                       // like input, any strides
+  MaybeTensor weight, bias;                   // [C]
+  MaybeTensor running_mean, running_var;      // [C]; updated if training
+  bool training;
+  double momentum;
+  MaybeTensor momentum_value;  // [], in place of momentum
+  double eps;
+  Activation activation;
+  double negative_slope;
+  bool wants_mask;
+};
+
+// Reads a BatchNormCall; throws TypeError.
+BatchNormForwardCall read_forward(pybind11::handle given);
+
+// Throws TypeError or std::invalid_argument on what the kernels cannot take.
+void check_forward(const BatchNormForwardCall& call);
+
+// The strides of the call's output.
+c10::SmallVector<int64_t, 6> output_strides(const at::Tensor& input);
+
+}  // namespace gradfuse

@@ -1,0 +1,469 @@
+#include "deferred.h"
+
+#include <ATen/SavedTensorHooks.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/variable.h>
+
+#include <algorithm>
+#include <unordered_map>
+
+#include "../tensor/checks.h"
+#include "../tensor/python_args.h"
+
+namespace gradfuse {
+namespace {
+
+namespace autograd = torch::autograd;
+
+constexpr const char* kName = "batch_norm_act";
+
+// The Python function that runs a BatchNormCall with its gradient.
+py::object& runner() {
+  static py::object* const function = new py::object;  // lives on when Python ends
+  return *function;
+}
+
+c10::impl::LocalDispatchKeySet keys_of(const Modes& modes) {
+  c10::impl::PODLocalDispatchKeySet keys = {};
+  keys.set_included(modes.included);
+  keys.set_excluded(modes.excluded);
+  return keys;
+}
+
+// Restores the modes of a call, and leaves saved tensors to no hooks, as the call had none.
+class ModesGuard {
+ public:
+  explicit ModesGuard(const Modes& modes)
+      : keys_(keys_of(modes)),
+        state_(c10::AutogradState::get_tls_state()),
+        hooks_(at::SavedTensorDefaultHooks::get_tls_state()) {
+    c10::AutogradState state = state_;
+    state.set_grad_mode(modes.has_grad);
+    state.set_inference_mode(modes.is_inference);
+    c10::AutogradState::set_tls_state(state);
+    if (!hooks_.stack.empty()) at::SavedTensorDefaultHooks::set_tls_state({});
+  }
+  ~ModesGuard() {
+    c10::AutogradState::set_tls_state(state_);
+    if (!hooks_.stack.empty()) at::SavedTensorDefaultHooks::set_tls_state(hooks_);
+  }
+
+ private:
+  c10::impl::ForceDispatchKeyGuard keys_;
+  c10::AutogradState state_;
+  at::impl::SavedTensorDefaultHooksTLS hooks_;
+};
+
+// Python's exceptions as torch passes them through its operators.
+template <class F>
+auto with_torch_errors(F f) {
+  try {
+    return f();
+  } catch (py::error_already_set& error) {
+    error.restore();
+    python_error raised;
+    raised.persist();
+    throw raised;
+  }
+}
+
+// Runs the backward of a value that is computed at the latest when its gradient is there.
+struct DeferredBackward final : autograd::Node {
+  DeferredBackward(std::shared_ptr<Pending> pending, autograd::edge_list edges)
+      : Node(std::move(edges)), pending(std::move(pending)) {}
+
+  std::string name() const override { return "BatchNormActBackward"; }
+
+  autograd::variable_list apply(autograd::variable_list&& grads) override {
+    TORCH_CHECK(pending,
+                "Trying to backward through the graph a second time; specify retain_graph=True "
+                "the first time");
+    if (!pending->inner) pending->compute();
+    autograd::variable_list found = (*pending->inner)(std::move(grads));
+    found.resize(num_outputs());
+    return found;
+  }
+
+  void release_variables() override {
+    if (pending && pending->inner) pending->inner->release_variables();
+    pending = nullptr;
+  }
+
+  std::shared_ptr<Pending> pending;
+};
+
+// A node as this version of torch holds it.
+template <class Pointer, class T, class... Args>
+Pointer make(Args&&... args) {
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<autograd::Node>>)
+    return std::make_shared<T>(std::forward<Args>(args)...);
+  else
+    return c10::make_intrusive<T>(std::forward<Args>(args)...);
+}
+
+NodePtr make_node(std::shared_ptr<Pending> pending) {
+  autograd::edge_list edges;
+  bool is_wanted = false;
+  const auto add = [&](const at::Tensor& t) {
+    edges.push_back(autograd::impl::gradient_edge(t));
+    is_wanted |= edges.back().is_valid();
+  };
+  // In the order of a BatchNormCall: input, residual, weight, bias.
+  const std::vector<Watched>& inputs = pending->call->inputs();
+  add(inputs[0].tensor);
+  if (pending->residual) add(pending->residual->tensor);
+  for (size_t i = 1; i < inputs.size(); ++i) add(inputs[i].tensor);
+  if (!is_wanted) return nullptr;
+  return make<NodePtr, DeferredBackward>(std::move(pending), std::move(edges));
+}
+
+c10::DispatchKeySet keys_like(const at::Tensor& t) {
+  return c10::DispatchKeySet(c10::computeDispatchKey(t.scalar_type(), t.layout(), t.device()))
+      .add(kDeferredKey);
+}
+
+// The key set of any tensor, which torch lets its subclasses change.
+struct KeySetAccess : c10::TensorImpl {
+  static c10::DispatchKeySet& of(const at::Tensor& t) {
+    return t.unsafeGetTensorImpl()->*(&KeySetAccess::key_set_);
+  }
+};
+
+const void* memory_of(const at::Tensor& t) {
+  return t.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
+}
+
+// Who waits for which memory.
+class WaitingList {
+ public:
+  void add(const Watched& watched, DeferredTensor* waiting) {
+    const at::Tensor& awaited = watched.tensor;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    entries_.emplace(watched.memory, Entry{awaited.unsafeGetTensorImpl(), waiting});
+    c10::DispatchKeySet& keys = KeySetAccess::of(awaited);
+    keys = keys.add(kDeferredKey);
+  }
+
+  size_t size() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return entries_.size();
+  }
+
+  void remove(const Watched& watched, const DeferredTensor* waiting) {
+    const at::Tensor& awaited = watched.tensor;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto [begin, end] = entries_.equal_range(watched.memory);
+    const c10::TensorImpl* const impl = awaited.unsafeGetTensorImpl();
+    auto found = end;
+    bool has_others = false;
+    for (auto it = begin; it != end; ++it) {
+      if (it->second.awaited != impl) continue;
+      if (it->second.waiting == waiting && found == end)
+        found = it;
+      else
+        has_others = true;
+    }
+    if (found != end) entries_.erase(found);
+    c10::DispatchKeySet& keys = KeySetAccess::of(awaited);
+    if (!has_others) keys = keys.remove(kDeferredKey);
+  }
+
+  bool has_memory_of(const at::Tensor& t) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return entries_.count(memory_of(t)) != 0;
+  }
+
+  // Alive, and in the order in which they began to wait.
+  std::vector<at::Tensor> waiting_for(const at::Tensor& written) {
+    std::vector<at::Tensor> found;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto [begin, end] = entries_.equal_range(memory_of(written));
+    for (auto it = begin; it != end; ++it) {
+      // One whose last reference is gone is about to remove itself.
+      auto alive =
+          c10::weak_intrusive_ptr<c10::TensorImpl>::reclaim_copy(it->second.waiting).lock();
+      if (alive) found.emplace_back(std::move(alive));
+    }
+    return found;
+  }
+
+ private:
+  struct Entry {
+    const c10::TensorImpl* awaited;
+    DeferredTensor* waiting;
+  };
+
+  std::mutex mutex_;
+  std::unordered_multimap<const void*, Entry> entries_;
+};
+
+WaitingList& waiting_list() {
+  static auto* const list = new WaitingList;  // tensors may outlive static objects
+  return *list;
+}
+
+}  // namespace
+
+void materialize_waiting_for(const at::Tensor& written, const char* name) {
+  for (const at::Tensor& t : waiting_list().waiting_for(written))
+    if (DeferredTensor* const deferred = DeferredTensor::of(t)) deferred->materialize(name);
+}
+
+void remove_stray_key(const at::Tensor& t) {
+  if (!t.defined() || !t.key_set().has(kDeferredKey) || DeferredTensor::of(t)) return;
+  if (waiting_list().has_memory_of(t)) return;
+  c10::DispatchKeySet& keys = KeySetAccess::of(t);
+  keys = keys.remove(kDeferredKey);
+}
+
+Modes Modes::now() {
+  const c10::impl::LocalDispatchKeySet keys = c10::impl::tls_local_dispatch_key_set();
+  const c10::AutogradState& state = c10::AutogradState::get_tls_state();
+  return {keys.included_, keys.excluded_, state.get_grad_mode(), state.get_inference_mode()};
+}
+
+bool Modes::operator==(const Modes& other) const {
+  return included == other.included && excluded == other.excluded && has_grad == other.has_grad &&
+         is_inference == other.is_inference;
+}
+
+Watched::Watched(const char* name, at::Tensor tensor)
+    : name(name), tensor(std::move(tensor)), memory(memory_of(this->tensor)), version(0) {
+  if (!this->tensor.is_inference()) version = this->tensor._version();
+}
+
+void Watched::check() const {
+  if (memory_of(tensor) == memory && (tensor.is_inference() || tensor._version() == version))
+    return;
+  fail<std::runtime_error>(kName, ": ", name,
+                           " must not be written to before the output is used, got another version "
+                           "or memory; use the output first or set GRADFUSE_DEFER=0");
+}
+
+DeferredCall::DeferredCall(py::tuple arguments, const BatchNormForwardCall& call,
+                           std::shared_ptr<SiteRecord> site)
+    : modes(Modes::now()),
+      site(std::move(site)),
+      arguments_(std::move(arguments)),
+      has_to_count_(call.training && call.running_mean) {
+  inputs_.reserve(3);
+  inputs_.emplace_back("input", call.input);
+  if (call.weight) inputs_.emplace_back("weight", *call.weight);
+  if (call.bias) inputs_.emplace_back("bias", *call.bias);
+}
+
+DeferredCall::~DeferredCall() {
+  if (!Py_IsInitialized()) {
+    arguments_.release();
+    return;
+  }
+  const py::gil_scoped_acquire gil;
+  const py::error_scope error;
+  try {
+    count();
+  } catch (const std::exception& error) {
+    TORCH_WARN(kName,
+               ": an output that nobody used left the running statistics alone: ", error.what());
+  }
+  py::tuple(std::move(arguments_));
+}
+
+at::Tensor DeferredCall::compute(const std::optional<Watched>& residual, Activation activation,
+                                 double negative_slope) {
+  for (const Watched& input : inputs_) input.check();
+  if (residual) residual->check();
+  const py::gil_scoped_acquire gil;
+  const ModesGuard guard(modes);
+  return with_torch_errors([&] {
+    py::list arguments(arguments_);
+    if (residual) {
+      const at::Tensor& r = residual->tensor;
+      const at::IntArrayRef sizes = inputs_[0].tensor.sizes();
+      arguments[1] = py::cast(r.sizes() == sizes ? r : r.expand(sizes));
+    }
+    if (!has_to_count_ && arguments_[6].cast<bool>()) {
+      arguments[4] = py::none();
+      arguments[5] = py::none();
+    }
+    arguments[9] = py::int_(static_cast<int>(activation));
+    arguments[10] = py::float_(negative_slope);
+    const py::object result = runner()(*py::tuple(std::move(arguments)));
+    has_to_count_ = false;
+    return result.cast<at::Tensor>();
+  });
+}
+
+void DeferredCall::count() {
+  if (!has_to_count_) return;
+  const at::NoGradGuard no_grad;
+  compute(std::nullopt, Activation::None, 0.0);
+}
+
+at::Tensor Pending::compute() {
+  at::Tensor value = call->compute(residual, Activation::None, 0.0);
+  inner = value.grad_fn();
+  return value;
+}
+
+DeferredTensor::DeferredTensor(const at::Tensor& like)
+    : TensorImpl(keys_like(like), like.dtype(), like.device()) {
+  set_sizes_and_strides(like.sizes(), output_strides(like));
+}
+
+// Without weak references torch does not call release_resources.
+DeferredTensor::~DeferredTensor() { stop_waiting(); }
+
+DeferredTensor* DeferredTensor::of(const at::Tensor& t) {
+  if (!t.defined() || !t.key_set().has(kDeferredKey)) return nullptr;
+  auto* const deferred = dynamic_cast<DeferredTensor*>(t.unsafeGetTensorImpl());
+  return deferred && deferred->pending_ ? deferred : nullptr;
+}
+
+bool DeferredTensor::has_storage() const {
+  const_cast<DeferredTensor*>(this)->materialize("access to its memory");
+  return TensorImpl::has_storage();
+}
+
+const c10::Storage& DeferredTensor::storage() const {
+  const_cast<DeferredTensor*>(this)->materialize("access to its memory");
+  return TensorImpl::storage();
+}
+
+c10::intrusive_ptr<c10::TensorImpl> DeferredTensor::shallow_copy_and_detach(
+    const c10::VariableVersion& version, bool allow_change) const {
+  const_cast<DeferredTensor*>(this)->materialize("a detached copy");
+  return TensorImpl::shallow_copy_and_detach(version, allow_change);
+}
+
+c10::intrusive_ptr<c10::TensorImpl> DeferredTensor::shallow_copy_and_detach(
+    c10::VariableVersion&& version, bool allow_change) const {
+  const_cast<DeferredTensor*>(this)->materialize("a detached copy");
+  return TensorImpl::shallow_copy_and_detach(std::move(version), allow_change);
+}
+
+void DeferredTensor::shallow_copy_from(const c10::intrusive_ptr<TensorImpl>& impl) {
+  materialize("a write to its .data");
+  TensorImpl::shallow_copy_from(impl);
+}
+
+void DeferredTensor::release_resources() {
+  stop_waiting();
+  TensorImpl::release_resources();
+}
+
+void DeferredTensor::materialize(const char* reason) {
+  if (!pending_) return;
+  std::unique_lock<std::mutex> lock(mutex_, std::defer_lock);
+  {
+    // Not while this thread holds the GIL, which the thread that computes needs.
+    std::optional<py::gil_scoped_release> release;
+    if (Py_IsInitialized() && PyGILState_Check()) release.emplace();
+    lock.lock();
+  }
+  if (!pending_) return;
+  const bool keeps_node = is_observed();
+  const at::Tensor value = compute(Activation::None, 0.0);
+  SiteRecord& site = *pending_->call->site;
+  site = {true, pending_->residual.has_value(), Activation::None, reason};
+  adopt(value);
+  if (node_ && !keeps_node) autograd::impl::set_gradient_edge(self(), {value.grad_fn(), 0});
+  const std::shared_ptr<Pending> pending = pending_;
+  stop_waiting();
+  pending->call = nullptr;  // the node of the graph, if it stays, has what it needs
+  pending->residual = std::nullopt;
+}
+
+at::Tensor DeferredTensor::compute(Activation activation, double negative_slope) {
+  const std::shared_ptr<Pending> pending = pending_;
+  // Not what is saved for the backward: it would keep the key.
+  set_waiting(false);
+  at::Tensor value;
+  try {
+    value = activation == Activation::None
+                ? pending->compute()
+                : pending->call->compute(pending->residual, activation, negative_slope);
+  } catch (...) {
+    set_waiting(true);
+    throw;
+  }
+  set_waiting(true);
+  return value;
+}
+
+void DeferredTensor::set_waiting(bool waits) {
+  const auto set = [&](const Watched& watched) {
+    if (waits)
+      waiting_list().add(watched, this);
+    else
+      waiting_list().remove(watched, this);
+  };
+  set(pending_->call->inputs()[0]);
+  if (pending_->residual) set(*pending_->residual);
+}
+
+void DeferredTensor::stop_waiting() {
+  if (pending_) set_waiting(false);
+  pending_ = nullptr;
+  node_ = NodePtr();
+}
+
+void DeferredTensor::become(const at::Tensor& value) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  adopt(value);
+  if (value.grad_fn()) autograd::impl::set_gradient_edge(self(), {value.grad_fn(), 0});
+  stop_waiting();
+}
+
+void DeferredTensor::wait_for(std::shared_ptr<Pending> pending) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  stop_waiting();
+  pending_ = std::move(pending);
+  set_waiting(true);
+  set_node();
+}
+
+at::Tensor DeferredTensor::self() {
+  return at::Tensor(c10::intrusive_ptr<TensorImpl>::reclaim_copy(this));
+}
+
+void DeferredTensor::adopt(const at::Tensor& value) {
+  storage_ = value.storage();
+  set_sizes_and_strides(value.sizes(), value.strides(), value.storage_offset());
+  // Later writes to this tensor are then seen by nodes that saved the value.
+  if (!is_inference()) set_version_counter(value.unsafeGetTensorImpl()->version_counter());
+  key_set_ = key_set_.remove(kDeferredKey);
+}
+
+void DeferredTensor::set_node() {
+  node_ = pending_->call->modes.has_grad ? make_node(pending_) : NodePtr();
+  if (node_) autograd::set_history(self(), node_);
+}
+
+bool DeferredTensor::is_observed() const {
+  const auto* const meta = static_cast<const autograd::AutogradMeta*>(autograd_meta());
+  if (!node_) return meta && (meta->grad_fn_ || meta->requires_grad_);
+  // Two holders: this object and the tensor's metadata.
+  return meta->grad_fn_ != node_ || node_.use_count() != 2 || !meta->hooks_.empty() ||
+         meta->retains_grad_;
+}
+
+int64_t count_waiting() { return static_cast<int64_t>(waiting_list().size()); }
+
+void run_deferred_with(FunctionArg function) {
+  runner() = py::reinterpret_borrow<py::object>(function.object);
+}
+
+at::Tensor make_deferred(std::shared_ptr<DeferredCall> call, std::optional<Watched> residual,
+                         const at::Tensor& like) {
+  auto pending = std::make_shared<Pending>(std::move(call), std::move(residual));
+  auto impl = c10::make_intrusive<DeferredTensor>(like);
+  DeferredTensor& deferred = *impl;
+  const at::Tensor t(std::move(impl));
+  deferred.wait_for(std::move(pending));
+  return t;
+}
+
+}  // namespace gradfuse

@@ -1,0 +1,184 @@
+"""Batch norms whose output waits for what follows it.
+
+The output of such a module is a torch.Tensor without memory. A residual that is added to it is
+taken up, and an activation runs batch norm, residual and activation as one op. Whatever else uses
+it computes the value first. csrc/ops/deferred.h says how.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.nn.modules import module as torch_module
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gradfuse import _native
+from gradfuse._codes import Activation
+from gradfuse.nn.batch_norm import normalise
+from gradfuse.ops.batch_norm import is_transformed
+
+__all__ = ["DEFERRED", "DeferredBatchNorm1d", "DeferredBatchNorm2d", "DeferredBatchNorm3d"]
+
+_PLAIN = (Tensor, nn.Parameter, type(None))
+_NO_ACTIVATION = (int(Activation.NONE), 0.01, False)  # the last fields of a BatchNormCall
+
+
+class _Deferred(_BatchNorm):
+    """What the classes share.
+
+    Such a class takes a module's own place by a change of `__class__`, so that the module stays the
+    very same object. `_site` is the compiled module's record of its calls, or None.
+    """
+
+    plain: type[_BatchNorm]
+    _site: Any = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        # torch.compile gets the op; torch.export, torch.jit and torch.fx record what they would of
+        # the plain module.
+        is_compiling = torch.compiler.is_compiling()
+        if is_compiling and not torch.compiler.is_exporting():
+            self._check_input_dim(input)
+            return self._finish(normalise(self, input))
+        given: Any = input
+        if not is_compiling and isinstance(given, Proxy):
+            recorded: Tensor = _recorded(self, given)
+            return recorded
+        if is_compiling or torch._C._is_tracing():
+            plain: Tensor = super().forward(input)
+            return plain
+        self._check_input_dim(input)
+        return self._finish(self._eager(input))
+
+    def _finish(self, output: Tensor) -> Tensor:
+        """What the plain class does after it has normalised."""
+        return output
+
+    def _eager(self, input: Tensor) -> Tensor:
+        reason = self._reason_not_to_wait(input)
+        if not reason:
+            output = self._wait(input)
+            if output is not None:
+                return output
+            reason = "a backward pass, dispatch mode or saved-tensor hook is active"
+        if self._site is not None:
+            self._site.computed_at_once(reason)
+        return normalise(self, input)
+
+    def _reason_not_to_wait(self, input: Tensor) -> str:
+        """Why the output has to be computed at once; "" if nothing speaks against waiting."""
+        if self._site is None and not self._begin():
+            return "outputs do not wait here: GRADFUSE_DEFER=0 or no compiled module"
+        if (
+            self._forward_hooks
+            or self._forward_pre_hooks
+            or self._backward_hooks
+            or self._backward_pre_hooks
+            or torch_module._has_any_global_hook()
+        ):
+            return "the module has hooks"
+        if type(input) not in _PLAIN or is_transformed():
+            return "a transform or tensor subclass sees the call"
+        return ""
+
+    def _begin(self) -> bool:
+        site = getattr(_native.backend, "BatchNormSite", None)
+        if site is None or os.environ.get("GRADFUSE_DEFER") == "0":
+            return False
+        self.__dict__["_site"] = site()
+        return True
+
+    def _wait(self, input: Tensor) -> Tensor | None:
+        """An output that waits; None where it has to be computed at once."""
+        parameters, buffers = self.__dict__["_parameters"], self.__dict__["_buffers"]
+        mean, var = buffers["running_mean"], buffers["running_var"]
+        training = self.training
+        momentum: float | Tensor | None = self.momentum
+        counted = buffers["num_batches_tracked"] if training and self.track_running_stats else None
+        if momentum is None:
+            momentum = 0.0 if counted is None else (counted + 1).double().reciprocal()
+        uses_batch = training or (mean is None and var is None)
+        if training and not self.track_running_stats:
+            mean = var = None
+        weight, bias = parameters["weight"], parameters["bias"]
+        if type(weight) not in _PLAIN or type(bias) not in _PLAIN:
+            return None
+        output: Tensor | None = self._site.defer(
+            (input, None, weight, bias, mean, var, uses_batch, momentum, self.eps, *_NO_ACTIVATION)
+        )
+        if counted is not None and output is not None:
+            counted.add_(1)
+        return output
+
+    # An output that waits has not updated the running statistics. Whoever reads them from here
+    # finds them as they ought to be.
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("running_mean", "running_var") and self._site is not None:
+            self._site.count()
+        return super().__getattr__(name)
+
+    @property
+    def _buffers(self) -> dict[str, Tensor | None]:
+        if self._site is not None:
+            self._site.count()
+        buffers: dict[str, Tensor | None] = self.__dict__["_buffers"]
+        return buffers
+
+    @_buffers.setter
+    def _buffers(self, value: dict[str, Tensor | None]) -> None:
+        self.__dict__["_buffers"] = value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # fully_shard sets a parameter before it frees the memory of the one that was there.
+        if name in ("weight", "bias") and self._site is not None:
+            self._site.finish("a change of the module's parameters")
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._site is not None:
+            self._site.count()
+        return {name: value for name, value in self.__dict__.items() if name != "_site"}
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return to_plain(self)
+
+
+def _recorded(module: nn.Module, input: Any) -> Any:
+    """A call of the module in the graph of torch.fx, as of torch.nn's own."""
+    path = input.tracer.path_of_module(module)
+    return input.tracer.create_proxy("call_module", path, (input,), {})
+
+
+def to_plain(bn: _Deferred) -> _BatchNorm:
+    """A module of the plain class with the very same parameters, buffers and hooks."""
+    made = bn.plain.__new__(bn.plain)
+    made.__dict__.update(bn.__getstate__())
+    return made
+
+
+class DeferredBatchNorm1d(_Deferred, nn.BatchNorm1d):
+    """torch.nn.BatchNorm1d whose output waits for a residual and an activation."""
+
+    plain = nn.BatchNorm1d
+
+
+class DeferredBatchNorm2d(_Deferred, nn.BatchNorm2d):
+    """torch.nn.BatchNorm2d whose output waits for a residual and an activation."""
+
+    plain = nn.BatchNorm2d
+
+
+class DeferredBatchNorm3d(_Deferred, nn.BatchNorm3d):
+    """torch.nn.BatchNorm3d whose output waits for a residual and an activation."""
+
+    plain = nn.BatchNorm3d
+
+
+DEFERRED: dict[type[nn.Module], type[_Deferred]] = {
+    c.plain: c for c in (DeferredBatchNorm1d, DeferredBatchNorm2d, DeferredBatchNorm3d)
+}
