@@ -105,7 +105,7 @@ traffic: build
 # UndefinedBehaviorSanitizer, in a build of their own.
 SANITIZED = build/sanitize
 SANITIZED_TESTS = $(addprefix ../../tests/test_,adaptive_clip.py batch_norm.py batch_norm_errors.py \
-	clip.py clipper.py errors.py ops.py optim.py optim_groups.py optim_parameters.py optim_state.py \
+	clip.py clipper.py errors.py fuse.py ops.py optim.py optim_groups.py optim_parameters.py optim_state.py \
 	quiet.py range.py value.py)
 sanitize: $(VENV)/.installed
 	mkdir -p $(SANITIZED)
@@ -114,7 +114,7 @@ sanitize: $(VENV)/.installed
 		$(PY) setup.py -q build_ext --build-lib $(SANITIZED)
 	cd $(SANITIZED) && env GRADFUSE_PTX=0 GRADFUSE_SANITIZE=1 PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-		$(PYTEST) -p no:cacheprovider --slowest-files=5 -k "not reference and not baseline and not avx2 and not thousand_steps and not compile and not opcheck" \
+		$(PYTEST) -p no:cacheprovider --slowest-files=5 -k "not reference and not baseline and not avx2 and not thousand_steps and not compile and not opcheck and not torchvision" \
 		$(SANITIZED_TESTS)
 
 # Everything that needs a real GPU, with the given python3, in under nine minutes.

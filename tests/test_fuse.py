@@ -6,6 +6,7 @@ import pickle
 import types
 import weakref
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -470,6 +471,76 @@ def test_an_input_written_to_meanwhile():
         view.zero_()
         with pytest.raises(RuntimeError, match="input must not be written to before"):
             y.relu()
+
+
+@waits
+def test_a_parameter_written_to_or_replaced_meanwhile():
+    changes = (
+        lambda m: m.bn.weight.data.mul_(2),
+        lambda m: torch.optim.SGD(m.parameters(), lr=1.0, foreach=True).step(),
+        lambda m: m.load_state_dict({k: v * 2 for k, v in m.state_dict().items()}),
+        lambda m: m.float(),
+        lambda m: setattr(m.bn, "weight", nn.Parameter(torch.ones(3))),
+        lambda m: setattr(m.bn, "running_mean", torch.ones(3)),
+        lambda m: m.bn.reset_parameters(),
+    )
+    for change in changes:
+        model = program(lambda s, x: s.bn(x))
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        fused = gradfuse.fuse(copy.deepcopy(model))
+        x = random(4, 3, 5, 5, dtype=torch.float64)
+        found = []
+        for m in (model, fused):
+            with torch.no_grad():
+                y = m(x)
+                change(m)
+                found.append((y.relu(), *(b.clone() for b in m.buffers())))
+        torch.testing.assert_close(*found)
+
+
+@waits
+@pytest.mark.parametrize("train", [True, False])
+def test_inference_mode(train):
+    model = program(lambda s, x: s.bn(x)).train(train)
+    fused = gradfuse.fuse(copy.deepcopy(model))
+    x = random(4, 3, 5, 5, dtype=torch.float64)
+    found = []
+    for m in (model, fused):
+        with torch.inference_mode():
+            y, z = m(x), m(x).relu_()
+            r = x.clone()
+            w = m(x) + r
+            r.mul_(2)
+        found.append((y.relu(), z, w + 1, *(b.clone() for b in m.buffers())))
+        assert y.is_inference()
+    torch.testing.assert_close(*found)
+
+
+@waits
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    """What was called under autocast is computed so."""
+    model = Block()
+    fused = gradfuse.fuse(copy.deepcopy(model))
+    x, found = random(4, 3, 5, 5), []
+    for m in (model, fused):
+        with torch.autocast("cpu", dtype):
+            inner = m.bn(m.conv(x))
+            y = m(x)
+        found.append((y, inner.relu()))
+    torch.testing.assert_close(*found, rtol=2e-2, atol=2e-2)
+
+
+@waits
+def test_threads_share_an_output():
+    fused = gradfuse.fuse(program(lambda s, x: s.bn(x)))
+    for seed in range(20):
+        x = random(4, 3, 5, 5, dtype=torch.float64, seed=seed)
+        y, expected = fused(x), copy.deepcopy(fused)(x).cos().detach()
+        with ThreadPoolExecutor(4) as pool:
+            for found in pool.map(lambda f: f(), [y.detach().cos] * 2 + [lambda y=y: y.cos()] * 6):
+                torch.testing.assert_close(found, expected)
 
 
 def statistics(bn):

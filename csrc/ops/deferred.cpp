@@ -2,6 +2,7 @@
 
 #include <ATen/SavedTensorHooks.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -253,6 +254,8 @@ DeferredCall::DeferredCall(py::tuple arguments, const BatchNormForwardCall& call
   inputs_.emplace_back("input", call.input);
   if (call.weight) inputs_.emplace_back("weight", *call.weight);
   if (call.bias) inputs_.emplace_back("bias", *call.bias);
+  const c10::Device device = call.input.device();
+  if (!device.is_cpu()) stream_ = c10::impl::VirtualGuardImpl(device.type()).getStream(device);
 }
 
 DeferredCall::~DeferredCall() {
@@ -275,6 +278,7 @@ at::Tensor DeferredCall::compute(const std::optional<Watched>& residual, Activat
                                  double negative_slope) {
   for (const Watched& input : inputs_) input.check();
   if (residual) residual->check();
+  keep_for_other_stream(residual);
   const py::gil_scoped_acquire gil;
   const ModesGuard guard(modes);
   return with_torch_errors([&] {
@@ -294,6 +298,18 @@ at::Tensor DeferredCall::compute(const std::optional<Watched>& residual, Activat
     has_to_count_ = false;
     return result.cast<at::Tensor>();
   });
+}
+
+void DeferredCall::keep_for_other_stream(const std::optional<Watched>& residual) const {
+  if (!stream_) return;
+  const c10::impl::VirtualGuardImpl device(stream_->device_type());
+  const c10::Stream now = device.getStream(stream_->device());
+  if (now == *stream_) return;
+  const auto keep = [&](const at::Tensor& t) {
+    device.recordDataPtrOnStream(t.storage().data_ptr(), now);
+  };
+  for (const Watched& input : inputs_) keep(input.tensor);
+  if (residual) keep(residual->tensor);
 }
 
 void DeferredCall::count() {
@@ -400,7 +416,7 @@ void DeferredTensor::set_waiting(bool waits) {
     else
       waiting_list().remove(watched, this);
   };
-  set(pending_->call->inputs()[0]);
+  for (const Watched& input : pending_->call->inputs()) set(input);
   if (pending_->residual) set(*pending_->residual);
 }
 

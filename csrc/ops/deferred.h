@@ -81,6 +81,10 @@ class DeferredCall {
   py::tuple arguments_;  // a BatchNormCall
   std::vector<Watched> inputs_;  // input, weight, bias
   bool has_to_count_;
+  std::optional<c10::Stream> stream_;  // of the call, on a device that has streams
+
+  // Lets the allocator know that another stream than the call's reads the inputs.
+  void keep_for_other_stream(const std::optional<Watched>& residual) const;
 };
 
 using NodePtr = decltype(torch::autograd::Edge::function);

@@ -227,8 +227,9 @@ class BatchNormSite {
 
   // Computes the outputs of the last call that wait.
   void finish(const std::string& reason) {
-    const auto call = last_.lock();
-    if (call) materialize_waiting_for(call->inputs()[0].tensor, reason.c_str());
+    if (const auto call = last_.lock())
+      materialize_waiting_for(call->inputs()[0].tensor, reason.c_str());
+    count();
   }
 
   void computed_at_once(const std::string& reason) {

@@ -24,6 +24,7 @@ from gradfuse.ops.batch_norm import is_transformed
 __all__ = ["DEFERRED", "DeferredBatchNorm1d", "DeferredBatchNorm2d", "DeferredBatchNorm3d"]
 
 _PLAIN = (Tensor, nn.Parameter, type(None))
+_TENSORS = ("weight", "bias", "running_mean", "running_var")
 _NO_ACTIVATION = (int(Activation.NONE), 0.01, False)  # the last fields of a BatchNormCall
 
 
@@ -135,9 +136,18 @@ class _Deferred(_BatchNorm):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # fully_shard sets a parameter before it frees the memory of the one that was there.
-        if name in ("weight", "bias") and self._site is not None:
-            self._site.finish("a change of the module's parameters")
+        if name in _TENSORS:
+            self._finish_waiting()
         super().__setattr__(name, value)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._finish_waiting()
+        return super()._apply(*args, **kwargs)
+
+    def _finish_waiting(self) -> None:
+        """Computes what waits, before a parameter or buffer is replaced."""
+        if self._site is not None:
+            self._site.finish("a change of the module's parameters")
 
     def __getstate__(self) -> dict[str, Any]:
         if self._site is not None:
