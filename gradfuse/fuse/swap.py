@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from types import MethodType
 from typing import Any
 
@@ -14,7 +15,7 @@ from gradfuse.fuse.modules import DEFERRED, _Deferred
 __all__ = ["deferred_class", "fuse", "reason_against", "unfuse"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_OWN_DICTS = ("_parameters", "_modules", *_HOOKS)
+_OWN_DICTS = ("_parameters", "_buffers", "_modules", *_HOOKS)
 
 
 def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
@@ -122,6 +123,7 @@ class _Twins:
 
     def __init__(self, model: nn.Module) -> None:
         self._twins: dict[int, nn.Module] = {}
+        self._within: set[int] = set()  # containers that may hold themselves
         for module in model.modules():
             self._twins[id(module)] = type(module).__new__(type(module))
         for module in model.modules():
@@ -131,10 +133,9 @@ class _Twins:
     def _fill(self, module: nn.Module, twin: nn.Module) -> None:
         state = module.__getstate__() if isinstance(module, _Deferred) else module.__dict__
         for name, value in state.items():
-            if name in _OWN_DICTS or name == "_buffers":
+            if name in _OWN_DICTS:
                 value = type(value)(value)
             twin.__dict__[name] = self._of(value)
-        twin.__dict__["_modules"] = {k: self._of(m) for k, m in module._modules.items()}
 
     def _of(self, value: Any) -> Any:
         """The value, with twins in the place of modules."""
@@ -142,12 +143,13 @@ class _Twins:
             return self._twins.get(id(value), value)
         if isinstance(value, MethodType) and id(value.__self__) in self._twins:
             return MethodType(value.__func__, self._twins[id(value.__self__)])
-        if type(value) is dict:
-            made = {k: self._of(v) for k, v in value.items()}
-            return made if any(made[k] is not v for k, v in value.items()) else value
-        if type(value) in (list, tuple):
-            items = [self._of(v) for v in value]
-            if all(a is b for a, b in zip(items, value, strict=True)):
-                return value
-            return items if type(value) is list else tuple(items)
-        return value
+        if type(value) not in (dict, OrderedDict, list, tuple) or id(value) in self._within:
+            return value
+        self._within.add(id(value))
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        made = {k: self._of(v) for k, v in items}
+        self._within.remove(id(value))
+        old = value.values() if isinstance(value, dict) else value
+        if all(a is b for a, b in zip(made.values(), old, strict=True)):
+            return value
+        return type(value)(made if isinstance(value, dict) else made.values())
