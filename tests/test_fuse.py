@@ -478,6 +478,7 @@ def test_a_parameter_written_to_or_replaced_meanwhile():
     changes = (
         lambda m: m.bn.weight.data.mul_(2),
         lambda m: torch.optim.SGD(m.parameters(), lr=1.0, foreach=True).step(),
+        lambda m: gradfuse.optim.SGD(m.parameters(), lr=1.0).step(),
         lambda m: m.load_state_dict({k: v * 2 for k, v in m.state_dict().items()}),
         lambda m: m.float(),
         lambda m: setattr(m.bn, "weight", nn.Parameter(torch.ones(3))),

@@ -182,12 +182,14 @@ class WaitingList {
     std::vector<at::Tensor> found;
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto [begin, end] = entries_.equal_range(memory_of(written));
-    for (auto it = begin; it != end; ++it) {
-      // One whose last reference is gone is about to remove itself.
-      auto alive =
-          c10::weak_intrusive_ptr<c10::TensorImpl>::reclaim_copy(it->second.waiting).lock();
-      if (alive) found.emplace_back(std::move(alive));
-    }
+    for (auto it = begin; it != end; ++it) add_if_alive(found, it->second);
+    return found;
+  }
+
+  std::vector<at::Tensor> all_waiting() {
+    std::vector<at::Tensor> found;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const auto& entry : entries_) add_if_alive(found, entry.second);
     return found;
   }
 
@@ -196,6 +198,12 @@ class WaitingList {
     const c10::TensorImpl* awaited;
     DeferredTensor* waiting;
   };
+
+  // One whose last reference is gone is about to remove itself.
+  static void add_if_alive(std::vector<at::Tensor>& found, const Entry& entry) {
+    auto alive = c10::weak_intrusive_ptr<c10::TensorImpl>::reclaim_copy(entry.waiting).lock();
+    if (alive) found.emplace_back(std::move(alive));
+  }
 
   std::mutex mutex_;
   std::unordered_multimap<const void*, Entry> entries_;
@@ -211,6 +219,12 @@ WaitingList& waiting_list() {
 void materialize_waiting_for(const at::Tensor& written, const char* name) {
   for (const at::Tensor& t : waiting_list().waiting_for(written))
     if (DeferredTensor* const deferred = DeferredTensor::of(t)) deferred->materialize(name);
+}
+
+void materialize_all(const char* reason) {
+  if (!waiting_list().size()) return;
+  for (const at::Tensor& t : waiting_list().all_waiting())
+    if (DeferredTensor* const deferred = DeferredTensor::of(t)) deferred->materialize(reason);
 }
 
 void remove_stray_key(const at::Tensor& t) {
@@ -335,7 +349,7 @@ DeferredTensor::~DeferredTensor() { stop_waiting(); }
 DeferredTensor* DeferredTensor::of(const at::Tensor& t) {
   if (!t.defined() || !t.key_set().has(kDeferredKey)) return nullptr;
   auto* const deferred = dynamic_cast<DeferredTensor*>(t.unsafeGetTensorImpl());
-  return deferred && deferred->pending_ ? deferred : nullptr;
+  return deferred && deferred->waits_ ? deferred : nullptr;
 }
 
 bool DeferredTensor::has_storage() const {
@@ -370,16 +384,17 @@ void DeferredTensor::release_resources() {
   TensorImpl::release_resources();
 }
 
+std::unique_lock<std::recursive_mutex> DeferredTensor::lock() {
+  // Not while this thread holds the GIL, which a thread that computes the value needs.
+  std::optional<py::gil_scoped_release> release;
+  if (Py_IsInitialized() && PyGILState_Check()) release.emplace();
+  return std::unique_lock<std::recursive_mutex>(mutex_);
+}
+
 void DeferredTensor::materialize(const char* reason) {
-  if (!pending_) return;
-  std::unique_lock<std::mutex> lock(mutex_, std::defer_lock);
-  {
-    // Not while this thread holds the GIL, which the thread that computes needs.
-    std::optional<py::gil_scoped_release> release;
-    if (Py_IsInitialized() && PyGILState_Check()) release.emplace();
-    lock.lock();
-  }
-  if (!pending_) return;
+  if (!waits_) return;
+  const std::unique_lock<std::recursive_mutex> held = lock();
+  if (!waits_) return;
   const bool keeps_node = is_observed();
   const at::Tensor value = compute(Activation::None, 0.0);
   SiteRecord& site = *pending_->call->site;
@@ -421,22 +436,22 @@ void DeferredTensor::set_waiting(bool waits) {
 }
 
 void DeferredTensor::stop_waiting() {
+  waits_ = false;
   if (pending_) set_waiting(false);
   pending_ = nullptr;
   node_ = NodePtr();
 }
 
 void DeferredTensor::become(const at::Tensor& value) {
-  const std::lock_guard<std::mutex> lock(mutex_);
   adopt(value);
   if (value.grad_fn()) autograd::impl::set_gradient_edge(self(), {value.grad_fn(), 0});
   stop_waiting();
 }
 
 void DeferredTensor::wait_for(std::shared_ptr<Pending> pending) {
-  const std::lock_guard<std::mutex> lock(mutex_);
   stop_waiting();
   pending_ = std::move(pending);
+  waits_ = true;
   set_waiting(true);
   set_node();
 }

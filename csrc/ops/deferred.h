@@ -12,6 +12,7 @@
 #include <c10/core/AutogradState.h>
 #include <torch/csrc/autograd/edge.h>
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -21,6 +22,7 @@
 
 #include "../tensor/python_args.h"
 #include "batch_norm_call.h"
+#include "waiting.h"
 
 namespace gradfuse {
 
@@ -129,6 +131,8 @@ class DeferredTensor final : public c10::TensorImpl {
   // Computes the value, for the named operator or reason.
   void materialize(const char* reason);
 
+  // To be held by who calls what follows.
+  std::unique_lock<std::recursive_mutex> lock();
   const std::shared_ptr<Pending>& pending() const { return pending_; }
   // Whether somebody may hold the node or listen to the tensor's gradient, so that neither may be
   // replaced.
@@ -149,7 +153,8 @@ class DeferredTensor final : public c10::TensorImpl {
 
   std::shared_ptr<Pending> pending_;  // null once the value is there
   NodePtr node_;  // null if no gradient is wanted
-  mutable std::mutex mutex_;
+  std::atomic<bool> waits_{false};
+  std::recursive_mutex mutex_;  // of all above; Python code may come back while it computes
 };
 
 // A tensor that waits for the call.

@@ -118,13 +118,15 @@ bool add(Stack* stack, bool in_place, const char* name) {
   DeferredTensor* deferred = DeferredTensor::of(self);
   DeferredTensor* const addend = DeferredTensor::of(other);
   if (deferred && addend) addend->materialize(name);  // both may be one tensor
-  const bool is_first = deferred && deferred->pending();
+  const bool is_first = DeferredTensor::of(self);
   if (!is_first) deferred = in_place ? nullptr : DeferredTensor::of(other);
-  if (!deferred || !deferred->pending() || deferred->pending()->residual || !may_go_on(*deferred))
-    return false;
+  if (!deferred) return false;
   const at::Tensor& output = is_first ? self : other;
   const at::Tensor& residual = is_first ? other : self;
-  if (!fits(residual, output) || deferred->is_observed()) return false;
+  if (!fits(residual, output)) return false;
+  const auto held = deferred->lock();
+  if (!may_go_on(*deferred) || deferred->pending()->residual || deferred->is_observed())
+    return false;
   const std::shared_ptr<DeferredCall> call = deferred->pending()->call;
   if (in_place) deferred->wait_for(std::make_shared<Pending>(call, Watched("residual", residual)));
   replace_arguments(stack, 3,
@@ -136,7 +138,9 @@ bool activate(Stack* stack, const ActivationOp& op, size_t count) {
   const Arguments arguments = torch::jit::last(stack, count);
   const at::Tensor self = arguments[0].toTensor();
   DeferredTensor* const deferred = DeferredTensor::of(self);
-  if (!deferred || !may_go_on(*deferred) || deferred->is_observed()) return false;
+  if (!deferred) return false;
+  const auto held = deferred->lock();
+  if (!may_go_on(*deferred) || deferred->is_observed()) return false;
   double slope = 0.01;
   Activation activation = op.activation;
   if (op.read) activation = op.read(arguments, slope);

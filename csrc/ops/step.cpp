@@ -4,6 +4,7 @@
 
 #include "../math/prefetch.h"
 #include "../tensor/dispatch.h"
+#include "waiting.h"
 #include "walk.h"
 
 namespace gradfuse {
@@ -185,6 +186,7 @@ void update_on(at::Device device, Rule rule, std::vector<ParamRef> params, const
 }
 
 void apply(const HeldParams& held, Walk& found, const StepCall& call, const Use& given) {
+  materialize_all("an optimizer's step");
   const bool writes_grads = call.materialize && given.plan;
   const Use use = writes_grads ? materialize(held, found, given) : given;
   for (const std::vector<ParamRef>& params : found.params) bump_versions(held, params);
