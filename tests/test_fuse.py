@@ -536,12 +536,20 @@ def test_autocast(dtype):
 @waits
 def test_threads_share_an_output():
     fused = gradfuse.fuse(program(lambda s, x: s.bn(x)))
-    for seed in range(20):
-        x = random(4, 3, 5, 5, dtype=torch.float64, seed=seed)
-        y, expected = fused(x), copy.deepcopy(fused)(x).cos().detach()
-        with ThreadPoolExecutor(4) as pool:
-            for found in pool.map(lambda f: f(), [y.detach().cos] * 2 + [lambda y=y: y.cos()] * 6):
-                torch.testing.assert_close(found, expected)
+    x = random(4, 3, 5, 5, dtype=torch.float64)
+    y = copy.deepcopy(fused)(x).detach()
+    uses = (
+        (lambda z: z.relu(), y.relu()),
+        (lambda z: z + x, y + x),
+        (lambda z: (z + x).relu(), (y + x).relu()),
+        (lambda z: z.cos(), y.cos()),
+        (lambda z: torch.from_numpy(z.detach().numpy()), y),
+    )
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(100):
+            z = fused(x)
+            found = list(pool.map(lambda use, z=z: use[0](z), uses * 2))
+            torch.testing.assert_close(found, [expected for _, expected in uses * 2])
 
 
 def statistics(bn):
