@@ -225,7 +225,11 @@ def test_no_module_binds_an_implementation():
             continue
         if found.name == "gradfuse._C" or found.name.endswith("__main__"):
             continue
-        module = importlib.import_module(found.name)
+        try:
+            module = importlib.import_module(found.name)
+        except ModuleNotFoundError as error:  # of timm, whose modules gradfuse.fuse.timm knows
+            assert error.name == found.name.rpartition(".")[2]
+            continue
         for name, value in vars(module).items():
             if id(value) in functions or (id(value) in modules and name != "reference"):
                 bound.append(f"{found.name}.{name}")
