@@ -227,8 +227,9 @@ def test_no_module_binds_an_implementation():
             continue
         try:
             module = importlib.import_module(found.name)
-        except ModuleNotFoundError as error:  # of timm, whose modules gradfuse.fuse.timm knows
-            assert error.name == found.name.rpartition(".")[2]
+        except ModuleNotFoundError as error:
+            if error.name != "timm":  # which is optional; gradfuse.fuse.timm knows its modules
+                raise
             continue
         for name, value in vars(module).items():
             if id(value) in functions or (id(value) in modules and name != "reference"):
