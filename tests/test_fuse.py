@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from helpers import HOST_BACKENDS, random
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import gradfuse
@@ -183,8 +184,6 @@ class Block(nn.Module):
 
 
 class Double(torch.autograd.Function):
-    """Reaches its input in C++ only, as extensions do."""
-
     @staticmethod
     def forward(ctx, x):
         return x * 2
@@ -498,6 +497,33 @@ def test_a_parameter_written_to_or_replaced_meanwhile():
                 change(m)
                 found.append((y.relu(), *(b.clone() for b in m.buffers())))
         torch.testing.assert_close(*found)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return weight * 2
+
+
+@waits
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda bn: nn.utils.parametrize.register_parametrization(bn, "weight", Doubled()),
+        lambda bn: prune.random_unstructured(bn, "weight", 1),
+    ],
+    ids=["parametrized", "pruned"],
+)
+def test_weights_that_are_computed(change):
+    """They are attributes, but no parameters of the module."""
+    model = program(lambda s, x: s.bn(x).relu())
+    fused = gradfuse.fuse(copy.deepcopy(model))
+    for m in (model, fused):
+        torch.manual_seed(0)
+        change(m.bn)
+    x = random(4, 3, 5, 5, dtype=torch.float64)
+    found = [run(m, x, True) for m in (model, fused)]
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+    assert patterns(fused) == {"bn+relu": 1}
 
 
 @waits

@@ -82,7 +82,7 @@ class _Deferred(_BatchNorm):
             or torch_module._has_any_global_hook()
         ):
             return "the module has hooks"
-        if type(input) not in _PLAIN or is_transformed():
+        if any(type(t) not in _PLAIN for t in (input, self.weight, self.bias)) or is_transformed():
             return "a transform or tensor subclass sees the call"
         return ""
 
@@ -95,19 +95,15 @@ class _Deferred(_BatchNorm):
 
     def _wait(self, input: Tensor) -> Tensor | None:
         """An output that waits; None where it has to be computed at once."""
-        parameters, buffers = self.__dict__["_parameters"], self.__dict__["_buffers"]
-        mean, var = buffers["running_mean"], buffers["running_var"]
+        mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
         training = self.training
         momentum: float | Tensor | None = self.momentum
-        counted = buffers["num_batches_tracked"] if training and self.track_running_stats else None
+        counted = self.num_batches_tracked if training and self.track_running_stats else None
         if momentum is None:
             momentum = 0.0 if counted is None else (counted + 1).double().reciprocal()
         uses_batch = training or (mean is None and var is None)
         if training and not self.track_running_stats:
             mean = var = None
-        weight, bias = parameters["weight"], parameters["bias"]
-        if type(weight) not in _PLAIN or type(bias) not in _PLAIN:
-            return None
         output: Tensor | None = self._site.defer(
             (input, None, weight, bias, mean, var, uses_batch, momentum, self.eps, *_NO_ACTIVATION)
         )

@@ -168,7 +168,7 @@ def _run(*arguments: Any) -> Tensor:
 
 
 def _run_deferred(*arguments: Any) -> Tensor:
-    """The same for an output that waited: whoever saved what follows from its activation."""
+    """The same for an output that waited, whose activation came later and decides on the mask."""
     return _run(*arguments[:-1], arguments[9] in _WITH_MASK)
 
 
