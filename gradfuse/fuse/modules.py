@@ -65,7 +65,7 @@ class _Deferred(_BatchNorm):
             output = self._wait(input)
             if output is not None:
                 return output
-            reason = "a backward pass, dispatch mode or saved-tensor hook is active"
+            reason = "a backward pass, dispatch mode, saved-tensor hook or subclass of a weight"
         if self._site is not None:
             self._site.computed_at_once(reason)
         return normalise(self, input)
@@ -82,7 +82,7 @@ class _Deferred(_BatchNorm):
             or torch_module._has_any_global_hook()
         ):
             return "the module has hooks"
-        if any(type(t) not in _PLAIN for t in (input, self.weight, self.bias)) or is_transformed():
+        if type(input) not in _PLAIN or is_transformed():
             return "a transform or tensor subclass sees the call"
         return ""
 
@@ -95,10 +95,18 @@ class _Deferred(_BatchNorm):
 
     def _wait(self, input: Tensor) -> Tensor | None:
         """An output that waits; None where it has to be computed at once."""
-        mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
+        # Attributes take Python's slow way through __getattr__.
+        parameters, buffers = self.__dict__["_parameters"], self.__dict__["_buffers"]
+        try:
+            weight, bias = parameters["weight"], parameters["bias"]
+            mean, var = buffers["running_mean"], buffers["running_var"]
+        except KeyError:  # parametrized ones are attributes only
+            weight, bias, mean, var = self.weight, self.bias, self.running_mean, self.running_var
+        if type(weight) not in _PLAIN or type(bias) not in _PLAIN:
+            return None
         training = self.training
         momentum: float | Tensor | None = self.momentum
-        counted = self.num_batches_tracked if training and self.track_running_stats else None
+        counted = buffers["num_batches_tracked"] if training and self.track_running_stats else None
         if momentum is None:
             momentum = 0.0 if counted is None else (counted + 1).double().reciprocal()
         uses_batch = training or (mean is None and var is None)
