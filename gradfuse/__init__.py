@@ -2,7 +2,15 @@
 
 from gradfuse import nn, optim, policies
 from gradfuse.clipping import GradClipper, GradReport, ParameterGrad
-from gradfuse.fuse import FuseReport, Site, fuse, fuse_report, unfuse
+from gradfuse.fuse import (
+    FuseReport,
+    Site,
+    compile_backend,
+    fuse,
+    fuse_graph,
+    fuse_report,
+    unfuse,
+)
 from gradfuse.ops.adaptive_clip import adaptive_clip_grad_
 from gradfuse.ops.batch_norm import batch_norm_act
 from gradfuse.ops.clip import (
@@ -25,7 +33,9 @@ __all__ = [
     "clip_grad_norm_",
     "clip_grad_value_",
     "clip_grads_with_norm_",
+    "compile_backend",
     "fuse",
+    "fuse_graph",
     "fuse_report",
     "get_total_norm",
     "nn",

@@ -661,16 +661,18 @@ def library_forward(dtype: torch.dtype) -> Iterable[tuple]:
         [(A.NONE, False), (A.RELU, True), (A.LEAKY_RELU, False), (A.SILU, False), (A.TANH, False)]
     ):
         t = batch_norm_sample((4, 3, 5, 6), i % 2 == 0, dtype).tensors
-        stats = (None, None) if i % 2 else (t["mean"], t["var"])
+        stats = (None, None) if i == 1 else (t["mean"], t["var"])
+        factor = torch.tensor(0.25, dtype=torch.float64) if i == 3 else None
         x = t["x"].requires_grad_()
-        yield (x, t["r"], t["w"], t["b"], *stats, bool(i % 2), 1e-5, code, 0.01, masked)
+        rest = (bool(i % 2), 0.1, 1e-5, code, 0.01, masked, factor)
+        yield (x, t["r"], t["w"], t["b"], *stats, *rest)
 
 
 def library_backward(dtype: torch.dtype) -> Iterable[tuple]:
     for i, call in enumerate(library_forward(dtype)):
-        x, r, w, b, _, _, training, eps, code, slope, masked = call
+        x, r, w, b, _, _, training, _, eps, code, slope, masked, _ = call
         x = x.detach()
-        y, mask, stats = torch.ops.gradfuse.batch_norm_act(x, *call[1:])
+        y, mask, stats, _, _ = torch.ops.gradfuse.batch_norm_act(x, *call[1:])
         saved = (x, r, y, mask if masked else None, w, b, stats)
         wanted = [i != 1, code != Activation.NONE and i != 2, True, i != 3]
         yield (x.cos(), *saved, not y.is_contiguous(), training, eps, code, slope, wanted)

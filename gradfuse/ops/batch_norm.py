@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,14 @@ from gradfuse._native import define_op
 from gradfuse._records import BatchNormCall, BatchNormOptions, BatchNormSaved
 from gradfuse.reference import MASKED, OUTPUT_SAVED
 
-__all__ = ["ACTIVATIONS", "batch_norm_act", "check_activation", "is_transformed", "recomputing"]
+__all__ = [
+    "ACTIVATIONS",
+    "batch_norm_act",
+    "check_activation",
+    "is_transformed",
+    "library_arguments",
+    "recomputing",
+]
 
 ACTIVATIONS = tuple(name for name in reference.ACTIVATIONS if name is not None)
 _CODES = dict(zip(reference.ACTIVATIONS, Activation, strict=True))
@@ -348,14 +355,41 @@ def _before_activation(
     return _activation_backward(g, z, name, options.negative_slope, False)
 
 
-def _check_updated(input: Tensor, running_mean: Tensor | None, running_var: Tensor | None) -> None:
-    """Checks the running statistics, which the registered op is not given."""
-    if (running_mean is None) != (running_var is None):
+def library_arguments(call: BatchNormCall) -> tuple[Any, ...]:
+    """The arguments of the registered op, which takes a momentum of a tensor by itself."""
+    call = call._replace(activation=int(call.activation))  # graphs hold no enums
+    if isinstance(call.momentum, Tensor):
+        return (*call._replace(momentum=0.0), call.momentum)
+    return (*call, None)
+
+
+def _through_library(call: BatchNormCall) -> Tensor:
+    """The call as an op without side effects, whose new running statistics torch writes."""
+    results = torch.ops.gradfuse.batch_norm_act(*library_arguments(call))
+    if call.training:
+        for running, new in ((call.running_mean, results[3]), (call.running_var, results[4])):
+            if running is not None:
+                running.copy_(new)
+    output: Tensor = results[0]
+    return output
+
+
+def _call_of(inputs: Sequence[Any]) -> BatchNormCall:
+    """The call that the registered op's inputs stand for."""
+    *fields, factor = inputs
+    call = BatchNormCall(*fields)
+    return call if factor is None else call._replace(momentum=factor)
+
+
+def _check_updated(call: BatchNormCall) -> None:
+    """Checks the running statistics as the kernels do."""
+    input, means, variances = call.input, call.running_mean, call.running_var
+    if (means is None) != (variances is None):
         raise ValueError(
             f"{_OP}: running_mean and running_var must come together, got only "
-            f"{'running_var' if running_mean is None else 'running_mean'}"
+            f"{'running_var' if means is None else 'running_mean'}"
         )
-    for name, t in (("running_mean", running_mean), ("running_var", running_var)):
+    for name, t in (("running_mean", means), ("running_var", variances)):
         if t is not None and t.shape != (input.shape[1],):
             raise ValueError(
                 f"{_OP}: {name} must have one element per channel, [{input.shape[1]}], got "
@@ -363,37 +397,11 @@ def _check_updated(input: Tensor, running_mean: Tensor | None, running_var: Tens
             )
 
 
-def _through_library(call: BatchNormCall) -> Tensor:
-    """The call as an op without side effects; the running statistics are updated apart from it."""
-    means, variances = call.running_mean, call.running_var
-    if call.training:
-        _check_updated(call.input, means, variances)
-    output: Tensor
-    output, _, stats = torch.ops.gradfuse.batch_norm_act(
-        call.input, call.residual, call.weight, call.bias,
-        *((None, None) if call.training else (means, variances)),
-        call.training, call.eps, call.activation, call.negative_slope, call.wants_mask,
-    )  # fmt: skip
-    if call.training and call.input.numel():
-        with torch.no_grad():
-            for running, now in ((means, stats[0]), (variances, stats[2])):
-                if running is not None:
-                    running.copy_((1.0 - call.momentum) * running.double() + call.momentum * now)
-    return output
-
-
-_LIBRARY_FIELDS = [name for name in BatchNormCall._fields if name != "momentum"]
-
-
-def _call_of(inputs: Sequence[Any]) -> BatchNormCall:
-    """The call that the registered op's inputs stand for; it updates no running statistics."""
-    return BatchNormCall(momentum=0.0, **dict(zip(_LIBRARY_FIELDS, inputs, strict=True)))
-
-
-def _fake_forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_forward(*inputs: Any) -> tuple[Tensor, ...]:
     call = _call_of(inputs)
     input = call.input
     _check_statistics(call.running_mean, call.training)
+    _check_updated(call)
     n, c = input.shape[:2]
     positions = input.shape[2:].numel()
     output = reference.output_like(input)
@@ -409,11 +417,25 @@ def _fake_forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         output,
         input.new_empty(mask_shape, dtype=torch.uint8),
         input.new_empty(3, c, dtype=torch.float64),
+        *_updatable(call),
     )
 
 
-def _library_forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _native.backend.batch_norm_forward(_call_of(inputs))
+def _library_forward(*inputs: Any) -> tuple[Tensor, ...]:
+    call = _call_of(inputs)
+    new_mean, new_var = _updatable(call)
+    if call.training:
+        call = call._replace(
+            running_mean=None if call.running_mean is None else new_mean,
+            running_var=None if call.running_var is None else new_var,
+        )
+    return (*_native.backend.batch_norm_forward(call), new_mean, new_var)
+
+
+def _updatable(call: BatchNormCall) -> Iterator[Tensor]:
+    """Copies of the running statistics that the call updates; empty where it updates none."""
+    for t in (call.running_mean, call.running_var):
+        yield call.input.new_empty(0) if t is None or not call.training else t.clone()
 
 
 def _backward_of(inputs: Sequence[Any]) -> tuple[Tensor, BatchNormSaved, BatchNormOptions]:
@@ -450,12 +472,12 @@ def _fake_backward(*inputs: Any) -> tuple[Tensor, ...]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
-    _save_for_backward(ctx, _call_of(inputs), *output)
+    _save_for_backward(ctx, _call_of(inputs), *output[:3])
 
 
 def _library_gradient(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_output is None:
-        return (None,) * len(_LIBRARY_FIELDS)
+        return (None,) * len(ctx.needs_input_grad)
     wanted, saved = ctx.needs_input_grad[:4], _saved_from(ctx.saved_tensors)
     grads: tuple[Tensor | None, ...]
     if torch.is_grad_enabled():
@@ -468,7 +490,7 @@ def _library_gradient(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Te
         grads = tuple(g if a else None for g, a in zip(found, asked, strict=True))
         if wanted[1] and is_identity:
             grads = (grads[0], grad_output, *grads[2:])
-    return (*grads, *(None,) * (len(_LIBRARY_FIELDS) - 4))
+    return (*grads, *(None,) * (len(ctx.needs_input_grad) - 4))
 
 
 if _native.available:
@@ -476,8 +498,9 @@ if _native.available:
 
 define_op(
     "batch_norm_act(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias,"
-    " Tensor? running_mean, Tensor? running_var, bool training, float eps, int activation,"
-    " float negative_slope, bool wants_mask) -> (Tensor, Tensor, Tensor)",
+    " Tensor? running_mean, Tensor? running_var, bool training, float momentum, float eps,"
+    " int activation, float negative_slope, bool wants_mask, Tensor? factor)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _library_forward,
     _fake_forward,
     backward=_library_gradient,
