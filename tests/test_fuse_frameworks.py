@@ -142,3 +142,51 @@ def test_lightning(tmp_path):
         trainer.fit(m, data)
     assert patterns(fused) == {"bn+add+relu": 2, "bn": 1}
     torch.testing.assert_close(fused.state_dict(), model.state_dict(), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_exported_and_loaded(train, tmp_path):
+    model = net().train(train)
+    fused = gradfuse.fuse(copy.deepcopy(model))
+    x = random(4, 3, 5, 5, **WIDE)
+    torch.export.save(torch.export.export(fused, (x,)), tmp_path / "model.pt2")
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    found = []
+    for m in (loaded, gradfuse.fuse_graph(copy.deepcopy(loaded)), model):
+        m(x).square().sum().backward()
+        found.append([{n: p.grad for n, p in m.named_parameters()}, dict(m.named_buffers())])
+    for got in found[:2]:
+        torch.testing.assert_close(got, found[2], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_onnx(dynamo, tmp_path):
+    """The operators of the unfused model, with its values."""
+    onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxscript")
+    from onnx.reference import ReferenceEvaluator
+
+    x, operators = random(4, 3, 5, 5), []
+    model = net().float().eval()
+    for m in (model, gradfuse.fuse(copy.deepcopy(model))):
+        torch.onnx.export(m, (x,), tmp_path / "model.onnx", dynamo=dynamo, verbose=False)
+        graph = onnx.load(tmp_path / "model.onnx")
+        operators.append([node.op_type for node in graph.graph.node])
+        (name,) = (value.name for value in graph.graph.input)
+        (y,) = ReferenceEvaluator(graph).run(None, {name: x.numpy()})
+        torch.testing.assert_close(torch.tensor(y), model(x))
+    assert operators[0] == operators[1]
+
+
+def test_training_for_quantization():
+    from torch.ao.quantization import get_default_qat_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_qat_fx
+
+    model = nn.Sequential(Block(), Block()).train()
+    x, outputs, kinds = random(4, 3, 5, 5), [], []
+    for m in (copy.deepcopy(model), gradfuse.fuse(copy.deepcopy(model))):
+        prepared = prepare_qat_fx(m, get_default_qat_qconfig_mapping(), (x,))
+        prepared(x).sum().backward()
+        kinds.append([type(part) for part in prepared.modules()][1:])
+        outputs.append(convert_fx(prepared.eval())(x))
+    assert kinds[0] == kinds[1]
+    torch.testing.assert_close(*outputs)

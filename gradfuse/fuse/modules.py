@@ -163,10 +163,23 @@ class _Deferred(_BatchNorm):
         return to_plain(self)
 
 
-def _recorded(module: nn.Module, input: Any) -> Any:
+def _recorded(module: _Deferred, input: Any) -> Any:
     """A call of the module in the graph of torch.fx, as of torch.nn's own."""
-    path = input.tracer.path_of_module(module)
-    return input.tracer.create_proxy("call_module", path, (input,), {})
+    tracer = input.tracer
+    if any(cls.__name__ == "QuantizationTracer" for cls in type(tracer).__mro__):
+        # prepare_fx and prepare_qat_fx go by classes, not by isinstance, as they fold a batch norm
+        # into the convolution before it.
+        become_plain(module)
+        return module(input)
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (input,), {})
+
+
+def become_plain(bn: _Deferred) -> None:
+    """Gives a module its own class back."""
+    state = bn.__getstate__()
+    bn.__class__ = bn.plain  # type: ignore[assignment]
+    bn.__dict__.clear()
+    bn.__dict__.update(state)
 
 
 def to_plain(bn: _Deferred) -> _BatchNorm:

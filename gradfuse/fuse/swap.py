@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gradfuse.fuse.modules import DEFERRED, _Deferred
+from gradfuse.fuse.modules import DEFERRED, _Deferred, become_plain
 
 __all__ = ["deferred_class", "fuse", "reason_against", "unfuse"]
 
@@ -64,10 +64,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     root = _taken("unfuse", model, inplace)
     for module in list(root.modules()):
         if isinstance(module, _Deferred):
-            state = module.__getstate__()
-            module.__class__ = module.plain  # type: ignore[assignment]
-            module.__dict__.clear()
-            module.__dict__.update(state)
+            become_plain(module)
     return root
 
 
