@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -167,7 +168,7 @@ def test_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_bench_batch_norm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for extra in ("matplotlib", "rich"):
         pytest.importorskip(extra)
-    options = ["--quick", "--no-step", "--shapes", "2,8,6,6", "3,4,5,5", "--out", str(tmp_path)]
+    options = ["--quick", "--shapes", "2,8,6,6", "3,4,5,5", "--out", str(tmp_path)]
     assert main(["bench", "batch_norm", *options]) == 0
     out = capsys.readouterr().out
     assert "float32 against torch eager" in out
@@ -176,6 +177,18 @@ def test_bench_batch_norm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert len(found) == 2 * 2 * 2 * 2  # shapes, layouts, dtypes, with the backward and without
     assert {r["contender"] for r in document["results"]} >= {"torch eager", "gradfuse"}
     assert all(r["median_ms"] > 0 and r["speedup"] > 0 for r in document["results"])
+
+
+def test_bench_fuse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for extra in ("matplotlib", "rich", "torchvision"):
+        pytest.importorskip(extra)
+    assert main(["bench", "fuse", "--quick", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert len(re.findall(r"(forward|backward): waiting takes .* us a site", out)) == 4
+    document = json.loads((tmp_path / "bench_fuse.json").read_text())
+    steps = [r for r in document["results"] if r["workload"].startswith("ResNet-50 step")]
+    assert [r["contender"] for r in steps] == ["stock", "gradfuse"]
+    assert all(r["extra_bytes"] > 1e7 and r["median_ms"] > 1.0 for r in steps)
 
 
 @pytest.mark.parametrize("shape", ["2,8,6", "2,8,6,0", "2,8,6,x"])

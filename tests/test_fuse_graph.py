@@ -128,6 +128,14 @@ PROGRAMS = {
         lambda s, x, r: F.relu(after(s.bn(x) + (r := r * 1), r.mul_(2))),
         "add",
     ),
+    "residual written between, by a flag": (
+        lambda s, x, r: F.relu(after(s.bn(x) + (r := r * 1), F.silu(r, inplace=True))),
+        "add",
+    ),
+    "residual written between, by an argument": (
+        lambda s, x, r: F.relu(after(s.bn(x) + (r := r * 1), F.silu(r, True))),
+        "add",
+    ),
     "statistics written between": (
         lambda s, x, r: F.relu(after(s.bn(x), s.bn.running_mean.mul_(0.5))),
         "-",
@@ -210,6 +218,26 @@ def test_exported(name):
     assert gradfuse.fuse_graph(graph) is graph
     torch.testing.assert_close(*(outcome(m, inputs(), name) for m in (graph, plain)))
     assert calls(graph) == expected
+
+
+@pytest.mark.parametrize("how", ["compiled", "exported"])
+def test_statistics_of_eval_mode_are_read_before_they_are_updated(how):
+    def program(s, x, r):
+        mean, var = s.bn.running_mean, s.bn.running_var
+        y = F.batch_norm(x, mean, var)
+        z = F.batch_norm(r, mean, var, training=True)
+        return F.relu(y) + z
+
+    plain, graph, model = Model(program), Kept(), Model(program)
+    if how == "exported":
+        graph = torch.export.export(model, tuple(inputs())).module()
+        run = gradfuse.fuse_graph(graph)
+        expected = "- add"
+    else:
+        run = torch.compile(model, backend=gradfuse.compile_backend(graph), fullgraph=True)
+        expected = "add"
+    torch.testing.assert_close(*(outcome(m, inputs(), FORWARD[0]) for m in (run, plain)))
+    assert calls(graph if how == "exported" else graph.graphs[0]) == expected
 
 
 class Chain(nn.Module):

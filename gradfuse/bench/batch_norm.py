@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib
 import math
 import statistics
@@ -26,7 +25,6 @@ __all__ = ["BENCH", "setup"]
 EAGER, FUSED, SAVES_OUTPUT = "torch eager", "gradfuse", "gradfuse, save=output"
 COMPILED, ABN, FLOOR = "torch.compile", "inplace_abn", "floor: the same bytes"
 FRESH_FLOOR = "the same bytes, fresh memory"
-STEP = "ResNet-50 step"
 
 # Of ResNet-50 at batch 32, one at batch 8, and one so small that overhead dominates.
 SHAPES = (
@@ -183,52 +181,6 @@ def workloads(arguments: argparse.Namespace, notes: list[str]) -> Iterator[Workl
                         targets={FUSED: target} if backward and dtype == torch.float32 else {},
                     )
                     del contenders
-    if not arguments.step:
-        return
-    step = training_step(notes, *((2, 64) if arguments.quick else (8, 128)))
-    if step is not None:
-        yield step
-
-
-def training_step(notes: list[str], batch: int, pixels: int) -> Workload | None:
-    """Forward, backward, clip and AdamW of a ResNet-50: fuse and gradfuse's clip against stock."""
-    try:
-        from torchvision.models import resnet50
-    except ImportError as error:
-        notes.append(f"{STEP}: left out, {error}")
-        return None
-    torch.manual_seed(0)
-    stock = resnet50()
-    images = torch.randn(batch, 3, pixels, pixels)
-    labels = torch.arange(batch) % 1000
-
-    def trainer(model: torch.nn.Module, clip: Callable[..., Tensor]) -> Callable[[], float]:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-        parameters = list(model.parameters())
-
-        def run() -> float:
-            optimizer.zero_grad(set_to_none=True)
-            loss = F.cross_entropy(model(images), labels)
-            loss.backward()
-            clip(parameters, 1.0)
-            optimizer.step()
-            return loss.item()
-
-        return run
-
-    contenders = [
-        Contender("stock", trainer(copy.deepcopy(stock), torch.nn.utils.clip_grad_norm_)),
-        Contender(FUSED, trainer(gradfuse.fuse(stock), gradfuse.clip_grad_norm_)),
-    ]
-    return Workload(
-        name=f"{STEP}, batch {batch}, {pixels} px",
-        dtype="float32",
-        contenders=contenders,
-        bytes_moved=0,
-        baseline="stock",
-        floor="stock",
-        targets={FUSED: Target(1.10)},
-    )
 
 
 def geometric_means(results: Sequence[Result]) -> list[str]:
@@ -282,9 +234,6 @@ def shape(text: str) -> tuple[int, ...]:
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shapes", type=shape, nargs="+", metavar="N,C,H,W", help="instead of ResNet-50's"
-    )
-    parser.add_argument(
-        "--step", action=argparse.BooleanOptionalAction, default=True, help="time a training step"
     )
 
 

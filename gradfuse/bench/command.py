@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from gradfuse.bench import batch_norm, clip, optim
+from gradfuse.bench import batch_norm, clip, fuse, optim
 from gradfuse.bench.harness import Result, measure
 from gradfuse.bench.machine import machine
 from gradfuse.bench.output import progress, report
@@ -17,7 +17,7 @@ from gradfuse.bench.registry import Bench
 
 __all__ = ["BENCHES", "main"]
 
-BENCHES = {bench.op: bench for bench in (clip.BENCH, batch_norm.BENCH, optim.BENCH)}
+BENCHES = {bench.op: bench for bench in (clip.BENCH, batch_norm.BENCH, fuse.BENCH, optim.BENCH)}
 
 
 def parser_of(bench: Bench | None) -> argparse.ArgumentParser:

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ __all__ = [
     "Result",
     "Target",
     "Workload",
+    "extra_memory",
     "interleave",
     "measure",
     "summarise",
@@ -30,10 +32,14 @@ Times = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to do the work. run() does it once, to the end."""
+    """A way to do the work. run() does it once, to the end.
+
+    memory() tells the bytes of one call, where it runs in another process.
+    """
 
     name: str
     run: Callable[[], object]
+    memory: Callable[[], int | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,7 @@ class Workload:
         floor: name of the contender that only moves the bytes.
         prepare: runs untimed before every call, the same for every contender.
         verify: raises unless the last call did the work. Not called for the floor.
+        pids: the processes that do the work, where this one does not.
     """
 
     name: str
@@ -74,6 +81,7 @@ class Workload:
     verify: Callable[[], object] = lambda: None
     targets: dict[str, Target] = field(default_factory=dict)
     device: str = "cpu"
+    pids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -227,8 +235,9 @@ def measure(workload: Workload, plan: Plan) -> list[Result]:
             if call == "first" and contender.name != workload.floor:
                 workload.verify()
         workload.prepare()
-        extra[contender.name] = extra_memory(contender.run, workload.device)
-    neighbours = Neighbours()
+        memory = contender.memory or partial(extra_memory, contender.run, workload.device)
+        extra[contender.name] = memory()
+    neighbours = Neighbours(workload.pids)
     times = interleave(workload.contenders, workload.prepare, plan)
     others = neighbours.share()
     return [replace(r, others=others) for r in summarise(workload, times, extra)]

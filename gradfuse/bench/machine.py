@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -46,26 +47,32 @@ class Neighbours:
     not all contenders alike. Such figures are worthless.
     """
 
-    def __init__(self) -> None:
-        self._begin = processor_seconds()
+    def __init__(self, pids: Sequence[int] = ()) -> None:
+        self._pids = pids  # of the bench's own other processes
+        self._begin = processor_seconds(pids)
 
     def share(self) -> float | None:
         """0.0 to 1.0; None if the system does not report it."""
-        end = processor_seconds()
+        end = processor_seconds(self._pids)
         if self._begin is None or end is None:
             return None
         everybody, own, idle = (b - a for a, b in zip(self._begin, end, strict=True))
         return max(0.0, (everybody - own) / max(everybody + idle, 1e-9))
 
 
-def processor_seconds() -> tuple[float, float, float] | None:
-    """Seconds so far, over all processors: of all processes, of this process, and idle."""
+def processor_seconds(pids: Sequence[int] = ()) -> tuple[float, float, float] | None:
+    """Seconds so far, over all processors: of all processes, of this one and `pids`, and idle."""
     try:
         with open("/proc/stat") as stat:
             ticks = [int(word) for word in stat.readline().split()[1:9]]
+        # The name of a process, in brackets, may contain spaces. User and system time are the 14th
+        # and 15th field.
+        lines = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2] for pid in pids]
         tick = 1 / os.sysconf("SC_CLK_TCK")
     except (OSError, ValueError):
         return None
     times = os.times()
+    own = times.user + times.system
+    own += tick * sum(int(word) for line in lines for word in line.split()[11:13])
     idle = ticks[3] + ticks[4]  # idle, and waiting for a disk
-    return (sum(ticks) - idle) * tick, times.user + times.system, idle * tick
+    return (sum(ticks) - idle) * tick, own, idle * tick

@@ -39,9 +39,9 @@ class _Deferred(_BatchNorm):
     _site: Any = None
 
     def forward(self, input: Tensor) -> Tensor:
-        # torch.compile gets the op where the batch's statistics are taken. In eval mode a batch norm
-        # is elementwise, and inductor fuses it with what surrounds it. torch.export, torch.jit and
-        # torch.fx record what they would of the plain module.
+        # torch.compile gets the op in training. In eval mode a batch norm is elementwise, and
+        # inductor fuses it with what surrounds it. torch.export, torch.jit and torch.fx record what
+        # they would of the plain module.
         is_compiling = torch.compiler.is_compiling()
         if is_compiling and self.training and not torch.compiler.is_exporting():
             self._check_input_dim(input)

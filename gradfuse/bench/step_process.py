@@ -1,0 +1,129 @@
+"""Training steps of a ResNet-50, each kind in a process of its own.
+
+Two models in one process disturb each other: they share caches of memory and threads, and what one
+frees the other gets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+import gradfuse
+from gradfuse.bench.harness import extra_memory
+
+__all__ = ["KINDS", "StepProcess"]
+
+STOCK, FUSED = "stock", "gradfuse"
+COMPILED, FUSED_COMPILED = "torch.compile", "gradfuse, compiled"
+KINDS = (STOCK, FUSED, COMPILED, FUSED_COMPILED)
+
+
+class StepProcess:
+    """A process that does a step when it is told to.
+
+    Attributes:
+        pid: of the process.
+        first: seconds of its first step, which compiles what is to be compiled.
+    """
+
+    def __init__(self, kind: str, batch: int, pixels: int, layout: str, dtype: str) -> None:
+        numbers = [str(n) for n in (batch, pixels, torch.get_num_threads())]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", __name__, kind, *numbers, layout, dtype],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.pid = self._process.pid
+        self.first = float(self._ask("first"))
+
+    def step(self) -> None:
+        self._ask("step")
+
+    def memory(self) -> int | None:
+        """The most bytes that torch held during one step, beyond what it held before."""
+        answer = self._ask("memory")
+        return None if answer == "None" else int(answer)
+
+    def close(self) -> None:
+        self._process.communicate()
+
+    def _ask(self, what: str) -> str:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(f"{what}\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline().strip()
+        if not answer:
+            raise RuntimeError(f"the process of a step ended with {self._process.wait()}")
+        return answer
+
+
+def make_step(
+    kind: str, batch: int, pixels: int, channels_last: bool, dtype: torch.dtype
+) -> Callable[[], object]:
+    """Forward, backward, clip and AdamW: with torch's parts, or gradfuse's."""
+    from torchvision.models import resnet50
+
+    torch.manual_seed(0)
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    model = resnet50().to(memory_format=form)
+    images = torch.randn(batch, 3, pixels, pixels).to(memory_format=form)
+    labels = torch.arange(batch) % 1000
+    is_ours = kind in (FUSED, FUSED_COMPILED)
+    if is_ours:
+        gradfuse.fuse(model, inplace=True)
+    parameters = list(model.parameters())
+    optimizer: torch.optim.Optimizer
+    if is_ours:
+        optimizer = gradfuse.optim.AdamW(parameters, lr=1e-4, clip=1.0)
+    else:
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    forward: Callable[[torch.Tensor], torch.Tensor] = model
+    if kind in (COMPILED, FUSED_COMPILED):
+        backend = gradfuse.compile_backend() if is_ours else "inductor"
+        forward = torch.compile(model, fullgraph=True, backend=backend)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = F.cross_entropy(forward(images), labels)
+        loss.backward()
+        if not is_ours:
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+
+    return step
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    """Does what the lines of stdin say, and answers each with a line."""
+    torch.set_num_threads(arguments.threads)
+    step = make_step(
+        arguments.kind,
+        arguments.batch,
+        arguments.pixels,
+        arguments.layout == "NHWC",
+        getattr(torch, arguments.dtype),
+    )
+    for line in sys.stdin:
+        begin = time.perf_counter()
+        answer = extra_memory(step) if line == "memory\n" else step()
+        print(answer if line == "memory\n" else time.perf_counter() - begin, flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("kind", choices=KINDS)
+    for name in ("batch", "pixels", "threads"):
+        parser.add_argument(name, type=int)
+    parser.add_argument("layout", choices=("NCHW", "NHWC"))
+    parser.add_argument("dtype", choices=("float32", "bfloat16"))
+    serve(parser.parse_args())
