@@ -58,10 +58,17 @@ def after(y, _):
 
 
 def without_grad(s, x, r):
-    y = s.bn(x)
     with torch.no_grad():
-        z = F.relu(y)
-    return y * 2 + z
+        y = s.bn(x)
+    return F.relu(y) + x
+
+
+def of_op(s, x, r):
+    results = torch.ops.gradfuse.batch_norm_act(
+        x, None, s.bn.weight, s.bn.bias, s.bn.running_mean, s.bn.running_var, True, 0.1, 1e-5, 0,
+        0.01, False, None,
+    )  # fmt: skip
+    return F.relu(results[0]) + results[3].sum()
 
 
 def written_view(s, x, r):
@@ -110,6 +117,16 @@ PROGRAMS = {
     "used twice": (lambda s, x, r: F.relu(y := s.bn(x)) * y, "-"),
     "sum used twice": (lambda s, x, r: F.relu(y := s.bn(x) + r) * y, "add"),
     "sum in place, used twice": (lambda s, x, r: F.relu(y := add_(s.bn(x), r)) * y, "add"),
+    "sum in place, used twice by its first name": (
+        lambda s, x, r: F.relu(y := in_place(torch.Tensor.add_, s.bn(x), r)) * y,
+        "add",
+    ),
+    "add to one of another layout": (
+        lambda s, x, r: F.relu(r.contiguous(memory_format=torch.channels_last) + s.bn(x)),
+        "-",
+    ),
+    "its new statistics used": (of_op, "-"),
+    "two adds": (lambda s, x, r: F.relu(s.bn(x) + r + x), "add"),
     "another factor": (lambda s, x, r: F.relu(torch.add(s.bn(x), r, alpha=2)), "-"),
     "add of a number": (lambda s, x, r: F.relu(s.bn(x) + 1), "-"),
     "add to itself": (lambda s, x, r: F.relu((y := s.bn(x)) + y), "-"),
