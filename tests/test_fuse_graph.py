@@ -118,7 +118,7 @@ PROGRAMS = {
     "sum used twice": (lambda s, x, r: F.relu(y := s.bn(x) + r) * y, "add"),
     "sum in place, used twice": (lambda s, x, r: F.relu(y := add_(s.bn(x), r)) * y, "add"),
     "sum in place, used twice by its first name": (
-        lambda s, x, r: F.relu(y := in_place(torch.Tensor.add_, s.bn(x), r)) * y,
+        lambda s, x, r: F.relu((y := s.bn(x)).add_(r)) * y,
         "add",
     ),
     "add to one of another layout": (
