@@ -9,6 +9,7 @@ import torch
 import torch._inductor
 import torch.nn.functional as F
 from helpers import bits, random
+from test_fuse import waits
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -287,6 +288,7 @@ def test_compiled_further(inner):
     assert "add+relu relu6 add+relu - relu6".startswith(calls(kept.graphs[-1]))
 
 
+@waits
 def test_bits_are_those_of_the_eager_model():
     plain = Chain().float()
     eager, model = (gradfuse.fuse(copy.deepcopy(plain)) for _ in range(2))
