@@ -25,6 +25,9 @@ __all__ = ["DEFERRED", "DeferredBatchNorm1d", "DeferredBatchNorm2d", "DeferredBa
 
 _PLAIN = (Tensor, nn.Parameter, type(None))
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
+_OWN = ("_site", "_same_buffers")  # attributes that the plain class lacks
+# To Dynamo before torch 2.13, __dict__["_buffers"] is the property of that name, which asks again.
+_OLD_DYNAMO = torch.__version__ < "2.13"
 _NO_ACTIVATION = (int(Activation.NONE), 0.01, False)  # the last fields of a BatchNormCall
 
 
@@ -132,12 +135,15 @@ class _Deferred(_BatchNorm):
     def _buffers(self) -> dict[str, Tensor | None]:
         if self._site is not None:
             self._site.count()
-        buffers: dict[str, Tensor | None] = self.__dict__["_buffers"]
+        name = "_same_buffers" if _OLD_DYNAMO and torch.compiler.is_compiling() else "_buffers"
+        buffers: dict[str, Tensor | None] = self.__dict__[name]
         return buffers
 
     @_buffers.setter
     def _buffers(self, value: dict[str, Tensor | None]) -> None:
         self.__dict__["_buffers"] = value
+        if _OLD_DYNAMO:
+            self.__dict__["_same_buffers"] = value
 
     def __setattr__(self, name: str, value: Any) -> None:
         # fully_shard sets a parameter before it frees the memory of the one that was there.
@@ -157,7 +163,11 @@ class _Deferred(_BatchNorm):
     def __getstate__(self) -> dict[str, Any]:
         if self._site is not None:
             self._site.count()
-        return {name: value for name, value in self.__dict__.items() if name != "_site"}
+        return {name: value for name, value in self.__dict__.items() if name not in _OWN}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._buffers = state["_buffers"]
 
     def __prepare_scriptable__(self) -> nn.Module:
         return to_plain(self)
@@ -172,6 +182,12 @@ def _recorded(module: _Deferred, input: Any) -> Any:
         become_plain(module)
         return module(input)
     return tracer.create_proxy("call_module", tracer.path_of_module(module), (input,), {})
+
+
+def become_deferred(bn: nn.Module, cls: type[_Deferred]) -> None:
+    """Gives a module a class of this file."""
+    bn.__class__ = cls
+    bn._buffers = bn.__dict__["_buffers"]
 
 
 def become_plain(bn: _Deferred) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gradfuse.fuse.modules import DEFERRED, _Deferred, become_plain
+from gradfuse.fuse.modules import DEFERRED, _Deferred, become_deferred, become_plain
 
 __all__ = ["deferred_class", "fuse", "reason_against", "unfuse"]
 
@@ -47,7 +47,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         if isinstance(module, _BatchNorm) and not reason_against(module):
             cls = deferred_class(module)
             assert cls is not None
-            module.__class__ = cls
+            become_deferred(module, cls)
     return root
 
 
