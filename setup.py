@@ -6,7 +6,7 @@ Environment:
     GRADFUSE_SANITIZE     1 builds with AddressSanitizer and UndefinedBehaviorSanitizer.
     GRADFUSE_UNITY        1 compiles all files that include torch's headers as one: a third of the
                           time, but every change compiles all of them again.
-    TORCH_CUDA_ARCH_LIST  architectures, by default those of DEFAULT_ARCHS.
+    TORCH_CUDA_ARCH_LIST  architectures, by default those of ARCHS that nvcc knows.
 """
 
 import os
@@ -22,7 +22,10 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-DEFAULT_ARCHS = "7.5;8.0;8.6;9.0;10.0;12.0+PTX"
+# The first nvcc that knows an architecture.
+ARCHS = {
+    "7.5": (10, 0), "8.0": (11, 0), "8.6": (11, 1), "9.0": (11, 8), "10.0": (12, 8), "12.0": (12, 8)
+}  # fmt: skip
 ISAS = {"baseline": 16, "avx2": 32, "avx512": 64}  # bytes of a vector
 
 
@@ -43,6 +46,11 @@ def find_toolkit(guess):
     if not found or not any(root.rglob("cuda_runtime_api.h")):
         return None, None
     return str(root), (int(found[1]), int(found[2]))
+
+
+def default_archs(nvcc):
+    """The architectures that an nvcc of this version compiles for. Newer GPUs get PTX."""
+    return ";".join(arch for arch, since in ARCHS.items() if since <= nvcc) + "+PTX"
 
 
 def wants_cuda(torch, nvcc):
@@ -186,7 +194,9 @@ def extension():
     cuda = wants_cuda(torch, nvcc_version)
     if cuda:
         cpp_extension.CUDA_HOME = toolkit
-    archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS) if cuda else ""
+    archs = ""
+    if cuda:
+        archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_archs(nvcc_version))
     cxx = ["-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
     link = []
     if flavour():

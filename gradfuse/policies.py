@@ -6,7 +6,7 @@ step, and `begin`, which makes the state before the first:
 
     class Follow(Policy):
         def begin(self, norms):
-            return {"level": norms.new_tensor(math.inf)}
+            return {"level": norms.new_full((), math.inf)}
 
         def decide(self, norm, norms, state):
             level = state["level"]

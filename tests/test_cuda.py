@@ -1,5 +1,7 @@
 """Behaviour of CUDA alone: no wait for the device, graph capture, streams, mixed devices."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -16,18 +18,35 @@ def make(sizes, device="cuda", dtype=torch.float32, seed=0):
     return parameters
 
 
-@pytest.fixture
+@contextmanager
 def no_sync():
-    """Makes a synchronising torch call an error."""
+    """Makes a synchronising torch call an error. A copy to the GPU is one, so tensors come before."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.usefixtures("no_sync")
+@contextmanager
+def side_stream():
+    """Another stream, which begins after what the current one has been given, and ends before what
+    it will be given."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        yield side
+    torch.cuda.current_stream().wait_stream(side)
+
+
 def test_nothing_waits_for_the_device():
     parameters = make([3, 4097, 100_003])
+    with no_sync():
+        clips(parameters)
+
+
+def clips(parameters):
     gradfuse.clip_grad_norm_(parameters, 1.0)
     gradfuse.clip_grad_value_(parameters, 0.1)
     gradfuse.adaptive_clip_grad_(parameters)
@@ -51,10 +70,8 @@ def test_captured_in_a_graph():
     parameters = make([5, 4097, 70_001])
     clipper = gradfuse.GradClipper(parameters, 1.0)
     fresh = [p.grad.clone() for p in parameters]
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
+    with side_stream():
         clipper.clip_()  # warm-up
-    torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         report = clipper.clip_()
@@ -71,12 +88,10 @@ def test_captured_in_a_graph():
 
 def test_runs_on_the_current_stream():
     parameters = make([1_000_003])
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
+    with side_stream():
         torch.cuda._sleep(50_000_000)
         parameters[0].grad.fill_(1.0)
         norm = gradfuse.clip_grad_norm_(parameters, 1.0)
-    side.synchronize()
     assert norm.item() == pytest.approx(1_000_003**0.5, rel=1e-6)
 
 
@@ -133,7 +148,7 @@ def test_batch_norm_as_on_the_cpu(shape, channels_last, dtype):
     tensors = batch_norm_tensors(shape, channels_last, dtype)
     found = {}
     for device in ("cpu", "cuda"):
-        x, r, w, mean, var = (t.to(device) for t in tensors)
+        x, r, w, mean, var = (t.to(device, copy=True) for t in tensors)  # statistics are written
         for t in (x, r, w):
             t.requires_grad_()
         found[device] = (*normalise(x, r, w, mean, var), mean, var)
@@ -148,10 +163,8 @@ def test_batch_norm_captured_in_a_graph(shape, channels_last):
     tensors = [t.cuda() for t in batch_norm_tensors(shape, channels_last)]
     for t in tensors[:3]:
         t.requires_grad_()
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
+    with side_stream():
         normalise(*tensors)  # warm-up
-    torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = normalise(*tensors)

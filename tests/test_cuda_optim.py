@@ -72,6 +72,9 @@ def test_steps_as_on_the_cpu(make, count, dtype):
 def test_a_step_captured_in_a_graph(make, policy):
     captured, eager = parameters([5, 4097, 70_001]), parameters([5, 4097, 70_001])
     by_graph, by_hand = make(captured, clip=policy()), make(eager, clip=policy())
+    for optimizer in (by_graph, by_hand):
+        group = optimizer.param_groups[0]
+        group["lr"] = torch.tensor(group["lr"], device="cuda")
     for ps in (captured, eager):
         give(ps, 0)
     side = torch.cuda.Stream()
@@ -84,6 +87,8 @@ def test_a_step_captured_in_a_graph(make, policy):
     with torch.cuda.graph(graph):
         by_graph.step()
     for seed in range(1, 4):
+        for optimizer in (by_graph, by_hand):
+            optimizer.param_groups[0]["lr"].mul_(0.5)
         for ps in (captured, eager):
             gradients = [p.grad for p in ps]
             give(ps, seed)
@@ -93,6 +98,19 @@ def test_a_step_captured_in_a_graph(make, policy):
         by_hand.step()
         for a, b in zip(captured, eager, strict=True):
             assert torch.equal(a, b)
+
+
+@RULES
+def test_a_number_is_not_captured(make):
+    optimizer = make(parameters([5]))
+    give(optimizer.param_groups[0]["params"], 0)
+    optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    with (
+        pytest.raises(RuntimeError, match="lr must be a Tensor on the GPU"),
+        torch.cuda.graph(graph),
+    ):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("scaler", [torch.amp.GradScaler, gradfuse.optim.GradScaler])

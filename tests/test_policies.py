@@ -31,7 +31,7 @@ class Follow(Policy):
     """The user's policy from the docstring of gradfuse.policies."""
 
     def begin(self, norms):
-        return {"level": norms.new_tensor(math.inf)}
+        return {"level": norms.new_full((), math.inf)}
 
     def decide(self, norm, norms, state):
         level = state["level"]

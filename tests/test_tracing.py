@@ -172,3 +172,21 @@ def test_a_mode_that_looks_on_leaves_steps_alone(mode):
             others[name]()
         assert torch.equal(p, q)
         assert torch.equal(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("rule", [AdamW, SGD])
+def test_a_captured_step_takes_no_number(rule, monkeypatch):
+    """A CUDA graph would repeat the learning rate of its capture. On a GPU: test_cuda_optim.py."""
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer = rule([p], lr=0.5)
+    optimizer.step()
+    before = p.detach().clone()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(optimizer._skips), "is_on_gpu", True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(RuntimeError, match=r"step: lr must be a Tensor on the GPU .* got 0.5"):
+            optimizer.step()
+    assert torch.equal(p, before)
+    optimizer.step()
+    assert not torch.equal(p, before)

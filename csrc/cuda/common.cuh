@@ -156,11 +156,23 @@ __device__ inline double load_element(const StridedRun& run, int64_t i) {
 // Whether a gradient goes into a batch of dense runs.
 inline bool is_batched(const GradRef& g) { return !g.layout && !g.is_complex; }
 
+// Why a launch failed. Up to CUDA 12.0 drivers refuse more than 4 KB of parameters, and call them
+// an invalid argument.
+inline std::string cause_of(cudaError_t error) {
+  constexpr int kLargeParameters = 12010;
+  int driver = 0;
+  if (error == cudaErrorInvalidValue && cudaDriverGetVersion(&driver) == cudaSuccess &&
+      driver < kLargeParameters)
+    return "expected a driver of CUDA 12.1 (version 530) or newer, got one of CUDA " +
+           std::to_string(driver / 1000) + "." + std::to_string(driver % 1000 / 10);
+  return cudaGetErrorString(error);
+}
+
 // To be called after every launch.
 inline void check_launch(const char* kernel) {
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess)
-    throw std::runtime_error(std::string(kernel) + ": launch failed: " + cudaGetErrorString(error));
+    throw std::runtime_error(std::string(kernel) + ": launch failed: " + cause_of(error));
 }
 
 }  // namespace gradfuse::cuda

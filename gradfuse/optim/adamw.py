@@ -27,14 +27,15 @@ class AdamW(ClippedOptimizer, torch.optim.AdamW):
 
     Args:
         params: as in torch.optim.AdamW.
-        lr: learning rate; a float, or a Tensor of one element, which on CUDA is not waited for.
+        lr: learning rate; a float, or a Tensor of one element, which on CUDA is not waited for. A
+            CUDA graph takes a Tensor on the GPU only.
         betas: as in torch.optim.AdamW.
         eps: as in torch.optim.AdamW.
         weight_decay: as in torch.optim.AdamW.
         amsgrad: as in torch.optim.AdamW.
         maximize: as in torch.optim.AdamW.
         foreach, fused: accepted for torch's signature; every step is fused.
-        capturable: accepted for torch's signature; a CUDA step can always be captured.
+        capturable: accepted for torch's signature; a CUDA step can be captured if lr is a Tensor.
         differentiable: must be False, because a fused step has no derivative.
         decoupled_weight_decay: must be True; for AdamW(params, **optimizer.defaults).
         clip: upper bound of the gradients' global norm, a gradfuse.policies.Policy, or None.

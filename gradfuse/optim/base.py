@@ -160,7 +160,8 @@ class ClippedOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: nonfinite="error" and a gradient is NaN or inf; nothing was written. Or a
-                gradient of AdamW is sparse, or a tracer is recording.
+                gradient of AdamW is sparse, a tracer is recording, or a CUDA graph is captured
+                while lr is a number.
             ValueError: a gradient has another shape or dtype than its parameter.
             TypeError: a gradient or parameter is an integer or on an unsupported device.
         """
@@ -178,6 +179,8 @@ class ClippedOptimizer(torch.optim.Optimizer):
         self._reports = []
         parts = self._parts()
         self._refresh(parts)
+        if self._skips.is_on_gpu and torch.cuda.is_current_stream_capturing():
+            self._refuse_numbers()
         call = self._call()
         groups = [self._group(group, as_number(group["lr"])) for group in self.param_groups]
         if torch._C._current_graph_task_id() != -1:
@@ -190,6 +193,16 @@ class ClippedOptimizer(torch.optim.Optimizer):
             reports = [part.report for part in parts if part.report is not None]
             self._reports = reports  # which another thread's step may replace
             self._skips.count(plan, reports)
+
+    def _refuse_numbers(self) -> None:
+        """Raises where a CUDA graph would keep the learning rate of its capture for ever."""
+        for group in self.param_groups:
+            lr = group["lr"]
+            if not isinstance(lr, Tensor) or not lr.is_cuda:
+                raise RuntimeError(
+                    f"{self._step_name}: lr must be a Tensor on the GPU while a CUDA graph is "
+                    f"captured, which would repeat a number whatever becomes of it, got {lr!r}"
+                )
 
     def _call(self) -> StepCall:
         found_inf: Tensor | None = getattr(self, "found_inf", None)

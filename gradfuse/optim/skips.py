@@ -46,6 +46,11 @@ class SkipCounter:
             self._on_device.zero_()
         self._on_host, self._in_a_row, self._copy, self._last = total, 0, None, 0
 
+    @property
+    def is_on_gpu(self) -> bool:
+        """Whether the optimizer has parameters on one."""
+        return self._on_device is not None
+
     def put_on(self, device: torch.device) -> None:
         """Counts on this device from now on, unless it is the CPU or another device has begun."""
         if self._on_device is None and device.type != "cpu":

@@ -220,8 +220,7 @@ def kernel_rows(launches: Sequence[Launch]) -> list[list[object]]:
 
 def architectures() -> list[str]:
     """The architectures that setup.py builds for: sm_75 and so on."""
-    names = setup_script().DEFAULT_ARCHS.split(";")
-    return ["sm_" + name.partition("+")[0].replace(".", "") for name in names]
+    return ["sm_" + name.replace(".", "") for name in setup_script().ARCHS]
 
 
 def resource_rows(archs: Sequence[str]) -> list[list[object]]:
