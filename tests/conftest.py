@@ -15,7 +15,7 @@ from gradfuse import _native, reference
 
 with suppress(ModuleNotFoundError):  # of expecttest, which a bare machine lacks
     # Loads a hypothesis profile; must come before ours.
-    import torch.testing._internal.common_utils  # noqa: F401
+    import torch.testing._internal.common_utils
 
 pytest_plugins = ["selection", "budget"]
 

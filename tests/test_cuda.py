@@ -20,7 +20,7 @@ def make(sizes, device="cuda", dtype=torch.float32, seed=0):
 
 @contextmanager
 def no_sync():
-    """Makes a synchronising torch call an error. A copy to the GPU is one, so tensors come before."""
+    """Makes a synchronising torch call an error. A copy to the GPU is one: make tensors before."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
