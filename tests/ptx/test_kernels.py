@@ -14,6 +14,7 @@ import gradfuse.optim
 from gradfuse import reference
 from ptx.emulator import emulated
 from ptx.emulator.checks import Violation
+from ptx.emulator.cudart import DRIVER
 from ptx.emulator.parser import Module
 from ptx.emulator.toolchain import demangled, ptxas, resources
 from ptx.traffic import architectures
@@ -231,3 +232,12 @@ def test_an_endless_loop_would_be_found(ptx):
             gradfuse.get_total_norm([torch.ones(4097)])
     finally:
         ptx.machine.budget = 2_000_000_000
+
+
+def test_an_old_driver_is_named(ptx, request):
+    """It refuses the parameters of a launch as an invalid argument, which tells nobody why."""
+    request.addfinalizer(lambda: ptx.runtime.set_driver(DRIVER))
+    ptx.runtime.set_driver(12000)
+    message = r"dense_stats: launch failed: expected a driver of CUDA 12.1 .* one of CUDA 12\.0$"
+    with pytest.raises(RuntimeError, match=message):
+        gradfuse.clip_grad_norm_(parameters(torch.float32), 1.0)

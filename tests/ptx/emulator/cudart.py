@@ -23,6 +23,9 @@ LAUNCH = ctypes.CFUNCTYPE(
 EVENT = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
 LAUNCH_FAILURE = 719  # cudaErrorLaunchFailure
+INVALID_VALUE = 1  # cudaErrorInvalidValue
+DRIVER = 13000  # CUDA 13.0
+LARGE_PARAMETERS = 12010  # the first driver that takes more than 4 KB
 # Calls that make the host wait for the device.
 WAITS = ("cudaMemcpy", "cudaStreamSynchronize", "cudaDeviceSynchronize")
 
@@ -42,6 +45,7 @@ class Runtime:
         self._by_kernel = {name: m for m in self._modules for name in m.kernel_names}
         self._pending: BaseException | None = None
         self._allocated = 0
+        self._driver = DRIVER
         self._hooks = LAUNCH(self._launch), EVENT(self._event)  # kept alive
         self.library.ptx_release_freed.restype = ctypes.c_void_p
         self.library.ptx_set_hooks(*self._hooks)
@@ -56,6 +60,8 @@ class Runtime:
             for i, p in enumerate(module.kernel(kernel).params):
                 params = params.ljust(-(-len(params) // p.align) * p.align, b"\0")
                 params += ctypes.string_at(arguments[i], p.size)
+            if len(params) > 4096 and self._driver < LARGE_PARAMETERS:
+                return INVALID_VALUE
             grid, block = tuple(sizes[0:3]), tuple(sizes[3:6])
             self.events["launch"] += 1
             self.machine.launch(module, kernel, grid, block, params, shared_bytes, int(stream or 0))
@@ -63,6 +69,11 @@ class Runtime:
         except BaseException as error:
             self._pending = self._pending or error
             return LAUNCH_FAILURE
+
+    def set_driver(self, version: int) -> None:
+        """Behaves as a driver of this version: 12000 for CUDA 12.0."""
+        self._driver = version
+        self.library.ptx_set_driver(version)
 
     def _event(self, name, to, source, size) -> None:
         try:

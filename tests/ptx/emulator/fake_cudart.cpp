@@ -23,6 +23,7 @@ using EventHook = void (*)(const char* name, void* to, const void* from, size_t 
 LaunchHook on_launch = nullptr;
 EventHook on_event = nullptr;
 cudaError_t last_error = cudaSuccess;
+int driver_version = CUDART_VERSION;
 
 struct Configuration {
   dim3 grid, block;
@@ -67,6 +68,8 @@ EXPORT void ptx_set_hooks(LaunchHook launch_hook, EventHook event_hook) {
   on_launch = launch_hook;
   on_event = event_hook;
 }
+
+EXPORT void ptx_set_driver(int version) { driver_version = version; }
 
 // Releases one of the allocations given to cudaFree and returns its address; null if there is none.
 EXPORT void* ptx_release_freed() {
@@ -125,6 +128,10 @@ cudaError_t cudaGetLastError() {
   const cudaError_t error = last_error;
   last_error = cudaSuccess;
   return error;
+}
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = driver_version;
+  return cudaSuccess;
 }
 cudaError_t cudaPeekAtLastError() { return last_error; }
 const char* cudaGetErrorString(cudaError_t error) {
