@@ -256,6 +256,8 @@ __global__ void __launch_bounds__(kThreads)
                double* slots) {  // [all chunks]
   using W = typename Element<T>::Wide;
   constexpr int kCount = kPer16Bytes<T>;
+  // A float64 division is a call, around which ptxas spills what two of them at once keep.
+  constexpr int kAtOnce = sizeof(W) == 8 ? 1 : kCount;
   if (use.is_refused()) return;
   const int run = run_of_block(batch, blockIdx.x);
   __shared__ Prepared<Rule::AdamW, W> with;
@@ -270,7 +272,7 @@ __global__ void __launch_bounds__(kThreads)
         W g[kCount], v[kCount], part = 0;
         get<kCount, true>(s.grad + i, g);
         get<kCount, true>(s.exp_avg_sq + i, v);
-#pragma unroll
+#pragma unroll kAtOnce
         for (int k = 0; k < kCount; ++k) part += adamw_ratio(gradient(mine, g[k]), v[k], mine.rule);
         sum += part;
       },
