@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -215,6 +216,20 @@ def test_an_outlier_where_the_sums_begin(backend, device, shape, channels_last):
     ours, truth = run_ours(case), run_torch(case, torch.float64)
     for name in ("y", "mean", "var"):
         torch.testing.assert_close(ours[name].double(), truth[name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_an_outlier_where_the_sums_of_float64_begin(backend, device, channels_last):
+    """No wider type sums again. The variance is right to count * eps all the same."""
+    case = Case((2, 2, 80, 56), channels_last, torch.float64, device=device, residual=False)
+    case.options = {"momentum": 1.0}
+    case.x[0, :, 0, 0] = 1e4
+    values = case.x.movedim(1, 0).flatten(1).cpu().numpy().astype(np.longdouble)
+    count = values.shape[1]
+    unbiased = values.var(axis=1) * count / (count - 1)
+    case.var.zero_()
+    ours = run_ours(case)["var"].cpu().numpy()
+    assert np.abs(ours / unbiased - 1).max() <= count * np.finfo(np.float64).eps
 
 
 def test_odd_channel_counts_and_many_channels(backend, device):

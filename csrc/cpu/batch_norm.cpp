@@ -119,10 +119,19 @@ struct Forward {
   bool has_sums() const { return call.training; }
   bool applies() const { return true; }
 
-  // The sums are shifted by each channel's first element.
+  // The sums are shifted by an element of each channel.
   void prepare(const Columns<F>& columns) const {
-    for (int64_t c = columns.channel; c < columns.end; ++c)
-      columns(kMean, c) = static_cast<F>(read(call.input, call.shape.dtype, c * call.shape.inner));
+    const BatchNormShape& shape = call.shape;
+    const auto element = [&](int64_t c, int64_t outer, int64_t inner) {
+      return read(call.input, shape.dtype, (outer * shape.channels + c) * shape.inner + inner);
+    };
+    for (int64_t c = columns.channel; c < columns.end; ++c) {
+      double shift = element(c, 0, 0);
+      if (std::is_same_v<F, double>)
+        shift = median(shift, element(c, shape.outer / 2, shape.inner / 2),
+                       element(c, shape.outer - 1, shape.inner - 1));
+      columns(kMean, c) = static_cast<F>(shift);
+    }
   }
   void sum(const Span& span, const Columns<F>& columns, double* sums, bool wide) const {
     kernels.sums(call, span, columns.coefficients, sums, columns.stride, wide);

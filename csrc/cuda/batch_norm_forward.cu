@@ -57,9 +57,19 @@ __device__ void add_differences(const W (&x)[kGroup], int count, W shift, TwoSum
   }
 }
 
+// The element of a channel from which its sums take differences.
 template <class T>
 __device__ Wide<T> shift_of(const BatchNormForward& call, int64_t channel) {
-  return Element<T>::widen(static_cast<const T*>(call.input)[channel * call.shape.inner]);
+  const BatchNormShape& shape = call.shape;
+  const auto element = [&](int64_t outer, int64_t inner) {
+    const int64_t at = (outer * shape.channels + channel) * shape.inner + inner;
+    return Element<T>::widen(static_cast<const T*>(call.input)[at]);
+  };
+  if constexpr (kLeavesRange<Wide<T>>)
+    return element(0, 0);
+  else
+    return median(element(0, 0), element(shape.outer / 2, shape.inner / 2),
+                  element(shape.outer - 1, shape.inner - 1));
 }
 
 template <class T>
@@ -84,7 +94,11 @@ __global__ void __launch_bounds__(kThreads)
   W shift[kGroup] = {};
   if (group < runs.groups) {
     const Place first = place_of(runs, 0, group);
-    load_group(input + first.at, first.count, shift);
+    if constexpr (kLeavesRange<W>) {
+      load_group(input + first.at, first.count, shift);
+    } else {
+      for (int e = 0; e < first.count; ++e) shift[e] = shift_of<T>(call, first.at + e);
+    }
   }
   const auto terms = [&](const Place& place, auto& x, auto& y, auto& z) {
     using V = std::decay_t<decltype(x[0])>;

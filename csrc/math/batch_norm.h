@@ -20,6 +20,12 @@ struct ChannelSums {
   double squares;
 };
 
+// Of three elements of a float64 channel the middle one is the shift: if the first lies far from
+// all others, squares cancel, and no wider type is there to sum them again.
+GRADFUSE_HD double median(double a, double b, double c) {
+  return std::fmax(std::fmin(a, b), std::fmin(std::fmax(a, b), c));
+}
+
 struct Moments {
   double mean;
   double variance;  // biased
