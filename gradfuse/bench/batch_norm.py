@@ -45,7 +45,7 @@ class Tensors:
     """The tensors that a call reads; x, residual, weight and bias require gradients."""
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, channels_last: bool) -> None:
-        generator = torch.Generator().manual_seed(sum(shape))
+        generator = torch.Generator(torch.get_default_device()).manual_seed(sum(shape))
         form = torch.channels_last if channels_last else torch.contiguous_format
 
         def make() -> Tensor:

@@ -119,11 +119,9 @@ def setup_adaptive(
     return Setup(contenders, gradients.nbytes * (4 if clipping else 2), gradients)
 
 
-def workload(name: str, setup: Setup, dtype: torch.dtype, device: str) -> Workload:
+def workload(name: str, setup: Setup, dtype: torch.dtype) -> Workload:
     """The setup as a Workload for the harness."""
     contenders = setup.contenders
-    if device == "cuda":  # a call ends when the device has finished
-        contenders = [Contender(c.name, finished(c.run)) for c in contenders]
     return Workload(
         name=name,
         dtype=dtype_name(dtype),
@@ -133,19 +131,8 @@ def workload(name: str, setup: Setup, dtype: torch.dtype, device: str) -> Worklo
         floor=contenders[-1].name,
         prepare=setup.gradients.preparation(),
         verify=setup.gradients.verify,
-        targets=TARGETS.get(name, {}),
-        device=device,
+        targets=dict(TARGETS.get(name, {})),
     )
-
-
-def finished(run: Callable[[], object]) -> Callable[[], None]:
-    """A function that calls run and waits for the GPU."""
-
-    def run_to_the_end() -> None:
-        run()
-        torch.cuda.synchronize()
-
-    return run_to_the_end
 
 
 def workloads(arguments: argparse.Namespace, notes: list[str]) -> Iterator[Workload]:
@@ -164,18 +151,17 @@ def workloads(arguments: argparse.Namespace, notes: list[str]) -> Iterator[Workl
                 notes.append(note)
             for kind, clipping in (("quiet", False), ("clipping", True)):
                 setup = setup_norm(shapes, dtype, clipping, device, compiled)
-                yield workload(f"{model}, {kind}", setup, dtype, device)
+                yield workload(f"{model}, {kind}", setup, dtype)
                 del setup
             if model not in ("ResNet-50", "tiny"):
                 continue
             for kind, clipping in (("quiet", False), ("clipping", True)):
                 setup = setup_adaptive(shapes, dtype, clipping, device)
-                yield workload(f"{model}, AGC {kind}", setup, dtype, device)
+                yield workload(f"{model}, AGC {kind}", setup, dtype)
                 del setup
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--models",
         nargs="+",

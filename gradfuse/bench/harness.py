@@ -68,6 +68,8 @@ class Workload:
         floor: name of the contender that only moves the bytes.
         prepare: runs untimed before every call, the same for every contender.
         verify: raises unless the last call did the work. Not called for the floor.
+        device: "cpu" or "cuda", where a call ends when the device has finished; torch's default
+            device unless given.
         pids: the processes that do the work, where this one does not.
     """
 
@@ -80,7 +82,7 @@ class Workload:
     prepare: Callable[[], object] = lambda: None
     verify: Callable[[], object] = lambda: None
     targets: dict[str, Target] = field(default_factory=dict)
-    device: str = "cpu"
+    device: str = field(default_factory=lambda: torch.get_default_device().type)
     pids: tuple[int, ...] = ()
 
 
@@ -225,6 +227,16 @@ def extra_memory(run: Callable[[], object], device: str = "cpu") -> int | None:
     return peak
 
 
+def finished(run: Callable[[], object]) -> Callable[[], None]:
+    """A function that calls run and waits for the GPU."""
+
+    def run_to_the_end() -> None:
+        run()
+        torch.cuda.synchronize()
+
+    return run_to_the_end
+
+
 def measure(workload: Workload, plan: Plan) -> list[Result]:
     """Warms up and verifies every contender, then measures them all."""
     extra: dict[str, int | None] = {}
@@ -238,6 +250,10 @@ def measure(workload: Workload, plan: Plan) -> list[Result]:
         memory = contender.memory or partial(extra_memory, contender.run, workload.device)
         extra[contender.name] = memory()
     neighbours = Neighbours(workload.pids)
-    times = interleave(workload.contenders, workload.prepare, plan)
+    contenders, prepare = workload.contenders, workload.prepare
+    if workload.device == "cuda":
+        contenders = [replace(c, run=finished(c.run)) for c in contenders]
+        prepare = finished(prepare)
+    times = interleave(contenders, prepare, plan)
     others = neighbours.share()
     return [replace(r, others=others) for r in summarise(workload, times, extra)]

@@ -79,7 +79,7 @@ def scaled_steps(parameters: list[Parameter]) -> dict[str, Callable[[], object]]
     does both by itself; torch's scaler still runs its own check before it."""
 
     def scaler(cls: type[torch.amp.GradScaler]) -> torch.amp.GradScaler:
-        made = cls("cpu", init_scale=1.0, growth_interval=1 << 30)
+        made = cls(device(), init_scale=1.0, growth_interval=1 << 30)
         made.scale(torch.zeros(()))  # creates the scaler's tensors
         return made
 
@@ -109,6 +109,11 @@ def scaled_steps(parameters: list[Parameter]) -> dict[str, Callable[[], object]]
     }
 
 
+def device() -> str:
+    """ "cpu" or "cuda": the bench's device is torch's default one."""
+    return torch.get_default_device().type
+
+
 def floor(numel: int, streams: tuple[int, int], norm: bool) -> Callable[[], None]:
     """Loops over as many float32 streams as the step has, one at a time.
 
@@ -133,7 +138,7 @@ def setup(
     model: str, rule: str, dtype: torch.dtype, clips: bool = True, compiled: bool = False
 ) -> Workload:
     """Clip and update with random gradients; with clips=False the update alone."""
-    gradients = random_gradients(MODELS[model](), dtype, "cpu", 2.0, 1.0)
+    gradients = random_gradients(MODELS[model](), dtype, device(), 2.0, 1.0)
     sources, ps = gradients.grads, gradients.parameters
     for p in ps:
         nn.init.ones_(p)
@@ -169,7 +174,7 @@ def setup(
 
 def setup_scaled(model: str) -> Workload:
     """The step under a GradScaler."""
-    gradients = random_gradients(MODELS[model](), torch.float32, "cpu", 2.0, 1.0)
+    gradients = random_gradients(MODELS[model](), torch.float32, device(), 2.0, 1.0)
     ps = gradients.parameters
     for p in ps:
         nn.init.ones_(p)

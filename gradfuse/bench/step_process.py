@@ -35,8 +35,9 @@ class StepProcess:
 
     def __init__(self, kind: str, batch: int, pixels: int, layout: str, dtype: str) -> None:
         numbers = [str(n) for n in (batch, pixels, torch.get_num_threads())]
+        device = torch.get_default_device().type
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, kind, *numbers, layout, dtype],
+            [sys.executable, "-m", __name__, kind, *numbers, layout, dtype, device],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -67,7 +68,7 @@ class StepProcess:
 
 
 def make_step(
-    kind: str, batch: int, pixels: int, channels_last: bool, dtype: torch.dtype
+    kind: str, batch: int, pixels: int, channels_last: bool, dtype: torch.dtype, device: str
 ) -> Callable[[], object]:
     """Forward, backward, clip and AdamW: with torch's parts, or gradfuse's."""
     from torchvision.models import resnet50
@@ -93,12 +94,14 @@ def make_step(
 
     def step() -> None:
         optimizer.zero_grad()
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             loss = F.cross_entropy(forward(images), labels)
         loss.backward()
         if not is_ours:
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
 
     return step
 
@@ -106,16 +109,18 @@ def make_step(
 def serve(arguments: argparse.Namespace) -> None:
     """Does what the lines of stdin say, and answers each with a line."""
     torch.set_num_threads(arguments.threads)
-    step = make_step(
-        arguments.kind,
-        arguments.batch,
-        arguments.pixels,
-        arguments.layout == "NHWC",
-        getattr(torch, arguments.dtype),
-    )
+    with torch.device(arguments.device):
+        step = make_step(
+            arguments.kind,
+            arguments.batch,
+            arguments.pixels,
+            arguments.layout == "NHWC",
+            getattr(torch, arguments.dtype),
+            arguments.device,
+        )
     for line in sys.stdin:
         begin = time.perf_counter()
-        answer = extra_memory(step) if line == "memory\n" else step()
+        answer = extra_memory(step, arguments.device) if line == "memory\n" else step()
         print(answer if line == "memory\n" else time.perf_counter() - begin, flush=True)
 
 
@@ -126,4 +131,5 @@ if __name__ == "__main__":
         parser.add_argument(name, type=int)
     parser.add_argument("layout", choices=("NCHW", "NHWC"))
     parser.add_argument("dtype", choices=("float32", "bfloat16"))
+    parser.add_argument("device", choices=("cpu", "cuda"))
     serve(parser.parse_args())

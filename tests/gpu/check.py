@@ -158,12 +158,13 @@ def stage_b(folder: Path) -> Iterable[Step]:
 
 
 def stage_c(folder: Path) -> Iterable[Step]:
-    bench = [sys.executable, "-m", "gradfuse", "bench", "clip", "--device", "cuda", "--quick"]
-    yield Step("bench clip", [*bench, "--out", str(folder)], 150)
+    options = ["--device", "cuda", "--quick", "--out", str(folder)]
+    for op in ("clip", "batch_norm", "optim"):
+        yield Step(f"bench {op}", [sys.executable, "-m", "gradfuse", "bench", op, *options], 90)
     sections = ["--section", "SpeedOfLight", "--section", "Occupancy", "--launch-count", "60"]
     for only in ("clip large float32", "batch_norm 14x14 bfloat16", "step AdamW large bfloat16"):
         command = ["ncu", *sections, *KERNELS, "--device", "cuda", "--only", only]
-        yield Step(f"ncu {only}", command, 90)
+        yield Step(f"ncu {only}", command, 60)
     yield Step("profiler", python(PROFILE), 60)
 
 
