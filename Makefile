@@ -44,7 +44,7 @@ $(VENV)/.tools: pyproject.toml
 	$(PIP) "$(TORCH)" numpy "setuptools>=77" wheel ninja pybind11
 	touch $@
 
-$(VENV)/.installed: $(VENV)/.tools
+$(VENV)/.installed: $(VENV)/.tools pyproject.toml
 	GRADFUSE_NATIVE=0 $(PIP) --no-build-isolation "$(TORCH)" -e ".[$(EXTRAS)]"
 	touch $@
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ COMPLEX = (torch.complex64, torch.complex128)
 NORM_TYPES = (2.0, 1.0, 0.5, 3.0, 7.3, math.inf)
 # For tests that hold only if the host can read the gradients, or that run another process.
 HOST_BACKENDS = pytest.mark.backends("cpu", "reference")
+needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs g++")
 SANITIZED = os.environ.get("GRADFUSE_SANITIZE") == "1"
 
 

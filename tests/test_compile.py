@@ -5,17 +5,14 @@ in test_batch_norm_autograd.py and test_nn.py.
 """
 
 import math
-import shutil
 
 import pytest
 import torch
-from helpers import REAL, bits, owner, owners, random, short
+from helpers import REAL, bits, needs_compiler, owner, owners, random, short
 
 import gradfuse
 
 BACKENDS = ["eager", "aot_eager"]  # of torch.compile, not implementations of gradfuse
-
-needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs g++")
 
 
 @pytest.fixture(autouse=True)

@@ -66,7 +66,8 @@ def test_no_step_stops_another(tmp_path, monkeypatch, capsys):
 
 
 def test_a_stage_ends_in_time(tmp_path, monkeypatch):
-    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    """With the processes that a step has started, which hold its output open."""
+    sleep = ["sh", "-c", "sleep 60 & sleep 60"]
     monkeypatch.setattr(check, "STAGE_SECONDS", 0.5)
     monkeypatch.setitem(check.STAGES, "A", lambda _: [check.Step("slow", sleep, 60)])
     assert check.main(["--out", str(tmp_path / "out"), "A"]) == 1

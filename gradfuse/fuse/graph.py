@@ -124,9 +124,10 @@ def _batch_norm(node: Node) -> _Found | None:
 
 def _own_op(node: Node) -> _Found | None:
     """A batch norm of gradfuse's modules: the op, its results, and the writes of the statistics."""
-    *fields, factor = node.args
-    call = _call_of(*fields)
-    if call.activation != Activation.NONE or factor is not None or node.kwargs:
+    given = arguments_of(node, (*BatchNormCall._fields, "factor"))
+    factor = given.pop("factor")
+    call = _call_of(**given)
+    if call.activation != Activation.NONE or factor is not None:
         return None
     output, rest = None, []
     for item in node.users:

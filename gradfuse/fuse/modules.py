@@ -8,7 +8,7 @@ it computes the value first. csrc/ops/deferred.h says how.
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -192,10 +192,10 @@ def become_deferred(bn: nn.Module, cls: type[_Deferred]) -> None:
 
 def become_plain(bn: _Deferred) -> None:
     """Gives a module its own class back."""
-    state = bn.__getstate__()
-    bn.__class__ = bn.plain  # type: ignore[assignment]
-    bn.__dict__.clear()
-    bn.__dict__.update(state)
+    state, module = bn.__getstate__(), cast(nn.Module, bn)
+    module.__class__ = bn.plain
+    module.__dict__.clear()
+    module.__dict__.update(state)
 
 
 def to_plain(bn: _Deferred) -> _BatchNorm:

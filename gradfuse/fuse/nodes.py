@@ -151,21 +151,30 @@ def written_by(node: Node) -> list[Node] | None:
         return None
     if isinstance(name, OpOverloadPacket):
         overloads = [getattr(name, overload) for overload in name.overloads()]
-        return None if any(o._schema.is_mutable for o in overloads) else []
+        unknown = any(o._schema.is_mutable or _hides_writes(o) for o in overloads)
+        return None if unknown else []
     if isinstance(name, OpOverload):
         return _written_by_operator(node, name)
     return _written_by_function(node, name)
 
 
-def _written_by_operator(node: Node, op: OpOverload) -> list[Node]:
-    writes = [
-        node.kwargs.get(a.name, node.args[i] if i < len(node.args) else None)
-        for i, a in enumerate(op._schema.arguments)
-        if a.is_write
-    ]
-    if op is _aten.batch_norm.default:  # whose schema does not say so
-        writes += node.args[3:5]
-    return tensors_in(writes)
+def _written_by_operator(node: Node, op: OpOverload) -> list[Node] | None:
+    if op is _aten.batch_norm.default:
+        return tensors_in(node.args[3:5])
+    if _hides_writes(op):
+        return None
+    return tensors_in(
+        [
+            node.kwargs.get(a.name, node.args[i] if i < len(node.args) else None)
+            for i, a in enumerate(op._schema.arguments)
+            if a.is_write
+        ]
+    )
+
+
+def _hides_writes(op: OpOverload) -> bool:
+    """Whether an operator of aten writes running statistics of which its schema says nothing."""
+    return op.namespace == "aten" and _has_state(op._schema.name)
 
 
 def _written_by_function(node: Node, function: Any) -> list[Node] | None:
@@ -237,6 +246,6 @@ def storages(nodes: list[Node]) -> set[int] | None:
             if isinstance(leaf, Tensor):
                 try:
                     found.add(leaf.untyped_storage()._cdata)
-                except (NotImplementedError, RuntimeError):  # sparse ones have none
+                except RuntimeError:  # sparse ones have none
                     return None
     return found

@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -63,15 +64,20 @@ class Step:
         environment = {**os.environ, **own, **dict(self.environment)}
         begin, status = time.monotonic(), None
         try:
-            done = subprocess.run(
-                self.command, cwd=ROOT, env=environment, timeout=min(self.limit, left),
+            process = subprocess.Popen(
+                self.command, cwd=ROOT, env=environment, start_new_session=True,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             )  # fmt: skip
-            status, output = done.returncode, done.stdout
-        except subprocess.TimeoutExpired as late:
-            output = late.stdout or b""
         except OSError as error:  # the program is not there
             status, output = 127, str(error).encode()
+        else:
+            try:
+                output, _ = process.communicate(timeout=min(self.limit, left))
+                status = process.returncode
+            except subprocess.TimeoutExpired:
+                # With all that it has started, which would go on beside the next step.
+                os.killpg(process.pid, signal.SIGKILL)
+                output, _ = process.communicate()
         seconds = time.monotonic() - begin
         text = output.decode(errors="replace")[-TAIL:]
         return Outcome(stage, self.name, " ".join(self.command), status, round(seconds, 1), text)

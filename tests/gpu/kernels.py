@@ -13,7 +13,7 @@ import itertools
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -275,7 +275,7 @@ def batch_norm_cases(make: Maker) -> Iterator[Case]:
 
 # ---- steps ----
 
-STEPS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, object]]] = {
+STEPS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "SGD": (gradfuse.optim.SGD, {"lr": 0.1}),
     "SGD nesterov": (gradfuse.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
     "AdamW": (gradfuse.optim.AdamW, {"lr": 1e-2}),
@@ -299,7 +299,7 @@ def step(
     if dtype == torch.float16 and cls is gradfuse.optim.AdamW:
         more["master_weights"] = True  # squares of gradients are below float16
     if own == "tensor lr":
-        more["lr"] = torch.tensor(float(options["lr"]), device=make.device)  # type: ignore[arg-type]
+        more["lr"] = torch.tensor(options["lr"], device=make.device)
     ours = cls(ps, **{**options, **more}, clip=1.0)
     theirs = getattr(torch.optim, cls.__name__)(copies, **options)
     rounds = 2
