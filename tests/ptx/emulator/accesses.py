@@ -109,13 +109,17 @@ class Access:
                 f"out-of-bounds global {self.verb} of {self.width} bytes "
                 + memory.describe(int(addresses[at])),
             )  # fmt: skip
-        self._count(batch, everyone, addresses)
         machine = self.machine
         machine.time += 1
         actors = batch.actors(lanes)
-        for buffer, run in memory.runs(addresses, self.width):
+        runs = list(memory.runs(addresses, self.width))
+        self._count_requests(batch, everyone, addresses, runs)
+        for buffer, run in runs:
             shadow = buffer.shadow
             cells = shadow.cells(addresses[run], self.width)
+            machine.record.first_touched.setdefault(
+                buffer.name, int(addresses[run][0]) - buffer.start
+            )
             self._count_bytes(buffer, everyone[run])
             if self.verb != "store":
                 self._check_written(shadow, cells, batch, everyone[run], repr(buffer))
@@ -138,10 +142,21 @@ class Access:
                 f"{self.verb} of {self.width} bytes that were never written, of {of}",
             )  # fmt: skip
 
-    def _count(self, batch: Batch, lanes: np.ndarray, addresses: np.ndarray) -> None:
+    def _count_requests(
+        self,
+        batch: Batch,
+        lanes: np.ndarray,
+        addresses: np.ndarray,
+        runs: list[tuple[Buffer, np.ndarray | slice]],
+    ) -> None:
         requests = self.machine.record.traffic.requests
-        for (count, sectors), n in sectors_of_warps(addresses, batch.warp_slot[lanes]).items():
-            requests[Request(self.verb != "load", self.width, count, sectors)] += n
+        if all(buffer is runs[0][0] for buffer, _ in runs):  # a run may begin inside a warp
+            runs = [(runs[0][0], slice(None))]
+        for buffer, run in runs:
+            found = sectors_of_warps(addresses[run], batch.warp_slot[lanes[run]])
+            for (count, sectors), n in found.items():
+                request = Request(buffer.name, self.verb != "load", self.width, count, sectors)
+                requests[request] += n
 
     def _count_bytes(self, buffer: Buffer, lanes: np.ndarray) -> None:
         traffic = self.machine.record.traffic

@@ -29,6 +29,7 @@ class Code(NamedTuple):
 
     steps: tuple[Step, ...]
     count: int  # instructions
+    float64: int  # of them, arithmetic and conversions in float64
     end: End
 
 
@@ -78,7 +79,8 @@ class _Compiler:
         else:
             steps += [self._step(pc) for pc in range(block.start, block.end)]
             end = self._falls_to(block.end)
-        return Code(tuple(steps), block.end - block.start, end)
+        float64 = sum(flow.is_float64(i) for i in code[block.start : block.end])
+        return Code(tuple(steps), block.end - block.start, float64, end)
 
     def _falls_to(self, pc: int):
         if pc < len(self.kernel.instructions):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -10,8 +11,9 @@ import numpy as np
 
 
 class Request(NamedTuple):
-    """One warp's execution of one load or store."""
+    """One warp's execution of one load or store, as far as it touches one buffer."""
 
+    buffer: str
     is_store: bool
     width: int  # bytes a lane
     lanes: int
@@ -47,6 +49,15 @@ class Traffic:
                 found[width] += n
         return found
 
+    def sector_bytes(self, buffers: Iterable[str], stores: bool) -> int:
+        """Bytes of the 32-byte sectors that the requests of these buffers touch."""
+        names = set(buffers)
+        return sum(
+            32 * r.sectors * n
+            for r, n in self.requests.items()
+            if r.is_store == stores and r.buffer in names
+        )
+
 
 @dataclass
 class Launch:
@@ -58,8 +69,11 @@ class Launch:
     shared_bytes: int
     stream: int
     instructions: int = 0  # of one thread each
+    float64: int = 0  # of them, arithmetic and conversions in float64
     barriers: int = 0  # of one block each
+    parameter_bytes: int = 0
     traffic: Traffic = field(default_factory=Traffic)
+    first_touched: dict[str, int] = field(default_factory=dict)  # offset in each buffer
 
 
 def sectors_of_warps(addresses: np.ndarray, warp_slot: np.ndarray) -> Counter:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import atexit
 import ctypes
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from ptx.emulator.checks import Violation
@@ -46,6 +47,8 @@ class Runtime:
         self._pending: BaseException | None = None
         self._allocated = 0
         self._driver = DRIVER
+        self.graph: list[Callable] | None = None  # takes launches and copies, to be replayed
+        self.holds_freed = False  # what a graph's launches use outlives the call that freed it
         self._hooks = LAUNCH(self._launch), EVENT(self._event)  # kept alive
         self.library.ptx_release_freed.restype = ctypes.c_void_p
         self.library.ptx_set_hooks(*self._hooks)
@@ -64,7 +67,13 @@ class Runtime:
                 return INVALID_VALUE
             grid, block = tuple(sizes[0:3]), tuple(sizes[3:6])
             self.events["launch"] += 1
-            self.machine.launch(module, kernel, grid, block, params, shared_bytes, int(stream or 0))
+            launch = partial(
+                self.machine.launch,
+                *(module, kernel, grid, block, params, shared_bytes, int(stream or 0)),
+            )
+            if self.graph is not None:
+                self.graph.append(launch)
+            launch()
             return 0
         except BaseException as error:
             self._pending = self._pending or error
@@ -87,6 +96,8 @@ class Runtime:
             elif what.startswith(("cudaMemcpy", "cudaMemset")):
                 if source:
                     self.require_written(source, size, what)
+                    if self.graph is not None:
+                        self.graph.append(partial(ctypes.memmove, to, source, size))
                 found = memory.at(to)
                 if found:
                     found.shadow.mark_written(to, size)
@@ -97,6 +108,8 @@ class Runtime:
 
     def forget_freed(self) -> None:
         """Removes what the library has freed from the machine's memory."""
+        if self.holds_freed:
+            return
         while address := self.library.ptx_release_freed():
             self.machine.memory.remove(address)
 

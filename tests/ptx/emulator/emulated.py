@@ -89,6 +89,7 @@ class Emulated:
 
     def reset(self) -> None:
         """Forgets the last call and resets the machine's settings."""
+        self.runtime.holds_freed = False
         self.runtime.reset()
         self.machine.order = "forward"
         self.machine.only_blocks = None
@@ -146,6 +147,22 @@ class Emulated:
             return result
 
         return call
+
+    @contextmanager
+    def capturing(self) -> Iterator[list[Callable]]:
+        """A graph of the launches and copies in the block, which run too. It can be replayed until
+        reset(). torch's own operations are not in it."""
+        self.runtime.holds_freed, self.runtime.graph = True, []
+        try:
+            yield self.runtime.graph
+        finally:
+            self.runtime.graph = None
+
+    def replay(self, graph: list[Callable], tensors: list[Tensor]) -> None:
+        """Does all of the graph again. `tensors`: those of the captured calls."""
+        with self._lock, self._registered([tensors]):
+            for step in graph:
+                step()
 
     @contextmanager
     def _registered(self, arguments: list[Any]) -> Iterator[None]:

@@ -21,6 +21,11 @@ def base(instruction: Instruction) -> str:
     return instruction.name.partition(".")[0]
 
 
+def is_float64(instruction: Instruction) -> bool:
+    """Whether it computes in float64 or converts to or from it."""
+    return ".f64" in instruction.name and base(instruction) not in {"ld", "st", *PASSES_ON}
+
+
 def registers_in(operand: Operand | None) -> list[Register]:
     if isinstance(operand, Register):
         return [operand]

@@ -76,6 +76,7 @@ class Machine:
     ) -> Launch:
         """Runs a kernel to its end; raises Violation if a check fails."""
         self.record = Launch(demangled(name), grid, block, dynamic_bytes, stream)
+        self.record.parameter_bytes = len(params)
         self.launches.append(self.record)
         kernel = module.kernel(name)
         shared = Layout([v for v in kernel.variables if v.space == "shared"], dynamic_bytes)
@@ -189,7 +190,9 @@ class Machine:
                 if lanes is not None and not len(lanes):
                     continue
             code = program.code[pc]
-            self.record.instructions += code.count * (batch.lanes if lanes is None else len(lanes))
+            running = batch.lanes if lanes is None else len(lanes)
+            self.record.instructions += code.count * running
+            self.record.float64 += code.float64 * running
             if self.record.instructions > self.budget:
                 raise Violation(
                     "instruction budget",

@@ -185,17 +185,26 @@ class Resources(NamedTuple):
 
     registers: int
     spilled_bytes: int  # stores and loads
+    shared_bytes: int
 
 
 def resources(said: str) -> dict[str, Resources]:
-    """Registers and spills by kernel, from the output of ptxas -v."""
+    """Registers, spills and shared memory by kernel, from the output of ptxas -v."""
     found = re.findall(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
-        r".*?Used (\d+) registers",
+        r".*?Used (\d+) registers([^\n]*)",
         said,
         re.S,
     )
-    return {n: Resources(int(regs), int(st) + int(ld)) for n, st, ld, regs in found}
+    return {
+        name: Resources(int(used), int(stores) + int(loads), _shared_bytes(rest))
+        for name, stores, loads, used, rest in found
+    }
+
+
+def _shared_bytes(said: str) -> int:
+    found = re.search(r"(\d+) bytes smem", said)
+    return int(found[1]) if found else 0
 
 
 def ptxas(source: Path, arch: str) -> str:
