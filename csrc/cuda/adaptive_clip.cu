@@ -13,7 +13,6 @@
 namespace gradfuse::cuda {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kUnroll = 2;
 constexpr int64_t kShortUnit = 1024;
 
@@ -25,7 +24,7 @@ struct UnitBatch {
   int64_t weight_stride[kCapacity];  // elements between units
   int64_t grad_stride[kCapacity];
   int64_t numel[kCapacity];        // of a unit
-  int64_t first_block[kCapacity];  // one block per unit
+  int32_t first_block[kCapacity];  // one block per unit
   int64_t first_slot;
   int32_t count;
 };
@@ -56,13 +55,13 @@ __global__ void __launch_bounds__(kBlock, 2)
   const int64_t n = batch.numel[param];
   const T* weight = static_cast<const T*>(batch.weight[param]) + unit * batch.weight_stride[param];
   T* grad = static_cast<T*>(batch.grad[param]) + unit * batch.grad_stride[param];
-  const Stats w = thread_stats<T, kBlock, kUnroll, false>(weight, n, limit.spec);
-  const Stats g = thread_stats<T, kBlock, kUnroll, false>(grad, n, limit.spec);
+  const Stats w = thread_stats<T, kBlock, kUnroll, Sums::Magnitudes>(weight, n, limit.spec);
+  const Stats g = thread_stats<T, kBlock, kUnroll, Sums::Magnitudes>(grad, n, limit.spec);
   const ScaledNorm c = shared_coefficient<kBlock>(w, g, limit, scale);
   if (clips(c)) scale_run<T, kBlock>(grad, n, factor_of(c));
 }
 
-template <bool kPower>
+template <Sums kSums>
 __global__ void __launch_bounds__(kThreads, 2)
     strided_units(const __grid_constant__ StridedRun weight,
                   const __grid_constant__ StridedRun grad, int64_t weight_stride,
@@ -70,8 +69,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t weight_base = blockIdx.x * weight_stride;
   const int64_t grad_base = blockIdx.x * grad_stride;
   const int64_t n = grad.numel;
-  const Stats w = strided_thread_stats<kThreads, kPower>(weight, weight_base, 0, n, limit.spec);
-  const Stats g = strided_thread_stats<kThreads, kPower>(grad, grad_base, 0, n, limit.spec);
+  const Stats w = strided_thread_stats<kThreads, kSums>(weight, weight_base, 0, n, limit.spec);
+  const Stats g = strided_thread_stats<kThreads, kSums>(grad, grad_base, 0, n, limit.spec);
   const ScaledNorm c = shared_coefficient<kThreads>(w, g, limit, scale);
   if (clips(c)) scale_strided<kThreads>(grad, grad_base, 0, n, factor_of(c));
 }
@@ -120,11 +119,11 @@ void launch_strided(const UnitRef& u, UnitLimit limit, const float* scale, Strea
   const StridedRun weight = strided_run(u.weight), grad = strided_run(u.grad);
   const unsigned blocks = grid(u.rows);
   if (limit.spec.kind == NormKind::P)
-    strided_units<true><<<blocks, kThreads, 0, stream>>>(weight, grad, u.weight_stride,
-                                                         u.grad_stride, limit, scale);
+    strided_units<Sums::Powers><<<blocks, kThreads, 0, stream>>>(weight, grad, u.weight_stride,
+                                                                 u.grad_stride, limit, scale);
   else
-    strided_units<false><<<blocks, kThreads, 0, stream>>>(weight, grad, u.weight_stride,
-                                                          u.grad_stride, limit, scale);
+    strided_units<Sums::Magnitudes><<<blocks, kThreads, 0, stream>>>(weight, grad, u.weight_stride,
+                                                                     u.grad_stride, limit, scale);
   check_launch("strided_units");
 }
 

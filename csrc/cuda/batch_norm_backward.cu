@@ -1,11 +1,13 @@
 // The gradients of act((input - mean) * invstd * weight + bias + residual).
 //
 // g = grad_output * act', with act' from the mask, from the output, or from z computed again.
-// Launches: each channel's normalisation, the sums of g and g * h (read grad_output and input),
-// each channel's coefficients and parameter gradients, and the sweep (read both again, write
-// grad_input and grad_residual). A channel that fits one block takes a single launch. In eval mode
-// grad_input needs no sums.
-#include "batch_norm.cuh"
+// Three launches: the sums of g and g * h (read grad_output and input), each channel's coefficients
+// and parameter gradients, and the sweep (read both again, write grad_input and grad_residual). A
+// channel that fits one block takes a single launch. In eval mode grad_input needs no sums.
+//
+// Assumes element-aligned data; uses 16-byte accesses where all runs begin at 16-byte boundaries.
+#include "batch_norm_activation.cuh"
+#include "batch_norm_sums.cuh"
 
 namespace gradfuse::cuda {
 namespace {
@@ -42,12 +44,12 @@ __device__ InputGradient<W> finish_channel(const BatchNormBackward& call, int64_
 // Returns a function that returns the normalised elements of group x, without the residual, by
 // index. Coefficients of one channel are at hand; those of each element need more registers, so
 // they are loaded by the call.
-template <class W>
-__device__ auto normalised(const Normalisation<W>& n, const W (&x)[kGroup]) {
+template <class T, class W>
+__device__ auto normalised(const Normalisation<W>& n, const Packed<T>& x) {
   return [&] { return [&](int e) { return difference(x[e], n.mean) * n.scale + n.shift; }; };
 }
-template <class W>
-__device__ auto normalised(const Coefficients<W>& coefficients, const W (&x)[kGroup]) {
+template <class T, class W>
+__device__ auto normalised(const Coefficients<W>& coefficients, const Packed<T>& x) {
   return [&] {
     Group<W> z, v;
     coefficients(kMean, v.at);
@@ -63,106 +65,125 @@ __device__ auto normalised(const Coefficients<W>& coefficients, const W (&x)[kGr
   };
 }
 
+// What the gradient of a group comes from.
+template <class T>
+struct Saved {
+  Packed<T> input;
+  Packed<T> grad;  // of the output
+  Packed<T> other;  // the residual if z is computed again, else the output, if there is no mask
+  unsigned mask;
+};
+
+template <class T, int kBlock>
+__device__ Saved<T> load_saved(const BatchNormBackward& call, const Groups<T, kBlock>& groups,
+                               const Place& place, bool wants_input) {
+  Saved<T> s;
+  if (wants_input) s.input = groups.load(call.input, place);
+  s.grad = groups.load(call.grad_output, place);
+  const void* other = needs_input(call.activation) ? call.residual : call.output;
+  s.mask = call.mask && place.count ? call.mask[place.byte] : 0u;
+  if (other) s.other = groups.load(other, place);
+  return s;
+}
+
 // g of a group.
 template <class T, class Normalised>
-__device__ void gradient_before(const BatchNormBackward& call, const Place& place,
+__device__ void gradient_before(const BatchNormBackward& call, const Saved<T>& saved, int count,
                                 Wide<T> (&g)[kGroup], Normalised normalised) {
   using W = Wide<T>;
-  load_group(static_cast<const T*>(call.grad_output) + place.at, place.count, g);
+#pragma unroll
+  for (int e = 0; e < kGroup; ++e) g[e] = saved.grad[e];
   with_activation(call.activation, [&](auto activation) {
     constexpr Activation kActivation = decltype(activation)::value;
     if constexpr (kActivation == Activation::None) {
       return;
     } else if constexpr (needs_input(kActivation)) {
       const auto z = normalised();
-      W r[kGroup] = {};
-      if (call.residual)
-        load_group(static_cast<const T*>(call.residual) + place.at, place.count, r);
 #pragma unroll
-      for (int e = 0; e < kGroup; ++e) g[e] *= derivative_at<kActivation, W>(z(e) + r[e]);
+      for (int e = 0; e < kGroup; ++e)
+        g[e] *= derivative_at<kActivation, W>(z(e) + saved.other[e]);  // 0 without a residual
     } else {
       const W slope =
           kActivation == Activation::LeakyRelu ? static_cast<W>(call.negative_slope) : W(0);
       if (has_mask(kActivation) && call.mask) {
-        const unsigned bits = call.mask[place.byte];
 #pragma unroll
         for (int e = 0; e < kGroup; ++e)
-          if (!(bits >> e & 1u)) g[e] = kActivation == Activation::LeakyRelu ? g[e] * slope : W(0);
+          if (!(saved.mask >> e & 1u))
+            g[e] = kActivation == Activation::LeakyRelu ? g[e] * slope : W(0);
         return;
       }
-      W y[kGroup];
-      load_group(static_cast<const T*>(call.output) + place.at, place.count, y);
 #pragma unroll
       for (int e = 0; e < kGroup; ++e) {
-        const W d = derivative_from_output<kActivation, W>(y[e], slope);
+        const W d = derivative_from_output<kActivation, W>(saved.other[e], slope);
         g[e] = has_mask(kActivation) && d == W(0) ? W(0) : g[e] * d;  // not inf * 0
       }
     }
   });
 #pragma unroll
   for (int e = 0; e < kGroup; ++e)
-    if (e >= place.count) g[e] = W(0);
+    if (e >= count) g[e] = W(0);
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : kBlocks)
     batch_norm_grad_channel_sums(const __grid_constant__ BatchNormBackward call, double* slots) {
   using W = Wide<T>;
+  const Groups<T> groups(Runs(call.shape));
   const int64_t c = blockIdx.x % call.shape.channels;
   const Normalisation<W> n = normalisation_of<W>(call, c);
   const W invstd = invstd_of<W>(call, c);
-  const auto terms = [&](const Place& place, int64_t, TwoSums& sums, auto) {
-    W x[kGroup] = {}, g[kGroup];
-    if (call.input) load_group(static_cast<const T*>(call.input) + place.at, place.count, x);
-    gradient_before<T>(call, place, g, normalised(n, x));
+  const auto load = [&](const Place& place) {
+    return load_saved<T>(call, groups, place, call.input != nullptr);
+  };
+  const auto add = [&](const Saved<T>& saved, int count, TwoSums& sums, auto) {
+    W h[kGroup], g[kGroup];
+    gradient_before<T>(call, saved, count, g, normalised(n, saved.input));
 #pragma unroll
     for (int e = 0; e < kGroup; ++e)
-      x[e] = call.input && e < place.count ? difference(x[e], n.mean) * invstd : W(0);
-    sums.add(g, g, x);
+      h[e] = call.input && e < count ? difference(saved.input[e], n.mean) * invstd : W(0);
+    sums.add(g, g, h);
   };
-  sum_channel_chunk<false>(call.shape, slots, terms);
+  sum_channel_chunk<kInFlight<T, 2, 32>, false>(call.shape, slots, load, add);
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    batch_norm_grad_row_sums(const __grid_constant__ BatchNormBackward call, double* slots,
-                             const Wide<T>* coefficients) {
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
+    batch_norm_grad_row_sums(const __grid_constant__ BatchNormBackward call, double* slots) {
   using W = Wide<T>;
   const Runs runs(call.shape);
-  const int64_t group = group_of_thread(runs);
-  W mean[kGroup] = {}, invstd[kGroup] = {};
-  Coefficients<W> of_group = {};
-  if (group < runs.groups) {
-    const int count = place_of(runs, 0, group).count;
-    of_group = coefficients_of_group(runs, 0, group, count, coefficients);
-    of_group(kMean, mean);
-    of_group(kInvstd, invstd);
+  const Groups<T> groups(runs);
+  const InTile at(runs);
+  // The coefficients of the tile's channels, one thread each.
+  __shared__ alignas(16) W shared[kInvstd + 1][kTileColumns];
+  const int64_t mine = at.first_channel() + threadIdx.x;
+  if (mine < runs.channels) {
+    const Normalisation<W> n = normalisation_of<W>(call, mine);
+    shared[kMean][threadIdx.x] = n.mean;
+    shared[kScale][threadIdx.x] = n.scale;
+    shared[kShift][threadIdx.x] = n.shift;
+    shared[kInvstd][threadIdx.x] = invstd_of<W>(call, mine);
   }
-  const auto terms = [&](const Place& place, W(&x)[kGroup], W(&y)[kGroup], W(&z)[kGroup]) {
-    W in[kGroup] = {};
-    if (call.input) load_group(static_cast<const T*>(call.input) + place.at, place.count, in);
-    gradient_before<T>(call, place, x, normalised(of_group, in));
-#pragma unroll
-    for (int e = 0; e < kGroup; ++e) {
-      y[e] = x[e];
-      z[e] = call.input ? difference(in[e], mean[e]) * invstd[e] : W(0);
-    }
+  __syncthreads();
+  const int64_t left = runs.channels - at.group * kGroup;
+  const int count = left >= kGroup ? kGroup : left > 0 ? static_cast<int>(left) : 0;
+  const Coefficients<W> of_group = {shared[0] + at.column * kGroup, kTileColumns, count, true};
+  const auto load = [&](const Place& place) {
+    return load_saved<T>(call, groups, place, call.input != nullptr);
   };
-  sum_row_chunk<W, false>(call.shape, slots, terms);
-}
-
-// Coefficients that the sums need, by channel.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    batch_norm_grad_prepare(const __grid_constant__ BatchNormBackward call, Wide<T>* coefficients) {
-  const int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t channels = call.shape.channels;
-  if (c >= channels) return;
-  const Normalisation<Wide<T>> n = normalisation_of<Wide<T>>(call, c);
-  coefficients[kMean * channels + c] = n.mean;
-  coefficients[kScale * channels + c] = n.scale;
-  coefficients[kShift * channels + c] = n.shift;
-  coefficients[kInvstd * channels + c] = invstd_of<Wide<T>>(call, c);
+  const auto terms = [&](const Saved<T>& saved, W(&x)[kGroup], W(&y)[kGroup], W(&z)[kGroup]) {
+    gradient_before<T>(call, saved, count, x, normalised(of_group, saved.input));
+#pragma unroll
+    for (int e = 0; e < kGroup; ++e) y[e] = x[e], z[e] = W(0);
+    if (!call.input) return;
+    W v[kGroup];
+    of_group(kMean, v);
+#pragma unroll
+    for (int e = 0; e < kGroup; ++e) z[e] = difference(saved.input[e], v[e]);
+    of_group(kInvstd, v);
+#pragma unroll
+    for (int e = 0; e < kGroup; ++e) z[e] *= v[e];
+  };
+  sum_row_chunk<W, kInFlight<T, 2, 32>, false>(call.shape, slots, load, terms);
 }
 
 // Coefficients that the sweep needs, and the parameter gradients, by channel.
@@ -170,24 +191,29 @@ template <class T>
 __global__ void __launch_bounds__(kThreads)
     batch_norm_grad_finish(const __grid_constant__ BatchNormBackward call, const double* slots,
                            bool has_sums, Wide<T>* coefficients) {
-  const int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t c = channel_of_warp();
   const int64_t channels = call.shape.channels;
   if (c >= channels) return;
   const TwoSums sums = has_sums ? sum_of_chunks(call.shape, slots, c) : TwoSums();
+  if (threadIdx.x % kWarp != 0) return;
   const InputGradient<Wide<T>> g = finish_channel<Wide<T>>(call, c, sums);
+  const Normalisation<Wide<T>> n = normalisation_of<Wide<T>>(call, c);
+  coefficients[kMean * channels + c] = n.mean;
+  coefficients[kScale * channels + c] = n.scale;
+  coefficients[kShift * channels + c] = n.shift;
+  coefficients[kInvstd * channels + c] = g.invstd;
   coefficients[kDirect * channels + c] = g.direct;
   coefficients[kSlope * channels + c] = g.slope;
   coefficients[kOffset * channels + c] = g.shift;
 }
 
 // Writes the gradients of a group; x holds its input, unless none is needed.
-template <class T, class OfGroup>
-__device__ void write_gradients(const BatchNormBackward& call, const Place& place,
-                                const Wide<T> (&x)[kGroup], const OfGroup& coefficients,
+template <class T, int kBlock, class OfGroup>
+__device__ void write_gradients(const BatchNormBackward& call, const Groups<T, kBlock>& groups,
+                                const Place& place, const Packed<T>& x, const OfGroup& coefficients,
                                 Wide<T> (&g)[kGroup]) {
   using W = Wide<T>;
-  if (call.grad_residual)
-    store_group(static_cast<T*>(call.grad_residual) + place.at, place.count, g);
+  if (call.grad_residual) groups.store(call.grad_residual, place, g);
   if (!call.grad_input) return;
   W v[kGroup];
   coefficients(kDirect, v);
@@ -206,7 +232,7 @@ __device__ void write_gradients(const BatchNormBackward& call, const Place& plac
 #pragma unroll
     for (int e = 0; e < kGroup; ++e) g[e] += h[e] * slope[e] + v[e];
   }
-  store_group(static_cast<T*>(call.grad_input) + place.at, place.count, g);
+  groups.store(call.grad_input, place, g);
 }
 
 template <class T>
@@ -215,40 +241,42 @@ __global__ void __launch_bounds__(kThreads)
                           const Wide<T>* coefficients) {
   using W = Wide<T>;
   const Runs runs(call.shape);
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= runs.rows * runs.groups) return;
-  const int64_t row = i / runs.groups, group = i % runs.groups;
-  const Place place = place_of(runs, row, group);
-  const auto of_group = coefficients_of_group(runs, row, group, place.count, coefficients);
-  W x[kGroup] = {}, g[kGroup];
-  if (needs_input(call.activation) || (call.training && call.grad_input))
-    load_group(static_cast<const T*>(call.input) + place.at, place.count, x);
-  gradient_before<T>(call, place, g, normalised(of_group, x));
-  write_gradients<T>(call, place, x, of_group, g);
+  const Groups<T> groups(runs);
+  const SweptGroup swept(runs);
+  const Place& place = swept.place;
+  const bool wants_input = needs_input(call.activation) || (call.training && call.grad_input);
+  const Saved<T> saved = load_saved<T>(call, groups, place, wants_input);
+  const auto of_group =
+      coefficients_of_group(runs, swept.row, swept.group, place.count, coefficients);
+  W g[kGroup];
+  gradient_before<T>(call, saved, place.count, g, normalised(of_group, saved.input));
+  write_gradients(call, groups, place, saved.input, of_group, g);
 }
 
 // A channel in one block: input and g stay in registers between the sums and the sweep.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
+template <class T, int kBlock>
+__global__ void __launch_bounds__(kBlock)
     batch_norm_grad_small(const __grid_constant__ BatchNormBackward call, bool has_sums) {
   using W = Wide<T>;
   constexpr int kHeld = kHeldGroups<T>;
   const Runs runs(call.shape);
+  const Groups<T, kBlock> groups(runs);
   const int64_t channel = blockIdx.x;
-  const int64_t all = runs.rows / runs.channels * runs.groups;
+  const int64_t all = runs.groups_of_channel();
+  const auto place_of_held = [&](int k) {
+    return place_in_channel(runs, channel, threadIdx.x + k * kBlock, all);
+  };
   const Normalisation<W> n = normalisation_of<W>(call, channel);
   const W invstd = invstd_of<W>(call, channel);
-  W x[kHeld][kGroup], g[kHeld][kGroup];
+  Packed<T> x[kHeld];
+  W g[kHeld][kGroup];
   TwoSums mine;
 #pragma unroll
   for (int k = 0; k < kHeld; ++k) {
-#pragma unroll
-    for (int e = 0; e < kGroup; ++e) x[k][e] = g[k][e] = W(0);
-    const int64_t q = threadIdx.x + k * kThreads;
-    if (q >= all) continue;
-    const Place place = place_in_channel(runs, channel, q);
-    if (call.input) load_group(static_cast<const T*>(call.input) + place.at, place.count, x[k]);
-    gradient_before<T>(call, place, g[k], normalised(n, x[k]));
+    const Place place = place_of_held(k);
+    const Saved<T> saved = load_saved<T>(call, groups, place, call.input != nullptr);
+    x[k] = saved.input;
+    gradient_before<T>(call, saved, place.count, g[k], normalised(n, saved.input));
     if (!has_sums) continue;
     W h[kGroup];
 #pragma unroll
@@ -256,7 +284,7 @@ __global__ void __launch_bounds__(kThreads)
       h[e] = call.input && e < place.count ? difference(x[k][e], n.mean) * invstd : W(0);
     mine.add(g[k], g[k], h);
   }
-  const TwoSums sums = block_sum(mine);
+  const TwoSums sums = block_sum<kBlock>(mine);
   __shared__ InputGradient<W> shared;
   if (threadIdx.x == 0) shared = finish_channel<W>(call, channel, sums);
   __syncthreads();
@@ -272,9 +300,8 @@ __global__ void __launch_bounds__(kThreads)
   };
 #pragma unroll
   for (int k = 0; k < kHeld; ++k) {
-    const int64_t q = threadIdx.x + k * kThreads;
-    if (q >= all) continue;
-    write_gradients<T>(call, place_in_channel(runs, channel, q), x[k], coefficients, g[k]);
+    if (k * kBlock >= all) break;  // of no thread
+    write_gradients(call, groups, place_of_held(k), x[k], coefficients, g[k]);
   }
 }
 
@@ -286,26 +313,27 @@ void batch_norm_backward(const BatchNormBackward& call, void* scratch, Stream st
     const BatchNormShape& shape = call.shape;
     const bool has_sums =
         call.grad_weight.data || call.grad_bias.data || (call.training && call.grad_input);
-    if (fits_one_block(shape)) {
-      batch_norm_grad_small<T><<<blocks_for(shape.channels), kThreads, 0, stream>>>(call, has_sums);
+    if (fits_block(shape, kThreads)) {
+      const unsigned blocks = blocks_for(shape.channels);
+      if (fits_block(shape, kSmallBlock))
+        batch_norm_grad_small<T, kSmallBlock><<<blocks, kSmallBlock, 0, stream>>>(call, has_sums);
+      else
+        batch_norm_grad_small<T, kThreads><<<blocks, kThreads, 0, stream>>>(call, has_sums);
       check_launch("batch_norm_grad_small");
       return;
     }
     double* slots = slots_of(scratch);
     Wide<T>* coefficients = static_cast<Wide<T>*>(coefficients_of(shape, scratch));
-    const unsigned channel_grid = blocks_for(channel_blocks(shape));
-    batch_norm_grad_prepare<T><<<channel_grid, kThreads, 0, stream>>>(call, coefficients);
-    check_launch("batch_norm_grad_prepare");
     if (has_sums) {
       const unsigned blocks = blocks_for(sum_blocks(shape));
       if (shape.inner == 1)
-        batch_norm_grad_row_sums<T><<<blocks, kThreads, 0, stream>>>(call, slots, coefficients);
+        batch_norm_grad_row_sums<T><<<blocks, kThreads, 0, stream>>>(call, slots);
       else
         batch_norm_grad_channel_sums<T><<<blocks, kThreads, 0, stream>>>(call, slots);
       check_launch("batch_norm_grad_sums");
     }
-    batch_norm_grad_finish<T>
-        <<<channel_grid, kThreads, 0, stream>>>(call, slots, has_sums, coefficients);
+    batch_norm_grad_finish<T><<<blocks_for(channel_blocks(shape)), kThreads, 0, stream>>>(
+        call, slots, has_sums, coefficients);
     check_launch("batch_norm_grad_finish");
     if (call.grad_input || call.grad_residual) {
       batch_norm_grad_apply<T>

@@ -4,8 +4,9 @@
 // the sweep (read input and residual, write output and mask). A channel that one block can hold
 // takes one launch, which reads the input once. In eval mode the sums are left out.
 //
-// Assumes element-aligned data; uses 16-byte accesses where a group is aligned to 16 bytes.
-#include "batch_norm.cuh"
+// Assumes element-aligned data; uses 16-byte accesses where all runs begin at 16-byte boundaries.
+#include "batch_norm_activation.cuh"
+#include "batch_norm_sums.cuh"
 
 namespace gradfuse::cuda {
 namespace {
@@ -40,8 +41,9 @@ __device__ Normalisation<W> finish_channel(const BatchNormForward& call, int64_t
 }
 
 // Adds x - shift and its square for the first `count` elements of a group; in float64 if kWide.
-template <bool kWide, class W>
-__device__ void add_differences(const W (&x)[kGroup], int count, W shift, TwoSums& sums) {
+template <bool kWide, class T>
+__device__ void add_differences(const Packed<T>& x, int count, Wide<T> shift, TwoSums& sums) {
+  using W = Wide<T>;
   if constexpr (kWide) {
 #pragma unroll
     for (int e = 0; e < kGroup; ++e) {
@@ -73,15 +75,16 @@ __device__ Wide<T> shift_of(const BatchNormForward& call, int64_t channel) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     batch_norm_channel_sums(const __grid_constant__ BatchNormForward call, double* slots) {
   using W = Wide<T>;
-  const auto terms = [&](const Place& place, int64_t channel, TwoSums& sums, auto wide) {
-    W x[kGroup];
-    load_group(static_cast<const T*>(call.input) + place.at, place.count, x);
-    add_differences<decltype(wide)::value>(x, place.count, shift_of<T>(call, channel), sums);
+  const Groups<T> groups(Runs(call.shape));
+  const W shift = shift_of<T>(call, blockIdx.x % call.shape.channels);
+  const auto load = [&](const Place& place) { return groups.load(call.input, place); };
+  const auto add = [&](const Packed<T>& x, int count, TwoSums& sums, auto wide) {
+    add_differences<decltype(wide)::value>(x, count, shift, sums);
   };
-  sum_channel_chunk<kLeavesRange<W>>(call.shape, slots, terms);
+  sum_channel_chunk<kInFlight<T, 1, 32>, kLeavesRange<W>>(call.shape, slots, load, add);
 }
 
 template <class T>
@@ -89,40 +92,37 @@ __global__ void __launch_bounds__(kThreads)
     batch_norm_row_sums(const __grid_constant__ BatchNormForward call, double* slots) {
   using W = Wide<T>;
   const Runs runs(call.shape);
-  const T* input = static_cast<const T*>(call.input);
-  const int64_t group = group_of_thread(runs);
-  W shift[kGroup] = {};
-  if (group < runs.groups) {
-    const Place first = place_of(runs, 0, group);
-    if constexpr (kLeavesRange<W>) {
-      load_group(input + first.at, first.count, shift);
-    } else {
-      for (int e = 0; e < first.count; ++e) shift[e] = shift_of<T>(call, first.at + e);
-    }
-  }
-  const auto terms = [&](const Place& place, auto& x, auto& y, auto& z) {
+  const Groups<T> groups(runs);
+  const InTile at(runs);
+  // The shifts of the tile's channels, one thread each.
+  __shared__ alignas(16) W shared[kTileColumns];
+  const int64_t mine = at.first_channel() + threadIdx.x;
+  if (mine < runs.channels) shared[threadIdx.x] = shift_of<T>(call, mine);
+  __syncthreads();
+  W shift[kGroup];
+#pragma unroll
+  for (int e = 0; e < kGroup; ++e)
+    shift[e] = at.group * kGroup + e < runs.channels ? shared[at.column * kGroup + e] : W(0);
+  const auto load = [&](const Place& place) { return groups.load(call.input, place); };
+  const auto terms = [&](const Packed<T>& in, auto& x, auto& y, auto& z) {
     using V = std::decay_t<decltype(x[0])>;
-    W in[kGroup];
-    load_group(input + place.at, place.count, in);
 #pragma unroll
     for (int e = 0; e < kGroup; ++e) x[e] = y[e] = z[e] = static_cast<V>(in[e]) - shift[e];
   };
-  sum_row_chunk<W, kLeavesRange<W>>(call.shape, slots, terms);
+  sum_row_chunk<W, kInFlight<T, 1, 64>, kLeavesRange<W>>(call.shape, slots, load, terms);
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     batch_norm_statistics(const __grid_constant__ BatchNormForward call, const double* slots,
                           Wide<T>* coefficients) {
-  const int64_t c = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t c = channel_of_warp();
   const int64_t channels = call.shape.channels;
   if (c >= channels) return;
   TwoSums sums;
-  double shift = 0.0;
-  if (call.training) {
-    sums = sum_of_chunks(call.shape, slots, c);
-    shift = shift_of<T>(call, c);
-  }
+  if (call.training) sums = sum_of_chunks(call.shape, slots, c);
+  if (threadIdx.x % kWarp != 0) return;
+  const double shift = call.training ? shift_of<T>(call, c) : 0.0;
   const Normalisation<Wide<T>> n = finish_channel<Wide<T>>(call, c, sums, shift);
   coefficients[kMean * channels + c] = n.mean;
   coefficients[kScale * channels + c] = n.scale;
@@ -130,15 +130,13 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Writes a group's output from its normalised elements, and its byte of the mask.
-template <class T>
-__device__ void write_output(const BatchNormForward& call, const Place& place,
-                             Wide<T> (&z)[kGroup]) {
+template <class T, int kBlock>
+__device__ void write_output(const BatchNormForward& call, const Groups<T, kBlock>& groups,
+                             const Place& place, const Packed<T>& residual, Wide<T> (&z)[kGroup]) {
   using W = Wide<T>;
   if (call.residual) {
-    W r[kGroup];
-    load_group(static_cast<const T*>(call.residual) + place.at, place.count, r);
 #pragma unroll
-    for (int e = 0; e < kGroup; ++e) z[e] += r[e];
+    for (int e = 0; e < kGroup; ++e) z[e] += residual[e];
   }
   unsigned bits = 0;
   with_activation(call.activation, [&](auto activation) {
@@ -158,8 +156,8 @@ __device__ void write_output(const BatchNormForward& call, const Place& place,
     for (int e = 0; e < kGroup; ++e)
       z[e] = activate<kActivation, W>(z[e], static_cast<W>(call.negative_slope));
   });
-  store_group(static_cast<T*>(call.output) + place.at, place.count, z);
-  if (call.mask) call.mask[place.byte] = static_cast<uint8_t>(bits);
+  groups.store(call.output, place, z);
+  if (call.mask && place.count) call.mask[place.byte] = static_cast<uint8_t>(bits);
 }
 
 template <class T>
@@ -167,54 +165,54 @@ __global__ void __launch_bounds__(kThreads)
     batch_norm_apply(const __grid_constant__ BatchNormForward call, const Wide<T>* coefficients) {
   using W = Wide<T>;
   const Runs runs(call.shape);
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= runs.rows * runs.groups) return;
-  const int64_t row = i / runs.groups, group = i % runs.groups;
-  const Place place = place_of(runs, row, group);
-  const auto of_group = coefficients_of_group(runs, row, group, place.count, coefficients);
+  const Groups<T> groups(runs);
+  const SweptGroup swept(runs);
+  const Place& place = swept.place;
+  const Packed<T> x = groups.load(call.input, place);
+  Packed<T> residual;
+  if (call.residual) residual = groups.load(call.residual, place);
+  const auto of_group =
+      coefficients_of_group(runs, swept.row, swept.group, place.count, coefficients);
   W z[kGroup], mean[kGroup], scale[kGroup], shift[kGroup];
-  load_group(static_cast<const T*>(call.input) + place.at, place.count, z);
   of_group(kMean, mean);
   of_group(kScale, scale);
   of_group(kShift, shift);
 #pragma unroll
-  for (int e = 0; e < kGroup; ++e) z[e] = difference(z[e], mean[e]) * scale[e] + shift[e];
-  write_output<T>(call, place, z);
+  for (int e = 0; e < kGroup; ++e) z[e] = difference(x[e], mean[e]) * scale[e] + shift[e];
+  write_output(call, groups, place, residual, z);
 }
 
 // A channel in one block: the input stays in registers between the sums and the sweep.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
+template <class T, int kBlock>
+__global__ void __launch_bounds__(kBlock, 512 / kBlock)
     batch_norm_small(const __grid_constant__ BatchNormForward call) {
   using W = Wide<T>;
   constexpr int kHeld = kHeldGroups<T>;
   const Runs runs(call.shape);
+  const Groups<T, kBlock> groups(runs);
   const int64_t channel = blockIdx.x;
-  const int64_t all = runs.rows / runs.channels * runs.groups;
-  W held[kHeld][kGroup];
-  TwoSums mine;
+  const int64_t all = runs.groups_of_channel();
+  const auto place_of_held = [&](int k) {
+    return place_in_channel(runs, channel, threadIdx.x + k * kBlock, all);
+  };
+  Packed<T> held[kHeld];
+#pragma unroll
+  for (int k = 0; k < kHeld; ++k) held[k] = groups.load(call.input, place_of_held(k));
   const W shift = shift_of<T>(call, channel);
+  const auto sum = [&](auto wide) {
+    TwoSums mine;
 #pragma unroll
-  for (int k = 0; k < kHeld; ++k) {
-    const int64_t q = threadIdx.x + k * kThreads;
-    if (q >= all) continue;
-    const Place place = place_in_channel(runs, channel, q);
-    load_group(static_cast<const T*>(call.input) + place.at, place.count, held[k]);
-    if (call.training) add_differences<false>(held[k], place.count, shift, mine);
-  }
-  TwoSums sums = block_sum(mine);
-  if constexpr (kLeavesRange<W>) {
-    const double count = static_cast<double>(call.shape.count());
-    const bool again = call.training && threadIdx.x == 0 && left_range(sums, count);
-    if (__syncthreads_or(again)) {
-      mine = TwoSums();
-#pragma unroll
-      for (int k = 0; k < kHeld; ++k) {
-        const int64_t q = threadIdx.x + k * kThreads;
-        if (q >= all) continue;
-        add_differences<true>(held[k], place_in_channel(runs, channel, q).count, shift, mine);
-      }
-      sums = block_sum(mine);
+    for (int k = 0; k < kHeld; ++k)
+      add_differences<decltype(wide)::value>(held[k], place_of_held(k).count, shift, mine);
+    return block_sum<kBlock>(mine);
+  };
+  TwoSums sums;
+  if (call.training) {
+    sums = sum(std::false_type());
+    if constexpr (kLeavesRange<W>) {
+      const double count = static_cast<double>(call.shape.count());
+      if (__syncthreads_or(threadIdx.x == 0 && left_range(sums, count)))
+        sums = sum(std::true_type());
     }
   }
   __shared__ Normalisation<W> shared;
@@ -223,12 +221,14 @@ __global__ void __launch_bounds__(kThreads)
   const Normalisation<W> n = shared;
 #pragma unroll
   for (int k = 0; k < kHeld; ++k) {
-    const int64_t q = threadIdx.x + k * kThreads;
-    if (q >= all) continue;
+    if (k * kBlock >= all) break;  // of no thread
+    const Place place = place_of_held(k);
+    Packed<T> residual;
+    if (call.residual) residual = groups.load(call.residual, place);
+    W z[kGroup];
 #pragma unroll
-    for (int e = 0; e < kGroup; ++e)
-      held[k][e] = difference(held[k][e], n.mean) * n.scale + n.shift;
-    write_output<T>(call, place_in_channel(runs, channel, q), held[k]);
+    for (int e = 0; e < kGroup; ++e) z[e] = difference(held[k][e], n.mean) * n.scale + n.shift;
+    write_output(call, groups, place, residual, z);
   }
 }
 
@@ -243,8 +243,12 @@ void batch_norm_forward(const BatchNormForward& call, void* scratch, Stream stre
   with_type(call.shape.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const BatchNormShape& shape = call.shape;
-    if (fits_one_block(shape)) {
-      batch_norm_small<T><<<blocks_for(shape.channels), kThreads, 0, stream>>>(call);
+    if (fits_block(shape, kThreads)) {
+      const unsigned blocks = blocks_for(shape.channels);
+      if (fits_block(shape, kSmallBlock))
+        batch_norm_small<T, kSmallBlock><<<blocks, kSmallBlock, 0, stream>>>(call);
+      else
+        batch_norm_small<T, kThreads><<<blocks, kThreads, 0, stream>>>(call);
       check_launch("batch_norm_small");
       return;
     }

@@ -16,6 +16,7 @@
 namespace gradfuse::cuda {
 
 constexpr int kThreads = 256;
+constexpr int kWarp = 32;
 
 // The type that T is computed in, and its conversions.
 template <class T>

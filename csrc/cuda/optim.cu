@@ -5,7 +5,7 @@
 //   merge_ratios    a block per parameter: its slots in order, the factor of its learning rate
 //   optim_update    a block per chunk: returns at once if the plan says Skip, else reads and writes
 //                   every stream once
-//   advance_steps   a thread per parameter: its step counter, after all blocks have read it
+//   advance_steps   a thread per parameter: its step counter, after all launches have read it
 //
 // Assumes element-aligned data; a parameter whose streams all begin at a 16-byte boundary, as
 // torch's do, is read and written 16 bytes at a time. Results do not depend on the order of blocks.
@@ -37,7 +37,7 @@ struct ParamBatch {
   float* master[kCapacity];
   float* step[kCapacity];
   int64_t numel[kCapacity];
-  int64_t first_block[kCapacity];
+  int32_t first_block[kCapacity];
   int32_t row[kCapacity];
   bool aligned[kCapacity];
   int64_t first_slot;  // of update clipping
@@ -215,20 +215,19 @@ __device__ void update(const Streams<T, S, G>& s, int64_t i, const Prepared<kRul
   }
 }
 
-// Calls many(i) for aligned groups of kCount elements of the block's chunk, one(i) for the rest.
+// Calls many(i) for aligned groups of kCount elements of the chunk, one(i) for the rest.
 template <int kCount, class Many, class One>
-__device__ void for_each_group(const ParamBatch& batch, int run, Many many, One one) {
-  const BlockChunk c = chunk_of_block(batch);
+__device__ void for_each_group(const ParamBatch& batch, const BlockChunk& c, Many many, One one) {
   const int64_t begin = c.start, end = c.start + c.length;
   int64_t whole = begin;
-  if (batch.aligned[run]) whole = begin + (end - begin) / kCount * kCount;
+  if (batch.aligned[c.run]) whole = begin + (end - begin) / kCount * kCount;
   for (int64_t i = begin + threadIdx.x * kCount; i < whole; i += kThreads * kCount) many(i);
   for (int64_t i = whole + threadIdx.x; i < end; i += kThreads) one(i);
 }
 
-// Two blocks on a multiprocessor are enough for its memory; for more of them ptxas would spill.
+// As many blocks on a multiprocessor as ptxas finds registers for: more of them would spill.
 template <Rule kRule, class T, class S, class G>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3)
     optim_update(const __grid_constant__ ParamBatch batch,
                  const __grid_constant__ GroupOptions group, GradientUse use, DType dtype,
                  bool stochastic,
@@ -236,7 +235,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   using W = typename Element<T>::Wide;
   constexpr int kCount = kPer16Bytes<T>;
   if (use.is_refused()) return;
-  const int run = run_of_block(batch, blockIdx.x);
+  const BlockChunk chunk = chunk_of_block(batch, block_from_last());
+  const int run = chunk.run;
   __shared__ Prepared<kRule, W> with;
   if (threadIdx.x == 0)
     with = prepare<kRule, W>(batch, run, group, use, dtype, stochastic,
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Streams<T, S, G> streams(batch, run);
   const Prepared<kRule, W> mine = with;
   for_each_group<kCount>(
-      batch, run, [&](int64_t i) { update<kRule, kCount, true>(streams, i, mine); },
+      batch, chunk, [&](int64_t i) { update<kRule, kCount, true>(streams, i, mine); },
       [&](int64_t i) { update<kRule, 1, false>(streams, i, mine); });
 }
 
@@ -259,7 +259,8 @@ __global__ void __launch_bounds__(kThreads)
   // A float64 division is a call, around which ptxas spills what two of them at once keep.
   constexpr int kAtOnce = sizeof(W) == 8 ? 1 : kCount;
   if (use.is_refused()) return;
-  const int run = run_of_block(batch, blockIdx.x);
+  const BlockChunk chunk = chunk_of_block(batch, blockIdx.x);
+  const int run = chunk.run;
   __shared__ Prepared<Rule::AdamW, W> with;
   if (threadIdx.x == 0) with = prepare<Rule::AdamW, W>(batch, run, group, use, dtype, false, 1.0);
   __syncthreads();
@@ -267,7 +268,7 @@ __global__ void __launch_bounds__(kThreads)
   const Prepared<Rule::AdamW, W> mine = with;
   double sum = 0.0;
   for_each_group<kCount>(
-      batch, run,
+      batch, chunk,
       [&](int64_t i) {
         W g[kCount], v[kCount], part = 0;
         get<kCount, true>(s.grad + i, g);
@@ -302,11 +303,15 @@ __global__ void __launch_bounds__(kThreads)
         update_clip_factor(total / static_cast<double>(numel));
 }
 
+struct StepBatch {
+  static constexpr int kCapacity = kThreads;
+  float* step[kCapacity];
+};
+
 __global__ void __launch_bounds__(kThreads)
-    advance_steps(const __grid_constant__ ParamBatch batch, GradientUse use) {
-  if (use.is_refused()) return;
-  for (int i = threadIdx.x; i < batch.count; i += kThreads)
-    if (batch.step[i]) *batch.step[i] += 1.0f;
+    advance_steps(const __grid_constant__ StepBatch batch, int count, GradientUse use) {
+  if (use.is_refused() || threadIdx.x >= count) return;
+  *batch.step[threadIdx.x] += 1.0f;
 }
 
 bool is_aligned(const ParamRef& p) {
@@ -389,9 +394,21 @@ void optim_step(const OptimStep& step, void* scratch, Stream stream) {
     };
     if (blocks)
       with_types<__half, __nv_bfloat16>(like.dtype, like.state_dtype, like.grad_dtype, launch);
-    advance_steps<<<1, kThreads, 0, stream>>>(batch, step.use);
-    check_launch("advance_steps");
   });
+  StepBatch steps;
+  int count = 0;
+  const auto advance = [&] {
+    if (count == 0) return;
+    advance_steps<<<1, kThreads, 0, stream>>>(steps, count, step.use);
+    check_launch("advance_steps");
+    count = 0;
+  };
+  for (const ParamRef& p : step.params) {
+    if (!p.step) continue;
+    if (count == StepBatch::kCapacity) advance();
+    steps.step[count++] = p.step;
+  }
+  advance();
 }
 
 }  // namespace gradfuse::cuda

@@ -1,8 +1,8 @@
 // Stats of one run by one block: each thread's share in registers, then a fixed-order reduction.
 //
 // Squares are summed in float32 over the words a thread has in flight and in float64 beyond. A
-// group whose largest magnitude makes float32 squares overflow or vanish is summed again in float64
-// from the same registers, so memory is read once whatever the values, and consumer GPUs do
+// group whose squares overflow or vanish in float32, or that is not finite, is summed again in
+// float64 from the same registers, so memory is read once whatever the values, and consumer GPUs do
 // float64 arithmetic once per group instead of once per element.
 #pragma once
 
@@ -25,20 +25,50 @@ constexpr auto kInfinityBits = 0x7f800000u;
 template <>
 constexpr auto kInfinityBits<double> = 0x7ff0000000000000ull;
 
+// The largest and the least magnitude of finite elements. float32 has instructions for them, which
+// pass over NaN; float64 is compared as integers.
+template <class Wide>
+struct Extremes {
+  float largest = 0.0f, least = INFINITY;
+  __device__ void take(float x) {
+    largest = fmaxf(largest, fabsf(x));
+    least = fminf(least, fabsf(x));
+  }
+  __device__ double top() const { return largest; }
+  __device__ uint32_t top_bits() const { return __float_as_uint(largest); }
+  __device__ bool has_zero() const { return least == 0.0f; }
+};
+template <>
+struct Extremes<double> {
+  uint64_t largest = 0, least = ~0ull;
+  __device__ void take(double x) {
+    const uint64_t bits = magnitude_bits(x);
+    largest = bits > largest ? bits : largest;
+    least = bits < least ? bits : least;
+  }
+  __device__ double top() const { return from_bits(largest); }
+  __device__ uint64_t top_bits() const { return largest; }
+  __device__ bool has_zero() const { return least == 0; }
+};
+
 // Whether the squares of a group with this largest magnitude may be summed unscaled. Those of
 // float16 always may.
 template <class T>
 __device__ bool squares_are_safe(double largest) {
-  if (std::is_same_v<T, __half>) return true;
+  if (std::is_same_v<T, __half>) return largest > 0.0;
   if (std::is_same_v<T, double>) return largest >= kSafeDoubleMin && largest <= kSafeDoubleMax;
   return largest >= kSafeFloatMin && largest <= kSafeFloatMax;
 }
 
-// One thread's share. kPower: the norm is NormKind::P, and every element is raised to spec.p.
-template <class T, bool kPower>
+// What is summed of the elements, besides their squares.
+enum class Sums { Squares, Magnitudes, Powers };
+
+// One thread's share. Powers: the norm is NormKind::P, and every element is raised to spec.p.
+template <class T, Sums kSums>
 struct ThreadStats {
   using Wide = typename Element<T>::Wide;
   using Bits = std::conditional_t<sizeof(Wide) == 8, uint64_t, uint32_t>;
+  static constexpr bool kScales = sizeof(Wide) == 8;  // float64 holds the squares of float32
 
   ScaledSum l2 = {0.0, 0};
   ScaledSum lp = {0.0, 0};
@@ -48,39 +78,85 @@ struct ThreadStats {
 
   template <int kCount>
   __device__ void take(const Wide (&x)[kCount], NormSpec spec) {
-    Bits top = 0;
+    if constexpr (kSums == Sums::Powers) return take_carefully(x, spec);  // pow takes longer anyway
+    Extremes<Wide> extremes;
     Wide squares = 0, magnitudes = 0;
-    int zero = 0;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const Bits bits = magnitude_bits(x[i]);
-      top = bits > top ? bits : top;
-      zero += bits == 0;
+      extremes.take(x[i]);
       squares += x[i] * x[i];
-      magnitudes += x[i] < 0 ? -x[i] : x[i];
+      if (kSums == Sums::Magnitudes) magnitudes += abs_of(x[i]);
     }
-    zeros += zero;
+    const double amax = extremes.top();
+    // Not if an element is NaN or infinite, or all are 0.
+    const bool safe = squares_are_safe<T>(amax) && squares < static_cast<Wide>(INFINITY);
+    if (__builtin_expect(safe, 1)) {
+      add_squares(squares, 0);
+      if (kSums == Sums::Magnitudes) add_magnitudes(magnitudes, 0);
+      largest = extremes.top_bits() > largest ? extremes.top_bits() : largest;
+      if (extremes.has_zero()) zeros += count(x, [](Bits bits) { return bits == 0; });
+    } else {
+      take_carefully(x, spec);
+    }
+  }
+
+  __device__ Stats finish() const {
+    const double amax = from_bits(largest);
+    if (largest >= kInfinityBits<Wide>) return {{amax, 0}, {amax, 0}, amax, nonfinite, zeros};
+    return {l2, lp, amax, nonfinite, zeros};
+  }
+
+ private:
+  // The same for any elements.
+  template <int kCount>
+  __device__ void take_carefully(const Wide (&x)[kCount], NormSpec spec) {
+    Bits top = 0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) top = magnitude_bits(x[i]) > top ? magnitude_bits(x[i]) : top;
     largest = top > largest ? top : largest;
+    zeros += count(x, [](Bits bits) { return bits == 0; });
     if (top == 0) return;
     if (top >= kInfinityBits<Wide>) {
-      int bad = 0;
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) bad += magnitude_bits(x[i]) >= kInfinityBits<Wide>;
-      nonfinite += bad;
+      nonfinite += count(x, [](Bits bits) { return bits >= kInfinityBits<Wide>; });
       return;
     }
     const double amax = from_bits(top);
-    if (squares_are_safe<T>(amax)) {
-      l2 = add(l2, {static_cast<double>(squares), 0}, 2.0);
-      if (spec.kind == NormKind::L1) lp = add(lp, {static_cast<double>(magnitudes), 0}, 1.0);
-    } else {
-      // float64 holds the squares of float32 unscaled.
-      const int32_t e = sizeof(Wide) == 8 ? scale_exponent(amax) : 0;
-      l2 = add(l2, {scaled_sum<true>(x, e), static_cast<double>(e)}, 2.0);
-      if (spec.kind == NormKind::L1)
-        lp = add(lp, {scaled_sum<false>(x, e), static_cast<double>(e)}, 1.0);
-    }
-    if constexpr (kPower) lp = add(lp, {power_sum(x, amax, spec.p), log2(amax)}, spec.p);
+    const int32_t e = kScales ? scale_exponent(amax) : 0;
+    add_squares(scaled_sum<true>(x, e), e);
+    if (kSums == Sums::Magnitudes) add_magnitudes(scaled_sum<false>(x, e), e);
+    if constexpr (kSums == Sums::Powers) add_powers(x, amax, spec.p);
+  }
+
+  __device__ void add_squares(double sum, int32_t exponent) {
+    if (kScales)
+      l2 = add(l2, {sum, static_cast<double>(exponent)}, 2.0);
+    else
+      l2.value += sum;
+  }
+  __device__ void add_magnitudes(double sum, int32_t exponent) {
+    if (kScales)
+      lp = add(lp, {sum, static_cast<double>(exponent)}, 1.0);
+    else
+      lp.value += sum;
+  }
+  // Of |x / amax|^p: for every p the largest term is 1.
+  template <int kCount>
+  __device__ void add_powers(const Wide (&x)[kCount], double amax, double p) {
+    double sum = 0.0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) sum += pow(fabs(x[i] / amax), p);
+    lp = add(lp, {sum, log2(amax)}, p);
+  }
+
+  static __device__ float abs_of(float x) { return fabsf(x); }
+  static __device__ double abs_of(double x) { return fabs(x); }
+
+  template <int kCount, class Test>
+  static __device__ int count(const Wide (&x)[kCount], Test test) {
+    int found = 0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) found += test(magnitude_bits(x[i]));
+    return found;
   }
 
   // Sum of (x * 2^-exponent)^2, or of its magnitude.
@@ -94,21 +170,6 @@ struct ThreadStats {
       sum += kSquare ? v * v : v;
     }
     return sum;
-  }
-
-  // Sum of |x / amax|^p: for every p the largest term is 1.
-  template <int kCount>
-  static __device__ double power_sum(const Wide (&x)[kCount], double amax, double p) {
-    double sum = 0.0;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) sum += pow(fabs(x[i] / amax), p);
-    return sum;
-  }
-
-  __device__ Stats finish() const {
-    const double amax = from_bits(largest);
-    if (largest >= kInfinityBits<Wide>) return {{amax, 0}, {amax, 0}, amax, nonfinite, zeros};
-    return {l2, lp, amax, nonfinite, zeros};
   }
 };
 
@@ -127,11 +188,11 @@ __device__ Stats block_merge(const Stats& mine, double p) {
 }
 
 // This thread's stats of x[0..n), dense, kUnroll words at a time.
-template <class T, int kBlock, int kUnroll, bool kPower>
+template <class T, int kBlock, int kUnroll, Sums kSums>
 __device__ Stats thread_stats(const T* x, int64_t n, NormSpec spec) {
   using Wide = typename Element<T>::Wide;
   constexpr int kPer = kPer16Bytes<T>;
-  ThreadStats<T, kPower> stats;
+  ThreadStats<T, kSums> stats;
   visit_run<T, kBlock, kUnroll>(
       x, n,
       [&](int64_t i) {
@@ -156,10 +217,10 @@ __device__ Stats thread_stats(const T* x, int64_t n, NormSpec spec) {
 
 // This thread's stats of elements [start, end) of a strided or complex run whose first element is
 // `base` elements after its data. All types in float64; a complex element counts by its modulus.
-template <int kBlock, bool kPower>
+template <int kBlock, Sums kSums>
 __device__ Stats strided_thread_stats(const StridedRun& run, int64_t base, int64_t start,
                                       int64_t end, NormSpec spec) {
-  ThreadStats<double, kPower> stats;
+  ThreadStats<double, kSums> stats;
   for (int64_t i = start + threadIdx.x; i < end; i += kBlock) {
     const int64_t element = base + strided_offset(run, i);
     const double one[1] = {

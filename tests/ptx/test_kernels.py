@@ -94,18 +94,20 @@ def test_every_kernel_was_run(ptx):
     mixed.grad = random(5, 7, dtype=torch.float64)
     gradfuse.adaptive_clip_grad_([mixed])
     KERNELS_RUN.update(launch.kernel for launch in ptx.launches)
-    for dtype in REAL:  # batch norm, in the shapes of test_batch_norm.py
-        for x in (random(2, 3, 70, 80, dtype=dtype), random(130, 20, dtype=dtype)):
-            x.requires_grad_()
+    for dtype in REAL:
+        many = [torch.nn.Parameter(torch.zeros(3, dtype=dtype)) for _ in range(257)]
+        for p in many:
+            p.grad = torch.ones_like(p)
+        gradfuse.clip_grad_norm_(many, 0.1)
+        KERNELS_RUN.update(launch.kernel for launch in ptx.launches)
+        # Batch norm, in the shapes of test_batch_norm.py and of either block.
+        shapes = ((2, 3, 70, 80), (130, 20), (2, 2, 40, 40), (2, 2, 30, 30), (2, 3, 5, 5))
+        for shape in shapes:
+            x = random(*shape, dtype=dtype).requires_grad_()
             y = gradfuse.batch_norm_act(x, None, None, training=True)
             KERNELS_RUN.update(launch.kernel for launch in ptx.launches)
             y.sum().backward()
             KERNELS_RUN.update(launch.kernel for launch in ptx.launches)
-        x = random(2, 3, 5, 5, dtype=dtype).requires_grad_()
-        y = gradfuse.batch_norm_act(x, None, None, training=True)
-        KERNELS_RUN.update(launch.kernel for launch in ptx.launches)
-        y.sum().backward()
-        KERNELS_RUN.update(launch.kernel for launch in ptx.launches)
     for dtype in REAL:  # the optimizers
         for master in (False, True):
             params = [torch.nn.Parameter(random(33, dtype=dtype))]
@@ -164,12 +166,14 @@ def only(ptx):
 
 
 LONG = 2**31 + 5
+LONG_CHUNK = 2**18  # elements of 16 bits
+LAST_BLOCK = LONG // LONG_CHUNK
 
 
 def test_elements_past_2_to_the_31_are_clamped(only):
     grad = virtual(LONG, torch.float16)
     grad[[0, 2**31 - 1, 2**31, LONG - 1]] = 8.0
-    only("dense_clamp", 0, 16384)
+    only("dense_clamp", 0, LAST_BLOCK)
     gradfuse.clip_grad_value_(owner_of(grad), 2.0)
     assert grad[[0, 2**31 - 1, 2**31, LONG - 1]].tolist() == [2.0, 8.0, 2.0, 2.0]
 
@@ -177,20 +181,22 @@ def test_elements_past_2_to_the_31_are_clamped(only):
 def test_elements_past_2_to_the_31_are_scaled(only):
     grad = virtual(LONG, torch.float16)
     grad[[0, 2**31 - 1, 2**31, LONG - 1]] = 8.0
-    only("dense_apply", 0, 16384)
+    only("dense_apply", 0, LAST_BLOCK)
     gradfuse.clip_grads_with_norm_(owner_of(grad), 1.0, torch.tensor(4.0, dtype=torch.float64))
     assert grad[[0, 2**31 - 1, 2**31, LONG - 1]].tolist() == [2.0, 8.0, 2.0, 2.0]
 
 
 def test_elements_past_2_to_the_31_are_read_once(ptx):
     grad = virtual(LONG, torch.bfloat16)
-    ptx.machine.only_blocks = lambda name, block: name.startswith("dense") and block in (0, 16384)
+    ptx.machine.only_blocks = lambda name, block: (
+        name.startswith("dense") and block in (0, LAST_BLOCK)
+    )
     with pytest.raises(
         Violation, match=r"result 0: reads 4 bytes .* not all of which were ever written"
     ):
         gradfuse.get_total_norm([grad])  # the kernels that would write it are left out
     loaded = ptx.traffic.loaded
-    assert loaded["tensor 0, beginning", 16] == 2 * 131072
+    assert loaded["tensor 0, beginning", 16] == 2 * LONG_CHUNK
     assert {k: n for k, n in loaded.items() if k[0] == "tensor 0, end"} == {
         ("tensor 0, end", 2): 10
     }

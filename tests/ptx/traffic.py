@@ -1,11 +1,13 @@
 """make traffic: traffic, launches and registers of the CUDA kernels, as Markdown tables.
 
-Bytes, widths and launches are counted by the emulator; registers and spills are ptxas' own figures.
+Bytes, sectors, launches and instructions of PTX are counted by the emulator; registers and spills
+are ptxas' own figures, from which the occupancy follows.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +23,21 @@ from gradfuse._records import BatchNormCall, BatchNormOptions, BatchNormSaved
 from gradfuse.optim import SGD, AdamW
 from ptx.emulator import emulated
 from ptx.emulator.counts import Launch, Traffic
-from ptx.emulator.toolchain import demangled, ptxas, resources, setup_script
+from ptx.emulator.parser import Module
+from ptx.emulator.toolchain import Resources, demangled, ptxas, resources, setup_script
 
 SIZES = (100_003, 4_097, 33)
 ROWS, COLUMNS = 40, 2_500
-MAPS, ROWS_OF_MAPS, SMALL_MAPS = (4, 8, 56, 56), (4, 128, 14, 14), (8, 24, 16, 16)
+# Name, shape, whether channels are contiguous.
+MAPS = (
+    ("NCHW", (4, 8, 56, 56), False),
+    ("NCHW 14 x 14", (48, 4, 14, 14), False),
+    ("NCHW 7 x 7", (160, 4, 7, 7), False),
+    ("NHWC", (4, 128, 14, 14), True),
+    ("NHWC 24 channels", (4, 24, 28, 28), True),
+    ("small maps", (8, 24, 16, 16), False),
+    ("small maps 7 x 7", (32, 8, 7, 7), False),
+)
 
 
 class Case(NamedTuple):
@@ -110,13 +122,8 @@ def batch_norm_cases() -> Iterator[Case]:
     """Forward: the sums read the input; the sweep reads input and residual and writes output and
     mask. Backward: the sums read grad_output, input and mask; the sweep reads the same and writes
     two gradients. Maps that fit a block are read once."""
-    shapes = (
-        ("NCHW", MAPS, False),
-        ("NHWC", ROWS_OF_MAPS, True),
-        ("small maps", SMALL_MAPS, False),
-    )
-    for name, shape, channels_last in shapes:
-        once = name == "small maps"
+    for name, shape, channels_last in MAPS:
+        once = name.startswith("small maps")
         for backward in (False, True):
             yield Case(
                 f"batch norm {'backward' if backward else 'forward'}, {name}",
@@ -148,28 +155,36 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def data_by_width(traffic: Traffic, case: Case) -> Counter[int]:
-    """Bytes of the tensors that were moved, by width of access, without slots, tables and totals.
+class Data(NamedTuple):
+    """What a call moved of its tensors, without slots, tables and totals."""
 
-    The callers pass all tensors of clipping and optimizers. For batch norm, every buffer with at
-    least one bit per element counts.
-    """
-    found: Counter[int] = Counter()
-    for moved, distinct in (
-        (traffic.loaded, traffic.distinct_loaded),
-        (traffic.stored, traffic.distinct_stored),
+    by_width: Counter[int]  # bytes by width of access
+    sectors: dict[bool, float]  # of loads and of stores: bytes of the sectors over bytes
+
+
+def data_moved(traffic: Traffic, case: Case) -> Data:
+    """The callers pass all tensors of clipping and optimizers. For batch norm, every buffer with at
+    least one bit per element counts."""
+    by_width: Counter[int] = Counter()
+    sectors = {}
+    for stores, moved, distinct in (
+        (False, traffic.loaded, traffic.distinct_loaded),
+        (True, traffic.stored, traffic.distinct_stored),
     ):
+        buffers = {
+            name
+            for name, _ in moved
+            if name.startswith(("tensor", "grad"))
+            or (case.mask_bits and distinct[name] >= case.elements // 8)
+        }
+        here: Counter[int] = Counter()
         for (name, width), n in moved.items():
-            if name.startswith(("tensor", "grad")) or (
-                case.mask_bits and distinct[name] >= case.elements // 8
-            ):
-                found[width] += n
-    return found
-
-
-def most_sectors(traffic: Traffic) -> int | str:
-    full = [r.sectors for r in traffic.requests if r.width == 16 and r.lanes == 32]
-    return max(full, default="-")
+            if name in buffers:
+                here[width] += n
+        by_width += here
+        if here:
+            sectors[stores] = traffic.sector_bytes(buffers, stores) / here.total()
+    return Data(by_width, sectors)
 
 
 def traffic_rows(dtype: torch.dtype) -> list[list[object]]:
@@ -178,7 +193,7 @@ def traffic_rows(dtype: torch.dtype) -> list[list[object]]:
     for case in CASES:
         case.call(ptx, gradients(dtype))
         total = ptx.traffic
-        by_width = data_by_width(total, case)
+        by_width, sectors = data_moved(total, case)
         moved = by_width.total()
         other = total.bytes_loaded() + total.bytes_stored() - moved
         rows.append(
@@ -187,7 +202,7 @@ def traffic_rows(dtype: torch.dtype) -> list[list[object]]:
                 str(dtype).removeprefix("torch."),
                 f"{moved / case.least_bytes(dtype.itemsize):.3f}",
                 f"{by_width[16] / moved:.1%}",
-                most_sectors(total),
+                *(f"{sectors[s]:.2f}" if s in sectors else "-" for s in (False, True)),
                 other,
                 len(ptx.launches),
                 ptx.runtime.waits,
@@ -196,15 +211,17 @@ def traffic_rows(dtype: torch.dtype) -> list[list[object]]:
     return rows
 
 
-def kernel_rows(launches: Sequence[Launch]) -> list[list[object]]:
+def kernel_rows(launches: Sequence[tuple[Case, Launch]]) -> list[list[object]]:
     """A row for each kernel, of its launch in CASES that moves the most bytes."""
 
     def moved(launch: Launch) -> int:
         return launch.traffic.bytes_loaded() + launch.traffic.bytes_stored()
 
-    found: dict[str, Launch] = {}
-    for launch in launches:
-        found[launch.kernel] = max(launch, found.get(launch.kernel, launch), key=moved)
+    found: dict[str, tuple[Case, Launch]] = {}
+    for case, launch in launches:
+        known = found.get(launch.kernel)
+        if not known or moved(launch) > moved(known[1]):
+            found[launch.kernel] = case, launch
     return [
         [
             f"`{launch.kernel}`",
@@ -212,10 +229,56 @@ def kernel_rows(launches: Sequence[Launch]) -> list[list[object]]:
             launch.traffic.bytes_loaded(),
             launch.traffic.bytes_stored(),
             f"{launch.instructions / (launch.grid[0] * launch.block[0]):.0f}",
+            f"{launch.instructions / case.elements:.2f}",
+            f"{launch.float64 / case.elements:.2f}",
             launch.barriers // launch.grid[0],
+            launch.parameter_bytes,
         ]
-        for launch in found.values()
+        for case, launch in found.values()
     ]
+
+
+class Multiprocessor(NamedTuple):
+    """What the blocks of a multiprocessor share (CUDA C++ programming guide, compute
+    capabilities)."""
+
+    threads: int
+    blocks: int
+    shared_bytes: int
+
+
+MULTIPROCESSORS = {
+    "sm_75": Multiprocessor(1024, 16, 64 << 10),
+    "sm_80": Multiprocessor(2048, 32, 164 << 10),
+    "sm_86": Multiprocessor(1536, 16, 100 << 10),
+    "sm_90": Multiprocessor(2048, 32, 228 << 10),
+    "sm_100": Multiprocessor(2048, 32, 228 << 10),
+    "sm_120": Multiprocessor(1536, 24, 100 << 10),
+}
+
+
+def occupancy(used: Resources, threads: int, arch: str) -> float:
+    """Share of a multiprocessor's threads that blocks of this size fill. A warp takes its registers
+    in pieces of 256, of 65,536; a block takes 1 KB of shared memory besides its own, but on
+    sm_75."""
+    most = MULTIPROCESSORS[arch]
+    of_warp = -(-used.registers * 32 // 256) * 256
+    shared = used.shared_bytes + (0 if arch == "sm_75" else 1024)
+    blocks = min(
+        most.blocks,
+        most.threads // threads,
+        (1 << 16) // of_warp // (threads // 32),
+        most.shared_bytes // shared if shared else most.blocks,
+    )
+    return blocks * threads / most.threads
+
+
+def block_sizes() -> dict[str, int]:
+    """Threads of a block of each kernel that has launch bounds, by its demangled name."""
+    _, compiled = emulated.build()
+    modules = [Module(c.ptx.read_text()) for c in compiled]
+    kernels = [m.kernel(name) for m in modules for name in m.kernel_names]
+    return {demangled(k.name): math.prod(k.max_threads) for k in kernels if k.max_threads}
 
 
 def architectures() -> list[str]:
@@ -224,43 +287,44 @@ def architectures() -> list[str]:
 
 
 def resource_rows(archs: Sequence[str]) -> list[list[object]]:
-    """Registers of each kernel by architecture, + the bytes it spills."""
+    """Registers of each kernel by architecture, its occupancy, + the bytes it spills."""
     by_kernel: dict[str, dict[str, str]] = defaultdict(dict)
+    threads = block_sizes()
     for arch in archs:
         for source in emulated.kernel_sources():
             for name, used in resources(ptxas(source, arch)).items():
+                name = demangled(name)
                 spilled = f" + {used.spilled_bytes} B spilled" if used.spilled_bytes else ""
-                by_kernel[demangled(name)][arch] = f"{used.registers}{spilled}"
+                full = f" ({occupancy(used, threads[name], arch):.0%})" if name in threads else ""
+                by_kernel[name][arch] = f"{used.registers}{full}{spilled}"
     return [[f"`{k}`", *(v.get(a, "-") for a in archs)] for k, v in sorted(by_kernel.items())]
 
 
 def step_table() -> str:
     header = [
-        *(
-            "step",
-            "dtype",
-            "bytes over least",
-            "in 16-byte accesses",
-            "most sectors of a warp's 512 B",
-        ),
-        *("other bytes", "launches", "waits"),
+        *("step", "dtype", "bytes over least", "in 16-byte accesses"),
+        *("sectors loaded", "stored", "other bytes", "launches", "waits"),
     ]
     dtypes = (torch.float32, torch.bfloat16)
     return markdown(header, [row for dtype in dtypes for row in traffic_rows(dtype)])
 
 
 def launch_table() -> str:
-    launches: list[Launch] = []
-    for case in CASES:
-        case.call(emulated.backend(), gradients(torch.float32))
-        launches += emulated.backend().launches
+    launches: list[tuple[Case, Launch]] = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for case in CASES:
+            case.call(emulated.backend(), gradients(dtype))
+            launches += [(case, launch) for launch in emulated.backend().launches]
     header = [
         "kernel",
         "blocks x threads",
         "bytes loaded",
         "stored",
         "instructions a thread",
+        "an element",
+        "in float64",
         "barriers",
+        "parameters",
     ]
     return markdown(header, kernel_rows(launches))
 
