@@ -22,6 +22,7 @@ from gradfuse.bench.registry import Bench
 
 __all__ = ["BENCH", "setup"]
 
+NATIVE = "torch eager, no cuDNN"
 EAGER, FUSED, SAVES_OUTPUT = "torch eager", "gradfuse", "gradfuse, save=output"
 COMPILED, ABN, FLOOR = "torch.compile", "inplace_abn", "floor: the same bytes"
 FRESH_FLOOR = "the same bytes, fresh memory"
@@ -67,6 +68,11 @@ def eager(t: Tensors, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor)
     return F.relu(F.batch_norm(x, t.mean, t.var, weight, bias, True) + residual)
 
 
+def native(t: Tensors, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    with torch.backends.cudnn.flags(enabled=False):
+        return eager(t, x, residual, weight, bias)
+
+
 def fused(save: str) -> Callable[..., Tensor]:
     def call(t: Tensors, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return gradfuse.batch_norm_act(
@@ -108,6 +114,8 @@ def setup(
     """The contenders, and the fewest bytes that must move."""
     t = Tensors(shape, dtype, channels_last)
     functions = {EAGER: eager, FUSED: fused("bitmask"), SAVES_OUTPUT: fused("output")}
+    if t.x.is_cuda:
+        functions[NATIVE] = native
     if compiled is not None:
         functions[COMPILED] = compiled
     expected = None

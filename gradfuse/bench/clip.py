@@ -16,7 +16,7 @@ import gradfuse
 from gradfuse.bench.gradients import Gradients, random_gradients
 from gradfuse.bench.harness import Contender, Plan, Target, Workload
 from gradfuse.bench.models import MODELS, Shape, dtype_name
-from gradfuse.bench.peers import adaptive_clip_loop, compile_clip, timm_agc
+from gradfuse.bench.peers import adaptive_clip_loop, apex, compile_clip, timm_agc
 from gradfuse.bench.registry import Bench
 
 __all__ = ["BENCH", "setup_adaptive", "setup_norm"]
@@ -91,6 +91,8 @@ def setup_norm(
     ]
     if compiled is not None:
         contenders.insert(2, Contender("torch.compile", partial(compiled, ps, MAX_NORM)))
+    if device == "cuda" and (function := apex("contrib.clip_grad.clip_grad_norm_")) is not None:
+        contenders.insert(2, Contender("apex", partial(function, ps, MAX_NORM)))
     # Quiet: one read. Clipping: one more read, and a write.
     return Setup(contenders, gradients.nbytes * (3 if clipping else 1), gradients)
 

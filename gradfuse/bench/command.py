@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from gradfuse.bench import batch_norm, clip, fuse, optim
-from gradfuse.bench.harness import Result, Workload, measure
+from gradfuse.bench.gpu import on_gpu, timed_on_gpu
+from gradfuse.bench.harness import Result, Workload, measure, timed_calls
 from gradfuse.bench.machine import machine
 from gradfuse.bench.output import progress, report
 from gradfuse.bench.registry import Bench
@@ -77,10 +78,11 @@ def run(bench: Bench, argv: Sequence[str]) -> None:
     results: list[Result] = []
     with progress() as show:
         for work in made_on(arguments.device, bench.workloads(arguments, notes)):
-            if work.device != "cpu":
-                work.targets = {}  # the goals are those of the CPU
+            timed = timed_calls
+            if work.device != "cpu" and not work.pids:
+                work, timed = on_gpu(work), timed_on_gpu
             show(f"{work.name}, {work.dtype}")
-            results += measure(work, plan)
+            results += measure(work, plan, timed)
             del work
     notes += bench.summarise(results)
     about = machine() | {"device": arguments.device, "quick": arguments.quick}

@@ -121,6 +121,8 @@ class Result:
     target: Target | None
     reached: bool | None
     others: float | None = None  # share of the processors that other processes took meanwhile
+    device_ms: float | None = None  # on a GPU: median between events before and after the call
+    graph_ms: float | None = None  # the same for a graph of the call, where it can be captured
 
 
 def interleave(
@@ -227,17 +229,16 @@ def extra_memory(run: Callable[[], object], device: str = "cpu") -> int | None:
     return peak
 
 
-def finished(run: Callable[[], object]) -> Callable[[], None]:
-    """A function that calls run and waits for the GPU."""
-
-    def run_to_the_end() -> None:
-        run()
-        torch.cuda.synchronize()
-
-    return run_to_the_end
+def timed_calls(workload: Workload, plan: Plan, extra: dict[str, int | None]) -> list[Result]:
+    """Times interleaved calls that end when they return."""
+    return summarise(workload, interleave(workload.contenders, workload.prepare, plan), extra)
 
 
-def measure(workload: Workload, plan: Plan) -> list[Result]:
+def measure(
+    workload: Workload,
+    plan: Plan,
+    timed: Callable[[Workload, Plan, dict[str, int | None]], list[Result]] = timed_calls,
+) -> list[Result]:
     """Warms up and verifies every contender, then measures them all."""
     extra: dict[str, int | None] = {}
     for contender in workload.contenders:
@@ -250,10 +251,6 @@ def measure(workload: Workload, plan: Plan) -> list[Result]:
         memory = contender.memory or partial(extra_memory, contender.run, workload.device)
         extra[contender.name] = memory()
     neighbours = Neighbours(workload.pids)
-    contenders, prepare = workload.contenders, workload.prepare
-    if workload.device == "cuda":
-        contenders = [replace(c, run=finished(c.run)) for c in contenders]
-        prepare = finished(prepare)
-    times = interleave(contenders, prepare, plan)
+    results = timed(workload, plan, extra)
     others = neighbours.share()
-    return [replace(r, others=others) for r in summarise(workload, times, extra)]
+    return [replace(r, others=others) for r in results]

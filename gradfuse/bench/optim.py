@@ -19,12 +19,14 @@ from gradfuse import optim
 from gradfuse.bench.gradients import CACHE, random_gradients
 from gradfuse.bench.harness import Contender, Plan, Target, Workload
 from gradfuse.bench.models import MODELS, dtype_name
+from gradfuse.bench.peers import apex
 from gradfuse.bench.registry import Bench
 
 __all__ = ["BENCH", "setup"]
 
 TORCH, FUSED, FLOOR = "torch clip + fused step", "gradfuse", "floor: the same streams"
 COMPILED = "torch.compile'd clip + step"
+APEX = "apex clip + FusedAdam"
 FUSED_STOCK_SCALER = "gradfuse, torch's GradScaler"
 Maker = Callable[[list[Parameter]], Callable[[], object]]
 
@@ -37,16 +39,22 @@ TARGETS = {
     "ResNet-50, SGD": Target(1.6),
     "ResNet-50, update alone": Target(0.0, 1.1),
 }
-OPTIONS: dict[str, dict[str, Any]] = {
-    "AdamW": {"lr": 1e-4},
-    "SGD": {"lr": 1e-4, "momentum": 0.9},
-}
+LR = 1e-4
+OPTIONS: dict[str, dict[str, Any]] = {"AdamW": {}, "SGD": {"momentum": 0.9}}
 STREAMS = {"AdamW": (4, 3), "SGD": (3, 2)}  # (read, written) by an update
 MAX_NORM = 1.0
 
 
+def options(rule: str) -> dict[str, Any]:
+    """On a GPU those of a step that can be captured: its learning rate is a tensor."""
+    if device() == "cpu":
+        return {"lr": LR, **OPTIONS[rule]}
+    captured = {"capturable": True} if rule == "AdamW" else {}
+    return {"lr": torch.tensor(LR), **OPTIONS[rule], **captured}
+
+
 def torch_step(rule: str, parameters: list[Parameter], clips: bool = True) -> Callable[[], object]:
-    optimizer = getattr(torch.optim, rule)(parameters, fused=True, **OPTIONS[rule])
+    optimizer = getattr(torch.optim, rule)(parameters, fused=True, **options(rule))
 
     def run() -> None:
         if clips:
@@ -58,13 +66,32 @@ def torch_step(rule: str, parameters: list[Parameter], clips: bool = True) -> Ca
 
 def fused_step(rule: str, parameters: list[Parameter], clips: bool = True) -> Callable[[], object]:
     clip: dict[str, Any] = {"clip": MAX_NORM} if clips else {"nonfinite": "propagate"}
-    optimizer = getattr(optim, rule)(parameters, **OPTIONS[rule], **clip)
+    optimizer = getattr(optim, rule)(parameters, **options(rule), **clip)
     run: Callable[[], object] = optimizer.step
     return run
 
 
+def apex_step(parameters: list[Parameter]) -> Callable[[], object]:
+    """Clip and AdamW of apex, which takes a number as learning rate."""
+    clip, adamw = apex("contrib.clip_grad.clip_grad_norm_"), apex("optimizers.FusedAdam")
+    assert clip
+    assert adamw
+    optimizer = adamw(parameters, lr=LR, weight_decay=1e-2)  # adam_w_mode is its default
+
+    def run() -> None:
+        clip(parameters, MAX_NORM)
+        optimizer.step()
+
+    return run
+
+
+def has_apex() -> bool:
+    names = ("contrib.clip_grad.clip_grad_norm_", "optimizers.FusedAdam")
+    return device() == "cuda" and all(apex(name) is not None for name in names)
+
+
 def compiled_step(rule: str, parameters: list[Parameter]) -> Callable[[], object]:
-    optimizer = getattr(torch.optim, rule)(parameters, **OPTIONS[rule])
+    optimizer = getattr(torch.optim, rule)(parameters, **options(rule))
 
     def run() -> None:
         clip_grad_norm_(parameters, MAX_NORM)
@@ -83,7 +110,7 @@ def scaled_steps(parameters: list[Parameter]) -> dict[str, Callable[[], object]]
         made.scale(torch.zeros(()))  # creates the scaler's tensors
         return made
 
-    plain = torch.optim.AdamW(parameters, fused=True, **OPTIONS["AdamW"])
+    plain = torch.optim.AdamW(parameters, fused=True, **options("AdamW"))
     of_plain = scaler(torch.amp.GradScaler)
 
     def stock() -> None:
@@ -93,7 +120,7 @@ def scaled_steps(parameters: list[Parameter]) -> dict[str, Callable[[], object]]
         of_plain.update()
 
     def fused(cls: type[torch.amp.GradScaler]) -> Callable[[], object]:
-        ours = optim.AdamW(parameters, clip=MAX_NORM, **OPTIONS["AdamW"])
+        ours = optim.AdamW(parameters, clip=MAX_NORM, **options("AdamW"))
         of_ours = scaler(cls)
 
         def run() -> None:
@@ -149,6 +176,8 @@ def setup(
     }
     if compiled:
         makers[COMPILED] = partial(compiled_step, rule)
+    if rule == "AdamW" and clips and has_apex():
+        makers[APEX] = apex_step
     own = []
     for name, make in makers.items():  # each gets its own parameters and gradients
         mine = [Parameter(p.detach().clone()) for p in ps]

@@ -92,13 +92,18 @@ def table(results: Sequence[Result], about: dict[str, Any]) -> Table:
             "x floor are medians of the ratios within each round. GB/s counts the bytes that must "
             "move, not those a contender moves. Extra memory: the peak of torch's allocator in one "
             "call. Disturbed: the share of the processors that other processes took meanwhile; "
-            "such figures are not to be relied on."
+            "such figures are not to be relied on. On a GPU, ms is the time until the device has "
+            "finished, device ms that between events on the device, graph ms that of a graph."
         ),
         box=box.SIMPLE_HEAD,
     )
     grid.add_column("workload and contender", no_wrap=True)
     for name in ("ms", "p20 - p80", "speed-up", "x floor", "GB/s", "extra memory"):
         grid.add_column(name, justify="right", no_wrap=True)
+    on_gpu = any(r.device_ms is not None for r in results)
+    if on_gpu:
+        grid.add_column("device ms", justify="right", no_wrap=True)
+        grid.add_column("graph ms", justify="right", no_wrap=True)
     grid.add_column("target", no_wrap=True)
     grid.add_column("reached", no_wrap=True)
     section = ("", "")
@@ -106,7 +111,8 @@ def table(results: Sequence[Result], about: dict[str, Any]) -> Table:
         if section != (section := (r.workload, r.dtype)):
             grid.add_section()
             warning = f"[red]{disturbance(r)}[/]"
-            grid.add_row(f"[bold]{r.workload}, {r.dtype}[/]", *6 * [""], warning)
+            empty = [""] * (8 if on_gpu else 6)
+            grid.add_row(f"[bold]{r.workload}, {r.dtype}[/]", *empty, warning)
         grid.add_row(
             f"  {r.contender}",
             f"{r.median_ms:.3f}",
@@ -115,10 +121,15 @@ def table(results: Sequence[Result], about: dict[str, Any]) -> Table:
             f"{r.floor_ratio:.2f}",
             "" if r.contender == r.floor else f"{r.gb_per_s:.1f}",
             "?" if r.extra_bytes is None else readable(r.extra_bytes),
+            *((milliseconds(r.device_ms), milliseconds(r.graph_ms)) if on_gpu else ()),
             "" if r.target is None else str(r.target),
             verdict(r),
         )
     return grid
+
+
+def milliseconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def verdict(r: Result) -> str:

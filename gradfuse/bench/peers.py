@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 from gradfuse.bench.gradients import random_gradients
 from gradfuse.bench.models import Shape, dtype_name
 
-__all__ = ["adaptive_clip_loop", "compile_clip", "timm_agc"]
+__all__ = ["adaptive_clip_loop", "apex", "compile_clip", "timm_agc"]
 
 COMPILE_COST = 0.3  # approximate seconds that torch.compile needs per tensor of a CPU clip
 
@@ -49,6 +49,16 @@ def timm_agc() -> Callable[..., object] | None:
         return None
     function: Callable[..., object] = module.adaptive_clip_grad
     return function
+
+
+def apex(name: str) -> Callable[..., Any] | None:
+    """Something of NVIDIA's apex, if it is installed: "optimizers.FusedAdam"."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(f"apex.{module}"), attribute)
+    except (ImportError, AttributeError):
+        return None
+    return found
 
 
 @contextmanager
