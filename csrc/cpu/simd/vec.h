@@ -48,8 +48,15 @@ inline Pair<FloatVec> load_pair(const float* p) {
 inline Pair<DoubleVec> load_pair(const double* p) {
   return {load_bytes<DoubleVec>(p), load_bytes<DoubleVec>(p + kDoubles)};
 }
-inline void store_pair(float* p, Pair<FloatVec> v) { std::memcpy(p, &v, sizeof(v)); }
-inline void store_pair(double* p, Pair<DoubleVec> v) { std::memcpy(p, &v, sizeof(v)); }
+// A vector at a time: GCC copies the pair in pieces of 8 and 16 bytes, through memory.
+inline void store_pair(float* p, Pair<FloatVec> v) {
+  std::memcpy(p, &v.a, sizeof(v.a));
+  std::memcpy(p + kFloats, &v.b, sizeof(v.b));
+}
+inline void store_pair(double* p, Pair<DoubleVec> v) {
+  std::memcpy(p, &v.a, sizeof(v.a));
+  std::memcpy(p + kDoubles, &v.b, sizeof(v.b));
+}
 
 inline Pair<FloatVec> load_pair(const BFloat16* p) {
   const UIntVec words = load_bytes<UIntVec>(p);
