@@ -24,6 +24,47 @@ STEP = "tests/test_ops.py tests/test_optim.py"
 
 FAULTS = [
     # Arithmetic of host and device.
+    # Blocks and sweeps of batch norm on the CPU.
+    Fault(
+        "sums stay in the order of lanes",
+        CPU,
+        "in_element_order<T>(sums + j);",
+        "",
+        "channels of bfloat16 in channels_last get each other's mean",
+        NORM,
+    ),
+    Fault(
+        "coefficients ignore the order of lanes",
+        CPU,
+        "load_floats_of_block<T>(coefficients + k * stride + j)",
+        "load_pair(coefficients + k * stride + j)",
+        "channels of bfloat16 in channels_last get each other's coefficients",
+        NORM,
+    ),
+    Fault(
+        "the first sweep keeps no mask",
+        CPU,
+        "if (mask) place.store_bits(mask, bits_of_block<T>(passing));",
+        "",
+        "the second sweep of a channels_last backward reads memory that nobody wrote",
+        NORM,
+    ),
+    Fault(
+        "bits of alternating lanes are swapped",
+        CPU,
+        "(bit_cast<UIntVec>(lanes.a) >> 16) | (bit_cast<UIntVec>(lanes.b) << 16)",
+        "(bit_cast<UIntVec>(lanes.b) >> 16) | (bit_cast<UIntVec>(lanes.a) << 16)",
+        "neighbours in bfloat16 exchange their bits of the mask",
+        NORM,
+    ),
+    Fault(
+        "a column's sums drop a half",
+        CPU,
+        "second[0] = second[0] + widen(b.a), second[1] = second[1] + widen(b.b);",
+        "second[0] = second[0] + widen(b.a), second[1] = second[1] + widen(b.a);",
+        "half of the channels of a channels_last tensor get the variance of others",
+        NORM,
+    ),
     Fault(
         "merged sums forget the order",
         MATH,

@@ -29,10 +29,11 @@ namespace {
 
 constexpr int64_t kSpanElements = 65536;
 constexpr int64_t kRunElements = 1024;  // minimum contiguous elements of a span
-constexpr int64_t kColumns = 1024;
+constexpr int64_t kLeastColumns = 256;
 constexpr int64_t kLeastRows = 128;  // minimum rows of a span: keeps its sums small beside its data
 constexpr int64_t kMostRowSpans = 512;
 constexpr int64_t kEnoughChannelSpans = 48;
+constexpr int64_t kLeastParallelElements = 1 << 15;  // about 10 us of work
 
 // Splits a tensor into spans: `columns` groups of channels, each of `parts` spans.
 class Spans {
@@ -40,11 +41,15 @@ class Spans {
   explicit Spans(const BatchNormShape& s) : shape_(s) {
     samples_ = s.outer, positions_ = s.inner;
     if (s.inner == 1) {
-      channels_ = std::min(s.channels, kColumns);
+      // Few rows: columns are shared out in their place.
+      const int64_t half = divided_up(divided_up(s.channels, 2), kChannelPadding) * kChannelPadding;
+      const int64_t most = s.outer <= kLeastRows ? std::max(half, kLeastColumns) : s.channels;
+      channels_ = std::min({s.channels, most, kMostColumns});
       samples_ = std::min(s.outer, std::max(kLeastRows, divided_up(s.outer, kMostRowSpans)));
     } else {
       channels_ = std::min(s.channels, std::min(kMostChannels, divided_up(kRunElements, s.inner)));
-      if (s.numel() >= kLeastParallel && divided_up(s.channels, channels_) < kEnoughChannelSpans) {
+      if (s.numel() >= kLeastParallelElements &&
+          divided_up(s.channels, channels_) < kEnoughChannelSpans) {
         positions_ = std::min(s.inner, kSpanElements);
         samples_ = std::clamp<int64_t>(kSpanElements / (positions_ * channels_), 1, s.outer);
       }
@@ -101,6 +106,7 @@ struct Columns {
 };
 
 // Forward and backward share one traversal, `run`, over a Direction with these members:
+//   prepare_sweep_by_sweep()  called if all spans are summed before any is swept again
 //   has_sums()  whether the statistics need a first sweep
 //   applies()   whether there is a second sweep
 //   prepare(columns)                     the coefficients that the first sweep needs
@@ -116,6 +122,7 @@ struct Forward {
   const BatchNormForward& call;
   const BatchNormForwardKernels& kernels = batch_norm_forward_kernels();
 
+  void prepare_sweep_by_sweep() {}
   bool has_sums() const { return call.training; }
   bool applies() const { return true; }
 
@@ -182,6 +189,17 @@ struct Backward {
 
   const BatchNormBackward& call;
   const BatchNormBackwardKernels& kernels = batch_norm_backward_kernels();
+  std::unique_ptr<uint8_t[]> mask;  // of the first sweep for the second
+  BatchNormBackward second = call;
+
+  // Where the output tells act' and the second sweep finds it in the cache no more, the first keeps
+  // act' as a mask: a bit in place of an element.
+  void prepare_sweep_by_sweep() {
+    if (!has_mask(call.activation) || call.mask || !has_sums() || !applies()) return;
+    mask.reset(new uint8_t[call.shape.mask_rows() * call.shape.mask_bytes_per_row()]);
+    second.mask = mask.get();
+    second.output = nullptr;
+  }
 
   double mean(int64_t c) const { return call.stats[c]; }
   double invstd(int64_t c) const { return call.stats[call.shape.channels + c]; }
@@ -202,7 +220,7 @@ struct Backward {
     }
   }
   void sum(const Span& span, const Columns<F>& columns, double* sums, bool wide) const {
-    kernels.sums(call, span, columns.coefficients, sums, columns.stride, wide);
+    kernels.sums(call, span, columns.coefficients, mask.get(), sums, columns.stride, wide);
   }
   void finish(const Columns<F>& columns, const double* sums) const {
     const double count = static_cast<double>(call.shape.count());
@@ -220,7 +238,7 @@ struct Backward {
     }
   }
   void apply(const Span& span, const Columns<F>& columns) const {
-    kernels.apply(call, span, columns.coefficients, columns.stride);
+    kernels.apply(second, span, columns.coefficients, columns.stride);
   }
 };
 
@@ -258,7 +276,7 @@ template <class Direction>
 void run_span_by_span(const Direction& direction, const Spans& spans, int64_t elements) {
   using F = typename Direction::Element;
   const int64_t stride = padded(spans.widest());
-  for_each_item(spans.columns(), elements, [&](int64_t column) {
+  for_each_item(spans.columns(), elements, kLeastParallelElements, [&](int64_t column) {
     const Span span = spans(column, 0);
     F coefficients[kBackwardCoefficients * kMostChannels];
     double sums[2 * kMostChannels];
@@ -289,15 +307,16 @@ void run_sweep_by_sweep(const Direction& direction, const Spans& spans, int64_t 
   };
   const auto slot = [&](int64_t item) { return sums.get() + item * 2 * stride; };
 
-  for_each_item(columns, elements, [&](int64_t column) { direction.prepare(of_column(column)); });
+  for_each_item(columns, elements, kLeastParallel,
+                [&](int64_t column) { direction.prepare(of_column(column)); });
   if (has_sums) {
-    for_each_item(items, elements, [&](int64_t i) {
+    for_each_item(items, elements, kLeastParallelElements, [&](int64_t i) {
       sum_span(direction, spans(i % columns, i / columns), of_column(i % columns), slot(i));
     });
   } else {
     std::fill_n(sums.get(), 2 * stride, 0.0);
   }
-  for_each_item(columns, elements, [&](int64_t column) {
+  for_each_item(columns, elements, kLeastParallel, [&](int64_t column) {
     double* total = slot(has_sums ? column : 0);
     for (int64_t part = 1; has_sums && part < parts; ++part) {
       const double* other = slot(part * columns + column);
@@ -306,19 +325,23 @@ void run_sweep_by_sweep(const Direction& direction, const Spans& spans, int64_t 
     direction.finish(of_column(column), total);
   });
   if (!direction.applies()) return;
-  for_each_item_backwards(items, elements, [&](int64_t i) {
+  const auto apply = [&](int64_t i) {
     direction.apply(spans(i % columns, i / columns), of_column(i % columns));
-  });
+  };
+  if (has_sums)
+    for_each_item_backwards(items, elements, kLeastParallelElements, apply);
+  else
+    for_each_item(items, elements, kLeastParallelElements, apply);
 }
 
 template <class Direction>
-void run(const Direction& direction) {
+void run(Direction direction) {
   const BatchNormShape& shape = direction.call.shape;
   const Spans spans(shape);
   if (shape.inner > 1 && spans.parts() == 1)
-    run_span_by_span(direction, spans, shape.numel());
-  else
-    run_sweep_by_sweep(direction, spans, shape.numel());
+    return run_span_by_span(direction, spans, shape.numel());
+  direction.prepare_sweep_by_sweep();
+  run_sweep_by_sweep(direction, spans, shape.numel());
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 
 #include "../math/batch_norm.h"
 #include "../ops/batch_norm.h"
+#include "../math/prefetch.h"
 #include "batch_norm_spans.h"
 #include "isa.h"
 
@@ -30,26 +31,30 @@ namespace {
 
 #include "simd/vec.h"
 #include "simd/vec_io.h"
+#include "simd/vec_blocks.h"
 #include "simd/vec_math.h"
 
 #include "../math/activation_functions.h"
 #include "batch_norm_traversal.h"
+#include "batch_norm_sums.h"
 
 template <class T, bool kWide>
 inline void sums_of(const BatchNormForward& call, const Span& span, const void* coefficients,
                     double* sums, int64_t stride) {
   const T* x = static_cast<const T*>(call.input);
-  sum_span<T, kMean + 1, kWide>(
-      call.shape, span, coefficients, sums, stride,
-      [=](const auto& piece, const Coefficients<T>& c, TwoSums<T, kWide>& s) {
-        const VecFor<T> v = load_lanes(x + piece.at, piece.count);
-        const VecFor<T> shift = only_lanes(c.v[kMean], piece.count);
+  sum_span<T, kMean + 1, kWide, 8>(
+      call.shape, span, coefficients, sums, stride, [=](const auto& place, const auto& c, auto& s) {
+        place.prefetch(x);
+        const auto v = load_block(x + place.at, place.count);
+        const auto shift = only_elements<T>(c(kMean), place.count);
         if constexpr (kWide) {
-          const Pair<DoubleVec> wide = widen(v), from = widen(shift);
-          const Pair<DoubleVec> d = {wide.a - from.a, wide.b - from.b};
-          s.add_wide(d, d, d);
+          const auto wide_difference = [](auto from, auto to) { return widen(from) - widen(to); };
+          const Pair<DoubleVec> a = wide_difference(v.a, shift.a);
+          const Pair<DoubleVec> b = wide_difference(v.b, shift.b);
+          s.add_wide(0, a, a, a);
+          s.add_wide(1, b, b, b);
         } else {
-          const VecFor<T> d = v - shift;
+          const auto d = v - shift;
           s.add(d, d, d);
         }
       });
@@ -69,7 +74,6 @@ template <class T, Activation kActivation>
 inline void apply_of(const BatchNormForward& call, const Span& span, const void* coefficients,
                      int64_t stride) {
   using S = ScalarFor<T>;
-  constexpr int kRows = 2;  // more rows are more concurrent streams than the caches handle well
   const MaskBounds bounds = mask_bounds(kActivation, call.shape.dtype);
   const S above = static_cast<S>(bounds.above), below = static_cast<S>(bounds.below);
   const S slope = static_cast<S>(call.negative_slope);
@@ -77,16 +81,20 @@ inline void apply_of(const BatchNormForward& call, const Span& span, const void*
   const T* residual = static_cast<const T*>(call.residual);
   T* y = static_cast<T*>(call.output);
   uint8_t* mask = call.mask;
-  traverse<T, kForwardCoefficients, kRows, NoState>(
-      call.shape, span, coefficients, stride,
-      [=](const auto& piece, const Coefficients<T>& c, NoState) {
-        const VecFor<T> z = normalised(c, x, residual, piece);
-        store_lanes(y + piece.at, activate<kActivation, S>(z, slope), piece.count);
+  sweep<T, kForwardCoefficients>(
+      call.shape, span, coefficients, stride, [=](const auto& place, const auto& c, NoState) {
+        place.prefetch(x);
+        if (residual) place.prefetch(residual);
+        const auto z = normalised(c, x, residual, place);
+        store_block(y + place.at,
+                    each_half(z, [=](auto v) { return activate<kActivation, S>(v, slope); }),
+                    place.count);
         if constexpr (has_mask(kActivation))
           if (mask)
-            piece.store_bits(mask, bits_of<VecFor<T>>(passes<kActivation>(z, above, below)));
-      },
-      [](int64_t, NoState) {});
+            place.store_bits(mask, bits_of_block<T>(each_half(z, [=](auto v) {
+                               return passes<kActivation>(v, above, below);
+                             })));
+      });
 }
 
 void apply(const BatchNormForward& call, const Span& span, const void* coefficients,

@@ -13,12 +13,13 @@ struct Span {
   int64_t inner, inner_end;  // inner % 8 == 0, so that two spans share no byte of the mask
 };
 
-// Maximum channels of a span if inner > 1.
+// Maximum channels of a span if inner > 1, and if inner == 1.
 constexpr int64_t kMostChannels = 64;
+constexpr int64_t kMostColumns = 1024;
 
 // Per-channel vectors lie in one array, `stride` elements apart, from the span's first channel on.
 // `stride` is a multiple of kChannelPadding, and the padding of a vector may be read. Coefficients
 // have the compute type: double for Double, else float.
-constexpr int64_t kChannelPadding = 16;
+constexpr int64_t kChannelPadding = 32;
 
 }  // namespace gradfuse::cpu

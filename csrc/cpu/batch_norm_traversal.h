@@ -1,207 +1,192 @@
-// Traversal of a span, vector by vector, for the batch normalisation kernels of one instruction
-// set. Include inside the anonymous namespace of that set's file, after simd/vec_io.h.
+// Traversal of a span, block by block, for the batch normalisation kernels of one instruction set.
+// Include inside the anonymous namespace of that set's file, after simd/vec_blocks.h.
 //
-// Positions contiguous: a run belongs to one channel, whose coefficients are broadcast to all
-// lanes. Channels contiguous: each lane has its own channel, and a vector of coefficients is reused
-// for several rows. Elements are computed in float32 (float64 for Double); sums are kept in float64
-// lanes.
+// A block is what a pair of vectors holds. Positions contiguous: a run belongs to one channel,
+// whose coefficients are broadcast to all lanes. Channels contiguous: each lane has its own
+// channel. Elements are computed in float32 (float64 for Double).
+//
+// The first sweep, which only reads, takes a channel's runs of some samples, or a block of columns
+// of many rows, one after another: coefficients and sums stay in registers. The second sweep goes
+// in the order of memory: two rows at a time took twice as long as one, for the stores.
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }  // std::min is a template
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-template <class T>
-using VecFor = typename Lanes<T>::Vec;
-template <class T>
-using ScalarFor = std::decay_t<decltype(VecFor<T>{}[0])>;
-
-// All vectors of a run but the last are whole; a type of their own spares them the lane count.
+// All blocks of a run but the last are whole; a type of their own spares them the element count.
 template <class T>
 struct Whole {
-  static constexpr int64_t lanes = Lanes<T>::count;
+  static constexpr int64_t elements = kBlock<T>;
 };
 struct Some {
-  int64_t lanes;
+  int64_t elements;
 };
 
 template <class T>
-inline VecFor<T> load_lanes(const T* p, Whole<T>) {
-  return load(p);
+inline Pair<VecFor<T>> load_block(const T* p, Whole<T>) {
+  return load_pair(p);
 }
 template <class T>
-inline VecFor<T> load_lanes(const T* p, Some count) {
-  return load_first(p, count.lanes);
+inline Pair<VecFor<T>> load_block(const T* p, Some count) {
+  return load_pair_first(p, count.elements);
 }
 template <class T>
-inline void store_lanes(T* p, VecFor<T> v, Whole<T>) {
-  store(p, v);
+inline void store_block(T* p, Pair<VecFor<T>> v, Whole<T>) {
+  store_pair(p, v);
 }
 template <class T>
-inline void store_lanes(T* p, VecFor<T> v, Some count) {
-  store_first(p, v, count.lanes);
+inline void store_block(T* p, Pair<VecFor<T>> v, Some count) {
+  store_pair_first(p, v, count.elements);
 }
-// The vector with zeros in the lanes beyond the count.
+// The block with zeros in the lanes beyond the count.
 template <class T, class V>
-inline V only_lanes(V v, Whole<T>) {
+inline Pair<V> only_elements(Pair<V> v, Whole<T>) {
   return v;
 }
-template <class V>
-inline V only_lanes(V v, Some count) {
-  using I = typename IntsOf<V>::type;
-  using Lane = std::decay_t<decltype(I{}[0])>;
-  return (lane_numbers<I>() < (I{} + static_cast<Lane>(count.lanes))) ? v : V{};
+template <class T, class V>
+inline Pair<V> only_elements(Pair<V> v, Some count) {
+  return select(first_elements<T>(count.elements), v, Pair<V>{});
 }
 
-// One vector of a span.
+// The hardware's prefetchers see a stream only after some lines of it, and a channel's run or a row
+// ends soon, so each block prefetches the one that comes this many bytes later. Into the L2 cache:
+// rows and samples that lie a power of two apart would evict each other from the L1.
+constexpr int64_t kAheadBytes = 1024;
+
+// Where a block lies.
 template <class T, class Count>
-struct Piece {
+struct Place {
   int64_t at;  // index of its first element in the tensor
   int64_t byte;  // index of the mask byte that holds its first bit
   int shift;  // position of that bit in the byte
+  int64_t ahead;  // elements from this block to one that will soon be read
   Count count;
-
-  Piece(const BatchNormShape& shape, int64_t row, int64_t i, Count n)
-      : at(row * (shape.inner == 1 ? shape.channels : shape.inner) + i),
-        byte(row * shape.mask_bytes_per_row() + i / 8),
-        shift(Lanes<T>::count < 8 ? i % 8 : 0),
-        count(n) {}
 
   uint32_t load_bits(const uint8_t* mask) const {
     const uint8_t* p = mask + byte;
-    if (count.lanes <= 8) return *p >> shift;
-    uint16_t bits;
-    std::memcpy(&bits, p, 2);
+    uint32_t bits = 0;
+    if constexpr (kBlock<T> <= 8) {
+      bits = *p >> shift;
+    } else if constexpr (std::is_same_v<Count, Whole<T>>) {
+      std::memcpy(&bits, p, kBlock<T> / 8);
+    } else {
+      for (int64_t i = 0; 8 * i < count.elements; ++i) bits |= uint32_t{p[i]} << (8 * i);
+    }
     return bits;
   }
   void store_bits(uint8_t* mask, uint32_t bits) const {
     uint8_t* p = mask + byte;
-    if (count.lanes < Lanes<T>::count) bits &= (1u << count.lanes) - 1;
-    if (count.lanes <= 8) {
+    if constexpr (!std::is_same_v<Count, Whole<T>>)
+      bits &= static_cast<uint32_t>((uint64_t{1} << count.elements) - 1);
+    if constexpr (kBlock<T> <= 8) {
       *p = static_cast<uint8_t>(shift ? *p | bits << shift : bits);
+    } else if constexpr (std::is_same_v<Count, Whole<T>>) {
+      std::memcpy(p, &bits, kBlock<T> / 8);
     } else {
-      const uint16_t two = static_cast<uint16_t>(bits);
-      std::memcpy(p, &two, 2);
+      for (int64_t i = 0; 8 * i < count.elements; ++i) p[i] = static_cast<uint8_t>(bits >> (8 * i));
     }
+  }
+  // Prefetches the lines of a block like this one. They may lie behind the tensor: a prefetch
+  // touches nothing.
+  void prefetch(const T* tensor) const {
+    const char* p = reinterpret_cast<const char*>(tensor + at + ahead);
+    for (size_t i = 0; i < kBlock<T> * sizeof(T); i += 64) prefetch_line_into_l2(p + i);
   }
 };
 
+// Of a channel, for all lanes.
 template <class T>
-struct Coefficients {
+struct RunCoefficients {
   VecFor<T> v[kBackwardCoefficients];
+  Pair<VecFor<T>> operator()(int k) const { return {v[k], v[k]}; }
+};
+// Of a block of columns.
+template <class T>
+struct ColumnCoefficients {
+  Pair<VecFor<T>> v[kBackwardCoefficients];
+  Pair<VecFor<T>> operator()(int k) const { return v[k]; }
 };
 
-constexpr int kFold = 8;
+// Blocks of a run that is long enough to be worth setting up its channel.
+constexpr int64_t kLongRun = 8;
 
-// Traverses a span. Calls body(piece, coefficients, state) for each vector, state.fold() after at
-// most kFold of them, and done(j, state) after each run or, if channels are contiguous, after kRows
-// rows of a vector of columns. j is the (first) channel, counted from the span's first.
-template <class T, int kCount, int kRows, class State, class Body, class Done>
-inline void traverse(const BatchNormShape& shape, const Span& span, const void* coefficients,
-                     int64_t stride, Body body, Done done) {
-  constexpr int64_t kLanes = Lanes<T>::count;
-  const ScalarFor<T>* p = static_cast<const ScalarFor<T>*>(coefficients);
+// Calls body(place, coefficients, state) for each block of the span's channels, and
+// done(channel counted from the span's first, state) for each channel after some of its runs: up to
+// kSamples if they are short.
+template <class T, int kCount, int64_t kSamples, class State, class Body, class Done>
+inline void traverse_runs(const BatchNormShape& shape, const Span& span,
+                          const ScalarFor<T>* coefficients, int64_t stride, Body body, Done done) {
+  constexpr int64_t kElements = kBlock<T>;
+  const int64_t inner = shape.inner, all = shape.channels, begin = span.inner, end = span.inner_end;
+  const int64_t mask_row = shape.mask_bytes_per_row();
   const int64_t channels = span.channel_end - span.channel;
-  if (shape.inner == 1) {
-    for (int64_t n = span.outer; n < span.outer_end; n += kRows) {
-      const int64_t end = least(n + kRows, span.outer_end);
-      const auto columns = [&](int64_t j, auto count) {
-        Coefficients<T> c;
-        for (int k = 0; k < kCount; ++k) c.v[k] = load(p + k * stride + j);
-        State state;
-        for (int64_t row = n; row < end; ++row)
-          body(Piece<T, decltype(count)>(shape, row, span.channel + j, count), c, state);
-        state.fold();
-        done(j, state);
-      };
-      int64_t j = 0;
-      for (; j + kLanes <= channels; j += kLanes) columns(j, Whole<T>());
-      if (j < channels) columns(j, Some{channels - j});
-    }
-    return;
-  }
-  for (int64_t n = span.outer; n < span.outer_end; ++n) {
+  const int64_t at_once = end - begin < kLongRun * kElements ? kSamples : 1;
+  constexpr int64_t kAhead = kAheadBytes / static_cast<int64_t>(sizeof(T));
+  for (int64_t first = span.outer; first < span.outer_end; first += at_once) {
+    const int64_t last = least(first + at_once, span.outer_end);
     for (int64_t j = 0; j < channels; ++j) {
-      Coefficients<T> c;
-      for (int k = 0; k < kCount; ++k) c.v[k] = VecFor<T>{} + p[k * stride + j];
+      RunCoefficients<T> c;
+      for (int k = 0; k < kCount; ++k) c.v[k] = VecFor<T>{} + coefficients[k * stride + j];
       State state;
-      const int64_t row = n * shape.channels + span.channel + j;
-      int64_t i = span.inner;
-      for (; i + kFold * kLanes <= span.inner_end; i += kFold * kLanes) {
-        for (int k = 0; k < kFold; ++k)
-          body(Piece<T, Whole<T>>(shape, row, i + k * kLanes, Whole<T>()), c, state);
-        state.fold();
+      for (int64_t n = first; n < last; ++n) {
+        const int64_t row = n * all + span.channel + j;
+        const int64_t at = row * inner, byte = row * mask_row;
+        int64_t i = begin;
+        for (; i + kElements <= end; i += kElements)
+          body(Place<T, Whole<T>>{at + i, byte + i / 8, static_cast<int>(i % 8), kAhead, {}}, c,
+               state);
+        if (i < end)
+          body(Place<T, Some>{at + i, byte + i / 8, static_cast<int>(i % 8), kAhead, {end - i}}, c,
+               state);
       }
-      for (; i + kLanes <= span.inner_end; i += kLanes)
-        body(Piece<T, Whole<T>>(shape, row, i, Whole<T>()), c, state);
-      if (i < span.inner_end)
-        body(Piece<T, Some>(shape, row, i, Some{span.inner_end - i}), c, state);
       state.fold();
       done(j, state);
     }
   }
 }
 
-// Two sums in float64 lanes, of a run or of a vector of columns. Up to kFold float32 terms are
-// summed in float32 first; not if kWide, so that no product overflows or underflows.
-template <class T, bool kWide>
-struct TwoSums {
-  using V = VecFor<T>;
-  V a = {}, b = {};
-  Pair<DoubleVec> first = {}, second = {};
+// Calls use(coefficients, stride) with those of the span's columns in the order of a block's lanes.
+template <class T, int kCount, class Use>
+inline void with_lane_order(const ScalarFor<T>* coefficients, int64_t stride, int64_t channels,
+                            Use use) {
+  if constexpr (kAlternates<T>) {
+    ScalarFor<T> ordered[kCount * kMostColumns];
+    for (int k = 0; k < kCount; ++k)
+      for (int64_t j = 0; j < channels; j += kBlock<T>)
+        store_pair(ordered + k * kMostColumns + j,
+                   load_floats_of_block<T>(coefficients + k * stride + j));
+    use(ordered, kMostColumns);
+  } else {
+    use(coefficients, stride);
+  }
+}
 
-  void add(V x, V y, V z) {  // x to the first, y * z to the second
-    if constexpr (kWide) {
-      add_wide(widen(x), widen(y), widen(z));
-    } else {
-      a += x;
-      b += y * z;
-    }
-  }
-  void add_wide(Pair<DoubleVec> x, Pair<DoubleVec> y, Pair<DoubleVec> z) {
-    first.a += x.a, first.b += x.b;
-    second.a += y.a * z.a, second.b += y.b * z.b;
-  }
-  void fold() {
-    if constexpr (std::is_same_v<T, double>) {
-      first.a = a, second.a = b;
-    } else if constexpr (!kWide) {
-      const Pair<DoubleVec> wa = widen(a), wb = widen(b);
-      first.a += wa.a, first.b += wa.b;
-      second.a += wb.a, second.b += wb.b;
-      a = b = V{};
-    }
-  }
-};
-
-inline void add_to(double* p, DoubleVec v) { store(p, load(p) + v); }
-
-// Accumulates terms(piece, coefficients, sums) into the sums [2][stride] of the span's channels.
-template <class T, int kCount, bool kWide, class Terms>
-inline void sum_span(const BatchNormShape& shape, const Span& span, const void* coefficients,
-                     double* sums, int64_t stride, Terms terms) {
-  constexpr int kRows = kFold;
-  using State = TwoSums<T, kWide>;
-  if (shape.inner == 1) {
-    traverse<T, kCount, kRows, State>(shape, span, coefficients, stride, terms,
-                                      [&](int64_t j, const State& s) {
-                                        add_to(sums + j, s.first.a);
-                                        add_to(sums + stride + j, s.second.a);
-                                        if (Lanes<T>::count == kDoubles) return;
-                                        add_to(sums + j + kDoubles, s.first.b);
-                                        add_to(sums + stride + j + kDoubles, s.second.b);
-                                      });
-    return;
-  }
-  // Lanes are summed once per span, not per run: runs may be short.
-  DoubleVec first[kMostChannels], second[kMostChannels];
+// Calls body(place, coefficients, state) for each block of the span, and done(first column counted
+// from the span's first, state) for each block of columns after `rows` of its rows.
+template <class T, int kCount, class State, class Body, class Done>
+inline void traverse_columns(const BatchNormShape& shape, const Span& span,
+                             const ScalarFor<T>* coefficients, int64_t stride, int64_t rows,
+                             Body body, Done done) {
+  constexpr int64_t kElements = kBlock<T>;
+  const int64_t all = shape.channels, mask_row = shape.mask_bytes_per_row();
   const int64_t channels = span.channel_end - span.channel;
-  for (int64_t j = 0; j < channels; ++j) first[j] = second[j] = DoubleVec{};
-  traverse<T, kCount, kRows, State>(shape, span, coefficients, stride, terms,
-                                    [&](int64_t j, const State& s) {
-                                      first[j] += s.first.a + s.first.b;
-                                      second[j] += s.second.a + s.second.b;
-                                    });
-  for (int64_t j = 0; j < channels; ++j) {
-    sums[j] += lane_sum(first[j]);
-    sums[stride + j] += lane_sum(second[j]);
+  const int64_t ahead = most(rows * all, kAheadBytes / static_cast<int64_t>(sizeof(T)));
+  for (int64_t first = span.outer; first < span.outer_end; first += rows) {
+    const int64_t last = least(first + rows, span.outer_end);
+    const auto columns = [&](int64_t j, auto count) {
+      ColumnCoefficients<T> c;
+      for (int k = 0; k < kCount; ++k) c.v[k] = load_pair(coefficients + k * stride + j);
+      State state;
+      const int64_t column = span.channel + j;
+      for (int64_t row = first; row < last; ++row)
+        body(Place<T, decltype(count)>{row * all + column, row * mask_row + column / 8,
+                                       static_cast<int>(column % 8), ahead, count},
+             c, state);
+      state.fold();
+      done(j, state);
+    };
+    int64_t j = 0;
+    for (; j + kElements <= channels; j += kElements) columns(j, Whole<T>());
+    if (j < channels) columns(j, Some{channels - j});
   }
 }
 
@@ -217,17 +202,31 @@ struct NoState {
   void fold() {}
 };
 
-// (x - mean) * kShrink; kMean holds mean * kShrink.
-template <class T>
-inline VecFor<T> difference(VecFor<T> x, const Coefficients<T>& c) {
-  return x * static_cast<ScalarFor<T>>(kShrink) - c.v[kMean];
+// The second sweep of a span.
+template <class T, int kCount, class Body>
+inline void sweep(const BatchNormShape& shape, const Span& span, const void* coefficients,
+                  int64_t stride, Body body) {
+  const ScalarFor<T>* p = static_cast<const ScalarFor<T>*>(coefficients);
+  const auto done = [](int64_t, NoState) {};
+  if (shape.inner == 1)
+    with_lane_order<T, kCount>(p, stride, span.channel_end - span.channel, [&](auto q, int64_t s) {
+      traverse_columns<T, kCount, NoState>(shape, span, q, s, 1, body, done);
+    });
+  else
+    traverse_runs<T, kCount, 1, NoState>(shape, span, p, stride, body, done);
 }
 
-template <class T, class Count>
-inline VecFor<T> normalised(const Coefficients<T>& c, const T* x, const T* residual,
-                            const Piece<T, Count>& piece) {
-  const VecFor<T> d = difference<T>(load_lanes(x + piece.at, piece.count), c);
-  VecFor<T> z = d * c.v[kScale] + c.v[kShift];
-  if (residual) z += load_lanes(residual + piece.at, piece.count);
+// (x - mean) * kShrink; kMean holds mean * kShrink.
+template <class T, class C>
+inline Pair<VecFor<T>> difference(Pair<VecFor<T>> x, const C& c) {
+  return x * static_cast<ScalarFor<T>>(kShrink) - c(kMean);
+}
+
+template <class T, class C, class Count>
+inline Pair<VecFor<T>> normalised(const C& c, const T* x, const T* residual,
+                                  const Place<T, Count>& place) {
+  const Pair<VecFor<T>> d = difference<T>(load_block(x + place.at, place.count), c);
+  Pair<VecFor<T>> z = d * c(kScale) + c(kShift);
+  if (residual) z = z + load_block(residual + place.at, place.count);
   return z;
 }

@@ -42,15 +42,16 @@ class KeepSubnormals {
 // True in a process forked from one that had this library loaded: the thread pool did not survive.
 bool forked();
 
-// Below this many elements, waking a second thread and moving cache lines costs more than it saves.
+// Below this many elements that are only read, waking a second thread and moving cache lines costs
+// more than it saves.
 constexpr int64_t kLeastParallel = 1 << 19;
 
-// Calls f(i) for every i in [0, n) on up to at::get_num_threads() threads. `elements` is the total
-// size of the items. f must not throw. With kBackwards each thread starts at the end of its run,
-// because that is what the call before left in the cache.
+// Calls f(i) for every i in [0, n), from `least` elements on with up to at::get_num_threads()
+// threads. `elements` is the total size of the items. f must not throw. With kBackwards each thread
+// starts at the end of its run, because that is what the call before left in the cache.
 template <bool kBackwards = false, class F>
-void for_each_item(int64_t n, int64_t elements, F f) {
-  const bool serial = forked() || elements < kLeastParallel;
+void for_each_item(int64_t n, int64_t elements, int64_t least, F f) {
+  const bool serial = forked() || elements < least;
   const int64_t threads = serial ? 1 : std::min<int64_t>(at::get_num_threads(), n);
   if (threads <= 1) {
     const KeepSubnormals keep;
@@ -80,8 +81,16 @@ void for_each_item(int64_t n, int64_t elements, F f) {
 }
 
 template <class F>
+void for_each_item_backwards(int64_t n, int64_t elements, int64_t least, F f) {
+  for_each_item<true>(n, elements, least, f);
+}
+template <class F>
+void for_each_item(int64_t n, int64_t elements, F f) {
+  for_each_item(n, elements, kLeastParallel, f);
+}
+template <class F>
 void for_each_item_backwards(int64_t n, int64_t elements, F f) {
-  for_each_item<true>(n, elements, f);
+  for_each_item<true>(n, elements, kLeastParallel, f);
 }
 
 }  // namespace gradfuse::cpu

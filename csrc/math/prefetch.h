@@ -19,6 +19,10 @@ inline void prefetch_line(const void* p) {
   __builtin_prefetch(p, kWrites);
   asm volatile("");
 }
+inline void prefetch_line_into_l2(const void* p) {
+  __builtin_prefetch(p, 0, 2);
+  asm volatile("");
+}
 
 // Runs f(i) for the item `distance` items ahead.
 template <class F>
