@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 
 #include "build_info.h"  // of setup.py
+#include "cpu/caches.h"
 #include "cpu/isa.h"
 #include "tensor/checks.h"
 
@@ -14,6 +15,7 @@ void bind_adaptive_clip(pybind11::module_& m);
 void bind_batch_norm(pybind11::module_& m);
 void bind_deferred(pybind11::module_& m);
 void bind_optim(pybind11::module_& m);
+void bind_stream(pybind11::module_& m);
 
 }  // namespace gradfuse
 
@@ -30,10 +32,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("compiler") = __VERSION__;
   m.def("isa", &cpu::isa_name);
   m.def("set_isa", &cpu::set_isa, pybind11::arg("name"));
+  m.def("set_last_level_cache", &cpu::set_last_level_cache, pybind11::arg("bytes"));
   m.def("num_threads", [] { return at::get_num_threads(); });
   bind_clip(m);
   bind_adaptive_clip(m);
   bind_batch_norm(m);
   bind_deferred(m);
   bind_optim(m);
+  bind_stream(m);
 }

@@ -60,10 +60,26 @@ FAULTS = [
     Fault(
         "a column's sums drop a half",
         CPU,
-        "second[0] = second[0] + widen(b.a), second[1] = second[1] + widen(b.b);",
-        "second[0] = second[0] + widen(b.a), second[1] = second[1] + widen(b.a);",
+        "sum[1] = sum[1] + widen(terms.b);",
+        "sum[1] = sum[1] + widen(terms.a);",
         "half of the channels of a channels_last tensor get the variance of others",
         NORM,
+    ),
+    Fault(
+        "rows of any length are stored past the caches",
+        CPU,
+        "row * size % kCacheLine == 0 && ",
+        "",
+        "a store of an unaligned vector ends the process",
+        NORM,
+    ),
+    Fault(
+        "a pass leaves out the last bytes",
+        CPU,
+        "for (; i < end; ++i) {",
+        "for (; i + 1 < end; ++i) {",
+        "the benches' floor moves less than it says",
+        "tests/test_stream.py",
     ),
     Fault(
         "merged sums forget the order",

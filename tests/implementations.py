@@ -38,17 +38,19 @@ ARITHMETIC = {
     "test_optim.py",
     "test_quiet.py",
     "test_range.py",
+    "test_stream.py",
     "test_value.py",
 }
 # These files do not run on the emulator, a thousand times slower than the CPU kernels: they test
-# thousands of examples, other processes, errors raised before any kernel runs, or how torch treats
-# an op, which does not depend on the kernel.
+# thousands of examples, other processes, errors raised before any kernel runs, what only the CPU
+# has, or how torch treats an op, which does not depend on the kernel.
 NOT_ON_PTX = {
     "test_compile.py",
     "test_errors.py",
     "test_hypothesis.py",
     "test_batch_norm_hypothesis.py",
     "test_process.py",
+    "test_stream.py",
 }
 
 
@@ -97,7 +99,7 @@ class Recorder:
     """Wraps an implementation and records whether one of its functions was called."""
 
     # Functions that describe or configure the module and call no kernel.
-    _SAID = frozenset({"codes", "isa", "num_threads", "set_isa"})
+    _SAID = frozenset({"codes", "isa", "num_threads", "set_isa", "set_last_level_cache"})
 
     def __init__(self, implementation: Any) -> None:
         self._implementation = implementation

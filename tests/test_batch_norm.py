@@ -429,3 +429,19 @@ def test_autocast_is_that_of_batch_norm(backend, device):
             stock = F.batch_norm(x.to(dtype), None, None, None, None, True)
             ours = gradfuse.batch_norm_act(x.to(dtype), None, None, activation=None, training=True)
             assert ours.dtype == stock.dtype
+
+
+@pytest.mark.parametrize("dtype", REAL, ids=short)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_storing_past_the_caches_changes_no_bit(native, dtype, channels_last):
+    """As results do that are larger than the last cache, here said to be one byte."""
+    # Rows that begin with a cache line, and rows that do not; spans of channels and of positions.
+    for shape in ((3, 64, 8, 8), (2, 5, 16, 16), (2, 3, 128, 128), (3, 33, 7, 7)):
+        case = Case(shape, channels_last, dtype)
+        expected = bits([*run_ours(case).values()])
+        try:
+            native.set_last_level_cache(1)
+            streamed = run_ours(case)
+        finally:
+            native.set_last_level_cache(0)
+        assert bits([*streamed.values()]) == expected

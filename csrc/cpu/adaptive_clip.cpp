@@ -21,7 +21,7 @@ void adaptive_clip(const std::vector<UnitRef>& units, UnitLimit limit, double sc
     for (int64_t first = 0; first < units[u].rows; first += step)
       items.push_back({static_cast<int64_t>(u), first, std::min(units[u].rows, first + step)});
   }
-  for_each_item(static_cast<int64_t>(items.size()), total, [&](int64_t i) {
+  for_each_item({static_cast<int64_t>(items.size()), total}, [&](int64_t i) {
     const UnitRef& u = units[items[i].param];
     for (int64_t row = items[i].first; row < items[i].last; ++row) {
       GradRef weight = u.weight, grad = u.grad;

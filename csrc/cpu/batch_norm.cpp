@@ -22,6 +22,7 @@
 #include "../math/runs.h"
 #include "batch_norm_backward_kernels.h"
 #include "batch_norm_forward_kernels.h"
+#include "caches.h"
 #include "parallel.h"
 
 namespace gradfuse::cpu {
@@ -38,7 +39,7 @@ constexpr int64_t kLeastParallelElements = 1 << 15;  // about 10 us of work
 // Splits a tensor into spans: `columns` groups of channels, each of `parts` spans.
 class Spans {
  public:
-  explicit Spans(const BatchNormShape& s) : shape_(s) {
+  Spans(const BatchNormShape& s, bool past_caches) : shape_(s), past_caches_(past_caches) {
     samples_ = s.outer, positions_ = s.inner;
     if (s.inner == 1) {
       // Few rows: columns are shared out in their place.
@@ -65,12 +66,15 @@ class Spans {
   Span operator()(int64_t column, int64_t part) const {
     const int64_t n = part / position_parts_ * samples_, p = part % position_parts_ * positions_;
     const int64_t c = column * channels_;
-    return {n, std::min(n + samples_, shape_.outer),  c, std::min(c + channels_, shape_.channels),
-            p, std::min(p + positions_, shape_.inner)};
+    return {n,           std::min(n + samples_, shape_.outer),
+            c,           std::min(c + channels_, shape_.channels),
+            p,           std::min(p + positions_, shape_.inner),
+            past_caches_};
   }
 
  private:
   BatchNormShape shape_;
+  bool past_caches_;
   int64_t channels_, samples_, positions_;
   int64_t columns_, sample_parts_, position_parts_;
 };
@@ -93,6 +97,23 @@ void write(ChannelRef v, int64_t c, double value) {
   });
 }
 
+// Whether to store results past the caches. Each row must begin with a cache line, so that vectors
+// are aligned.
+bool store_past_caches(const BatchNormShape& shape, std::initializer_list<const void*> read,
+                       std::initializer_list<const void*> results) {
+  const int64_t size = with_type<c10::Half, c10::BFloat16>(shape.dtype, [](auto type) {
+    return static_cast<int64_t>(sizeof(typename decltype(type)::type));
+  });
+  int64_t tensors = 0;
+  for (const void* p : read) tensors += p != nullptr;
+  for (const void* p : results) {
+    tensors += p != nullptr;
+    if (!on_cache_lines(p)) return false;
+  }
+  const int64_t row = shape.inner == 1 ? shape.channels : shape.inner;
+  return row * size % kCacheLine == 0 && stores_past_caches(tensors * shape.numel() * size);
+}
+
 // Coefficient vectors of channels [channel, end), `stride` elements apart.
 template <class F>
 struct Columns {
@@ -109,6 +130,7 @@ struct Columns {
 //   prepare_sweep_by_sweep()  called if all spans are summed before any is swept again
 //   has_sums()  whether the statistics need a first sweep
 //   applies()   whether there is a second sweep
+//   past_caches()  whether the second sweep stores past the caches
 //   prepare(columns)                     the coefficients that the first sweep needs
 //   sum(span, columns, sums, wide)       the first sweep of a span: sums [2][stride]
 //   finish(columns, sums)                the channels' results, and the second sweep's coefficients
@@ -125,6 +147,9 @@ struct Forward {
   void prepare_sweep_by_sweep() {}
   bool has_sums() const { return call.training; }
   bool applies() const { return true; }
+  bool past_caches() const {
+    return store_past_caches(call.shape, {call.input, call.residual}, {call.output});
+  }
 
   // The sums are shifted by an element of each channel.
   void prepare(const Columns<F>& columns) const {
@@ -208,6 +233,10 @@ struct Backward {
     return call.grad_weight.data || call.grad_bias.data || (call.training && call.grad_input);
   }
   bool applies() const { return call.grad_input || call.grad_residual; }
+  bool past_caches() const {
+    return store_past_caches(call.shape, {call.grad_output, call.input, call.output},
+                             {call.grad_input, call.grad_residual});
+  }
 
   void prepare(const Columns<F>& columns) const {
     for (int64_t c = columns.channel; c < columns.end; ++c) {
@@ -276,7 +305,7 @@ template <class Direction>
 void run_span_by_span(const Direction& direction, const Spans& spans, int64_t elements) {
   using F = typename Direction::Element;
   const int64_t stride = padded(spans.widest());
-  for_each_item(spans.columns(), elements, kLeastParallelElements, [&](int64_t column) {
+  for_each_item({spans.columns(), elements, kLeastParallelElements}, [&](int64_t column) {
     const Span span = spans(column, 0);
     F coefficients[kBackwardCoefficients * kMostChannels];
     double sums[2 * kMostChannels];
@@ -307,16 +336,15 @@ void run_sweep_by_sweep(const Direction& direction, const Spans& spans, int64_t 
   };
   const auto slot = [&](int64_t item) { return sums.get() + item * 2 * stride; };
 
-  for_each_item(columns, elements, kLeastParallel,
-                [&](int64_t column) { direction.prepare(of_column(column)); });
+  for_each_item({columns, elements}, [&](int64_t column) { direction.prepare(of_column(column)); });
   if (has_sums) {
-    for_each_item(items, elements, kLeastParallelElements, [&](int64_t i) {
+    for_each_item({items, elements, kLeastParallelElements}, [&](int64_t i) {
       sum_span(direction, spans(i % columns, i / columns), of_column(i % columns), slot(i));
     });
   } else {
     std::fill_n(sums.get(), 2 * stride, 0.0);
   }
-  for_each_item(columns, elements, kLeastParallel, [&](int64_t column) {
+  for_each_item({columns, elements}, [&](int64_t column) {
     double* total = slot(has_sums ? column : 0);
     for (int64_t part = 1; has_sums && part < parts; ++part) {
       const double* other = slot(part * columns + column);
@@ -325,19 +353,15 @@ void run_sweep_by_sweep(const Direction& direction, const Spans& spans, int64_t 
     direction.finish(of_column(column), total);
   });
   if (!direction.applies()) return;
-  const auto apply = [&](int64_t i) {
+  for_each_item({items, elements, kLeastParallelElements, /*backwards=*/has_sums}, [&](int64_t i) {
     direction.apply(spans(i % columns, i / columns), of_column(i % columns));
-  };
-  if (has_sums)
-    for_each_item_backwards(items, elements, kLeastParallelElements, apply);
-  else
-    for_each_item(items, elements, kLeastParallelElements, apply);
+  });
 }
 
 template <class Direction>
 void run(Direction direction) {
   const BatchNormShape& shape = direction.call.shape;
-  const Spans spans(shape);
+  const Spans spans(shape, direction.past_caches());
   if (shape.inner > 1 && spans.parts() == 1)
     return run_span_by_span(direction, spans, shape.numel());
   direction.prepare_sweep_by_sweep();

@@ -105,18 +105,20 @@ inline void apply_of(const BatchNormBackward& given, const Span& span, const voi
   const T* x = call.training ? static_cast<const T*>(call.input) : nullptr;
   T* grad_input = static_cast<T*>(call.grad_input);
   T* grad_residual = static_cast<T*>(call.grad_residual);
-  sweep<T, kBackwardCoefficients>(
-      call.shape, span, coefficients, stride, [=](const auto& place, const auto& c, NoState) {
-        const auto g = gradient_before<T, kActivation>(call, place, c);
-        if (grad_residual) store_block(grad_residual + place.at, g, place.count);
-        if (!grad_input) return;
-        auto d = g * c(kDirect);
-        if (x) {
-          const auto e = difference<T>(load_block(x + place.at, place.count), c);
-          d = d + ((e * c(kInvstd)) * c(kSlope) + c(kOffset));
-        }
-        store_block(grad_input + place.at, d, place.count);
-      });
+  const bool past_caches = span.past_caches;
+  const auto body = [=](const auto& place, const auto& c, NoState) {
+    const auto g = gradient_before<T, kActivation>(call, place, c);
+    // Loads come first: one waits for an earlier store at the same offset of another page.
+    Pair<VecFor<T>> v = {};
+    if (x) v = load_block(x + place.at, place.count);
+    if (grad_residual) store_block(grad_residual + place.at, g, place.count, past_caches);
+    if (!grad_input) return;
+    auto d = g * c(kDirect);
+    if (x) d = d + ((difference<T>(v, c) * c(kInvstd)) * c(kSlope) + c(kOffset));
+    store_block(grad_input + place.at, d, place.count, past_caches);
+  };
+  sweep<T, kBackwardCoefficients>(call.shape, span, coefficients, stride, body);
+  if (past_caches) wait_for_streams();
 }
 
 void apply(const BatchNormBackward& call, const Span& span, const void* coefficients,

@@ -81,6 +81,7 @@ inline void apply_of(const BatchNormForward& call, const Span& span, const void*
   const T* residual = static_cast<const T*>(call.residual);
   T* y = static_cast<T*>(call.output);
   uint8_t* mask = call.mask;
+  const bool past_caches = span.past_caches;
   sweep<T, kForwardCoefficients>(
       call.shape, span, coefficients, stride, [=](const auto& place, const auto& c, NoState) {
         place.prefetch(x);
@@ -88,13 +89,14 @@ inline void apply_of(const BatchNormForward& call, const Span& span, const void*
         const auto z = normalised(c, x, residual, place);
         store_block(y + place.at,
                     each_half(z, [=](auto v) { return activate<kActivation, S>(v, slope); }),
-                    place.count);
+                    place.count, past_caches);
         if constexpr (has_mask(kActivation))
           if (mask)
             place.store_bits(mask, bits_of_block<T>(each_half(z, [=](auto v) {
                                return passes<kActivation>(v, above, below);
                              })));
       });
+  if (past_caches) wait_for_streams();
 }
 
 void apply(const BatchNormForward& call, const Span& span, const void* coefficients,

@@ -11,6 +11,7 @@ struct Span {
   int64_t outer, outer_end;
   int64_t channel, channel_end;
   int64_t inner, inner_end;  // inner % 8 == 0, so that two spans share no byte of the mask
+  bool past_caches;  // whether results are stored past the caches
 };
 
 // Maximum channels of a span if inner > 1, and if inner == 1.

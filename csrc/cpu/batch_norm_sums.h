@@ -5,12 +5,14 @@
 
 constexpr int kFold = 8;
 
-// Of a channel: its lanes are added in the end.
-template <class T, bool kWide>
-struct RunSums {
+// kParts: float64 vectors for each vector of float32. With one, as for a channel whose lanes are
+// added in the end, the halves of a vector are added. With two, as for a block of columns, each
+// lane keeps its own channel.
+template <class T, bool kWide, int kParts>
+struct Sums {
   using V = VecFor<T>;
   Pair<V> a = {}, b = {};
-  Pair<DoubleVec> first = {}, second = {};
+  Pair<DoubleVec> first[kParts] = {}, second[kParts] = {};
   int terms = 0;
 
   void add(Pair<V> x, Pair<V> y, Pair<V> z) {  // x to the first, y * z to the second
@@ -24,58 +26,30 @@ struct RunSums {
         if (++terms == kFold) fold();
     }
   }
-  void add_wide(int, Pair<DoubleVec> x, Pair<DoubleVec> y, Pair<DoubleVec> z) {
-    first = first + x;
-    second = second + y * z;
-  }
-  void fold() {
-    if constexpr (std::is_same_v<T, double>) {
-      first = a, second = b;
-    } else if constexpr (!kWide) {
-      first = first + widen(a.a + a.b);
-      second = second + widen(b.a + b.b);
-      a = b = Pair<V>{};
-      terms = 0;
-    }
-  }
-};
-
-// Of a block of columns: each lane has its own channel. The halves of the pairs are those of the
-// block.
-template <class T, bool kWide>
-struct ColumnSums {
-  using V = VecFor<T>;
-  static constexpr int kParts = std::is_same_v<T, double> ? 1 : 2;  // float64 vectors of a vector
-  Pair<V> a = {}, b = {};
-  Pair<DoubleVec> first[kParts] = {}, second[kParts] = {};
-  int terms = 0;
-
-  void add(Pair<V> x, Pair<V> y, Pair<V> z) {
-    if constexpr (kWide) {
-      add_wide(0, widen(x.a), widen(y.a), widen(z.a));
-      add_wide(1, widen(x.b), widen(y.b), widen(z.b));
-    } else {
-      a = a + x;
-      b = b + y * z;
-      if constexpr (!std::is_same_v<T, double>)
-        if (++terms == kFold) fold();
-    }
-  }
   void add_wide(int half, Pair<DoubleVec> x, Pair<DoubleVec> y, Pair<DoubleVec> z) {
-    first[half] = first[half] + x;
-    second[half] = second[half] + y * z;
+    const int part = half % kParts;
+    first[part] = first[part] + x;
+    second[part] = second[part] + y * z;
   }
   void fold() {
     if constexpr (std::is_same_v<T, double>) {
       first[0] = a, second[0] = b;
     } else if constexpr (!kWide) {
-      first[0] = first[0] + widen(a.a), first[1] = first[1] + widen(a.b);
-      second[0] = second[0] + widen(b.a), second[1] = second[1] + widen(b.b);
+      fold(first, a);
+      fold(second, b);
       a = b = Pair<V>{};
       terms = 0;
     }
   }
-  // Adds a sum to the block's [kBlock<T>] at p, in the order of the lanes.
+  static void fold(Pair<DoubleVec>* sum, Pair<V> terms) {
+    if constexpr (kParts == 1) {
+      sum[0] = sum[0] + widen(terms.a + terms.b);
+    } else {
+      sum[0] = sum[0] + widen(terms.a);
+      sum[1] = sum[1] + widen(terms.b);
+    }
+  }
+  // Adds a sum to the doubles at p, in the order of the lanes.
   static void add_to(double* p, const Pair<DoubleVec>* sum) {
     for (int i = 0; i < kParts; ++i) {
       store(p, load(p) + sum[i].a), p += kDoubles;
@@ -93,7 +67,7 @@ inline void sum_span(const BatchNormShape& shape, const Span& span, const void* 
   const ScalarFor<T>* p = static_cast<const ScalarFor<T>*>(coefficients);
   const int64_t channels = span.channel_end - span.channel;
   if (shape.inner == 1) {
-    using State = ColumnSums<T, kWide>;
+    using State = Sums<T, kWide, std::is_same_v<T, double> ? 1 : 2>;
     // A block of rows fits the L1 cache.
     const int64_t row_bytes = channels * static_cast<int64_t>(sizeof(T));
     const int64_t rows = least(most(16384 / row_bytes, kFold), 8 * kFold);
@@ -111,13 +85,13 @@ inline void sum_span(const BatchNormShape& shape, const Span& span, const void* 
     return;
   }
   // Lanes are summed once per span, not per run: runs may be short.
-  using State = RunSums<T, kWide>;
+  using State = Sums<T, kWide, 1>;
   DoubleVec first[kMostChannels], second[kMostChannels];
   for (int64_t j = 0; j < channels; ++j) first[j] = second[j] = DoubleVec{};
   traverse_runs<T, kCount, kSamples, State>(shape, span, p, stride, terms,
                                             [&](int64_t j, const State& s) {
-                                              first[j] += s.first.a + s.first.b;
-                                              second[j] += s.second.a + s.second.b;
+                                              first[j] += s.first[0].a + s.first[0].b;
+                                              second[j] += s.second[0].a + s.second[0].b;
                                             });
   for (int64_t j = 0; j < channels; ++j) {
     sums[j] = lane_sum(first[j]);

@@ -30,11 +30,14 @@ inline Pair<VecFor<T>> load_block(const T* p, Some count) {
   return load_pair_first(p, count.elements);
 }
 template <class T>
-inline void store_block(T* p, Pair<VecFor<T>> v, Whole<T>) {
-  store_pair(p, v);
+inline void store_block(T* p, Pair<VecFor<T>> v, Whole<T>, bool past_caches) {
+  if (past_caches)
+    stream_pair(p, v);
+  else
+    store_pair(p, v);
 }
 template <class T>
-inline void store_block(T* p, Pair<VecFor<T>> v, Some count) {
+inline void store_block(T* p, Pair<VecFor<T>> v, Some count, bool) {
   store_pair_first(p, v, count.elements);
 }
 // The block with zeros in the lanes beyond the count.

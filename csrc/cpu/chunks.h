@@ -61,11 +61,8 @@ struct Work {
   // backwards, so that a second sweep finds in its own caches what the first one read.
   template <class F>
   void for_each(bool backwards, F f) const {
-    const auto body = [&](int64_t item) { f(item, items[item], items[item + 1]); };
-    if (backwards)
-      for_each_item_backwards(count(), total, body);
-    else
-      for_each_item(count(), total, body);
+    for_each_item({count(), total, kLeastParallel, backwards},
+                  [&](int64_t item) { f(item, items[item], items[item + 1]); });
   }
   int64_t count() const { return static_cast<int64_t>(items.size()) - 1; }
 };

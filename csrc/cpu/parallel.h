@@ -46,16 +46,24 @@ bool forked();
 // more than it saves.
 constexpr int64_t kLeastParallel = 1 << 19;
 
-// Calls f(i) for every i in [0, n), from `least` elements on with up to at::get_num_threads()
-// threads. `elements` is the total size of the items. f must not throw. With kBackwards each thread
-// starts at the end of its run, because that is what the call before left in the cache.
-template <bool kBackwards = false, class F>
-void for_each_item(int64_t n, int64_t elements, int64_t least, F f) {
-  const bool serial = forked() || elements < least;
+struct Items {
+  int64_t count;
+  int64_t elements;  // in all items
+  int64_t least = kLeastParallel;  // elements from which on threads share the items
+  // Each thread starts at the end of its run, which is what the call before left in its cache.
+  bool backwards = false;
+};
+
+// Calls f(i) for every i in [0, items.count), with up to at::get_num_threads() threads. f must not
+// throw.
+template <class F>
+void for_each_item(const Items& items, F f) {
+  const int64_t n = items.count;
+  const bool serial = forked() || items.elements < items.least;
   const int64_t threads = serial ? 1 : std::min<int64_t>(at::get_num_threads(), n);
   if (threads <= 1) {
     const KeepSubnormals keep;
-    for (int64_t i = 0; i < n; ++i) f(kBackwards ? n - 1 - i : i);
+    for (int64_t i = 0; i < n; ++i) f(items.backwards ? n - 1 - i : i);
     return;
   }
   struct alignas(64) Range {
@@ -74,23 +82,10 @@ void for_each_item(int64_t n, int64_t elements, int64_t least, F f) {
       for (int64_t k = 0; k < threads; ++k) {
         Range& range = ranges[(t + k) % threads];
         for (int64_t i; (i = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end;)
-          f(kBackwards ? range.begin + range.end - 1 - i : i);
+          f(items.backwards ? range.begin + range.end - 1 - i : i);
       }
     }
   });
-}
-
-template <class F>
-void for_each_item_backwards(int64_t n, int64_t elements, int64_t least, F f) {
-  for_each_item<true>(n, elements, least, f);
-}
-template <class F>
-void for_each_item(int64_t n, int64_t elements, F f) {
-  for_each_item(n, elements, kLeastParallel, f);
-}
-template <class F>
-void for_each_item_backwards(int64_t n, int64_t elements, F f) {
-  for_each_item<true>(n, elements, kLeastParallel, f);
 }
 
 }  // namespace gradfuse::cpu

@@ -19,6 +19,7 @@ from gradfuse.reference.batch_norm import (
 )
 from gradfuse.reference.clip import ParameterList, clamp_, clip_, scale_, stats
 from gradfuse.reference.optim import Stepper
+from gradfuse.reference.stream import stream
 
 __all__ = [
     "ACTIVATIONS",
@@ -38,6 +39,7 @@ __all__ = [
     "output_like",
     "scale_",
     "stats",
+    "stream",
     "unpack_mask",
 ]
 

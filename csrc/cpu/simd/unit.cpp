@@ -18,7 +18,7 @@
 
 #include GRADFUSE_KERNELS
 
-#if GRADFUSE_VEC_BYTES > 16
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 

@@ -70,9 +70,8 @@ inline UIntVec round_to_bfloat16(FloatVec v) {
   const UIntVec nan = UIntVec{} + 0x7fc00000u;
   return (v != v) ? nan : rounded;
 }
-inline void store_pair(BFloat16* p, Pair<FloatVec> v) {
-  const UIntVec words = (round_to_bfloat16(v.a) >> 16) | (round_to_bfloat16(v.b) & 0xffff0000u);
-  std::memcpy(p, &words, sizeof(words));
+inline UIntVec words_of(const BFloat16*, Pair<FloatVec> v) {
+  return (round_to_bfloat16(v.a) >> 16) | (round_to_bfloat16(v.b) & 0xffff0000u);
 }
 
 #if GRADFUSE_VEC_BYTES == 64
@@ -81,10 +80,11 @@ inline Pair<FloatVec> load_pair(const Half* p) {
   return {(FloatVec)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(q)),
           (FloatVec)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(q + 1))};
 }
-inline void store_pair(Half* p, Pair<FloatVec> v) {
-  __m256i* q = reinterpret_cast<__m256i*>(p);
-  _mm256_storeu_si256(q, _mm512_maskz_cvtps_ph(0xffff, (__m512)v.a, _MM_FROUND_TO_NEAREST_INT));
-  _mm256_storeu_si256(q + 1, _mm512_maskz_cvtps_ph(0xffff, (__m512)v.b, _MM_FROUND_TO_NEAREST_INT));
+inline UIntVec words_of(const Half*, Pair<FloatVec> v) {
+  const __m256i a = _mm512_maskz_cvtps_ph(0xffff, (__m512)v.a, _MM_FROUND_TO_NEAREST_INT);
+  const __m256i b = _mm512_maskz_cvtps_ph(0xffff, (__m512)v.b, _MM_FROUND_TO_NEAREST_INT);
+  return (UIntVec)_mm512_maskz_inserti64x4(
+      0xff, _mm512_maskz_inserti64x4(0xff, (__m512i)UIntVec{}, a, 0), b, 1);
 }
 #elif GRADFUSE_VEC_BYTES == 32
 inline Pair<FloatVec> load_pair(const Half* p) {
@@ -92,10 +92,9 @@ inline Pair<FloatVec> load_pair(const Half* p) {
   return {(FloatVec)_mm256_cvtph_ps(_mm_loadu_si128(q)),
           (FloatVec)_mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
 }
-inline void store_pair(Half* p, Pair<FloatVec> v) {
-  __m128i* q = reinterpret_cast<__m128i*>(p);
-  _mm_storeu_si128(q, _mm256_cvtps_ph((__m256)v.a, _MM_FROUND_TO_NEAREST_INT));
-  _mm_storeu_si128(q + 1, _mm256_cvtps_ph((__m256)v.b, _MM_FROUND_TO_NEAREST_INT));
+inline UIntVec words_of(const Half*, Pair<FloatVec> v) {
+  return (UIntVec)_mm256_set_m128i(_mm256_cvtps_ph((__m256)v.b, _MM_FROUND_TO_NEAREST_INT),
+                                   _mm256_cvtps_ph((__m256)v.a, _MM_FROUND_TO_NEAREST_INT));
 }
 #else
 // binary16 -> binary32: shift the fields into place and let one multiplication rebias the
@@ -129,11 +128,46 @@ inline Pair<FloatVec> load_pair(const Half* p) {
   const UIntVec words = load_bytes<UIntVec>(p);
   return {half_to_float(words & 0xffffu), half_to_float(words >> 16)};
 }
-inline void store_pair(Half* p, Pair<FloatVec> v) {
-  const UIntVec words = float_to_half(v.a) | (float_to_half(v.b) << 16);
-  std::memcpy(p, &words, sizeof(words));
+inline UIntVec words_of(const Half*, Pair<FloatVec> v) {
+  return float_to_half(v.a) | (float_to_half(v.b) << 16);
 }
 #endif
+
+template <class T>
+inline void store_pair(T* p, Pair<FloatVec> v) {
+  const UIntVec words = words_of(p, v);
+  std::memcpy(p, &words, sizeof(words));
+}
+
+// Stores past the caches: no line is read first, and none is evicted. p is aligned to a vector.
+inline void stream_words(void* p, UIntVec v) {
+#if defined(__clang__)
+  __builtin_nontemporal_store(v, static_cast<UIntVec*>(p));
+#elif GRADFUSE_VEC_BYTES == 64
+  _mm512_stream_si512(static_cast<__m512i*>(p), (__m512i)v);
+#elif GRADFUSE_VEC_BYTES == 32
+  _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)v);
+#elif defined(__x86_64__)
+  _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)v);
+#else
+  std::memcpy(p, &v, sizeof(v));
+#endif
+}
+// Other threads see what was streamed before this.
+inline void wait_for_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+template <class T, class V>
+inline void stream_pair(T* p, Pair<V> v) {
+  if constexpr (sizeof(T) == 2) {
+    stream_words(p, words_of(p, v));
+  } else {
+    stream_words(p, bit_cast<UIntVec>(v.a));
+    stream_words(p + sizeof(V) / sizeof(T), bit_cast<UIntVec>(v.b));
+  }
+}
 
 template <class E, size_t kBytes>
 struct VecOf {

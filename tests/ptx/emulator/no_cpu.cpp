@@ -1,11 +1,13 @@
 // The emulated build has no CPU kernels: all its tensors are on the device.
 #include <stdexcept>
 
+#include "cpu/caches.h"
 #include "cpu/isa.h"
 #include "ops/adaptive_clip.h"
 #include "ops/batch_norm.h"
 #include "ops/clip.h"
 #include "ops/optim.h"
+#include "ops/stream.h"
 
 namespace gradfuse::cpu {
 
@@ -25,7 +27,9 @@ void adaptive_clip(const std::vector<UnitRef>&, UnitLimit, double) { refuse(); }
 void batch_norm_forward(const BatchNormForward&) { refuse(); }
 void batch_norm_backward(const BatchNormBackward&) { refuse(); }
 void optim_step(const OptimStep&) { refuse(); }
+void stream(const StreamCall&) { refuse(); }
 const char* isa_name() { return "none"; }
 void set_isa(const char*) { refuse(); }
+void set_last_level_cache(int64_t) { refuse(); }
 
 }  // namespace gradfuse::cpu
