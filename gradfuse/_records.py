@@ -112,7 +112,7 @@ class BatchNormSaved(NamedTuple):
     mask: Tensor | None  # uint8, a bit an element
     weight: Tensor | None
     bias: Tensor | None
-    stats: Tensor  # [3, C] float64: mean, 1 / sqrt(var + eps), unbiased variance
+    stats: Tensor  # [3, C] float32 (float64 if input is): mean, its rest, sqrt(var + eps)
 
 
 class BatchNormOptions(NamedTuple):

@@ -88,7 +88,7 @@ def saved_bytes(**options):
 
 @HOST_BACKENDS
 def test_what_is_saved(backend):
-    small = [(torch.float32, 3), (torch.float32, 3), (torch.float64, 9)]
+    small = [(torch.float32, 3), (torch.float32, 3), (torch.float32, 9)]
     for activation in ("relu", "relu6", "leaky_relu"):
         masked = saved_bytes(activation=activation)
         assert masked == [(torch.uint8, 2 * 3 * 8 * 8 // 8), *small]

@@ -69,15 +69,16 @@ def backward(native, grad_output, options, **saved):
 
 def test_backward_arguments_are_checked(native):
     g = random(4, 3, 5)
-    stats = torch.zeros(3, 3, dtype=torch.float64)
+    stats = torch.zeros(3, 3)
     relu = BatchNormOptions(False, True, 1e-5, Activation.RELU, 0.0)
     mask = torch.zeros(1, 1, dtype=torch.uint8)
     with pytest.raises(ValueError, match="mask must be"):
         backward(native, g, relu, input=g, mask=mask, stats=stats)
     with pytest.raises(ValueError, match="got None for input, output or mask"):
         backward(native, g, relu, stats=stats)
-    with pytest.raises(ValueError, match="stats must be"):
-        backward(native, g, relu, input=g, output=g, stats=stats[:2])
+    for wrong in (stats[:2], stats.double()):
+        with pytest.raises(ValueError, match=r"stats must be \[3, channels\] of Float"):
+            backward(native, g, relu, input=g, output=g, stats=wrong)
     with pytest.raises(ValueError, match="activation must be"):
         backward(native, g, relu._replace(activation=11), input=g, output=g, stats=stats)
 
@@ -96,7 +97,7 @@ def test_records_are_tuples_of_their_fields(native):
 def test_a_mask_that_the_activation_has_no_use_for_is_not_read(native):
     """A kernel would read the mask in place of the output, or the output as a null pointer."""
     g, y = random(4, 3, 5), random(4, 3, 5, seed=1).sigmoid()
-    stats = torch.ones(3, 3, dtype=torch.float64)
+    stats = torch.ones(3, 3)
     mask = torch.zeros(12, 1, dtype=torch.uint8)
     sigmoid = BatchNormOptions(False, False, 1e-5, Activation.SIGMOID, 0.0)
     with_mask, without = (

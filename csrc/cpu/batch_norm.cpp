@@ -169,27 +169,22 @@ struct Forward {
     kernels.sums(call, span, columns.coefficients, sums, columns.stride, wide);
   }
   void finish(const Columns<F>& columns, const double* sums) const {
-    const int64_t channels = call.shape.channels;
     for (int64_t c = columns.channel; c < columns.end; ++c) {
       const double* s = sums + c - columns.channel;
-      double mean, variance, third;
+      double mean, variance;
       if (call.training) {
         const double count = static_cast<double>(call.shape.count());
         const Moments m = moments({s[0], s[columns.stride]}, columns(kMean, c), count);
         mean = m.mean, variance = m.variance;
-        third = unbiased(variance, count);
         update_running(call.running_mean, c, mean);
-        update_running(call.running_var, c, third);
+        update_running(call.running_var, c, unbiased(variance, count));
       } else {
         mean = read(call.running_mean, c, 0.0);
-        third = variance = read(call.running_var, c, 1.0);
+        variance = read(call.running_var, c, 1.0);
       }
-      const double invstd = inverse_deviation(variance, call.eps);
-      call.stats[c] = mean;
-      call.stats[channels + c] = invstd;
-      call.stats[2 * channels + c] = third;
-      const auto n =
-          normalisation<F>(mean, invstd, read(call.weight, c, 1.0), read(call.bias, c, 0.0));
+      const KeptStatistics kept =
+          keep_statistics<F>(call.stats, call.shape.channels, c, mean, variance, call.eps);
+      const auto n = normalisation<F>(kept, read(call.weight, c, 1.0), read(call.bias, c, 0.0));
       columns(kMean, c) = n.mean;
       columns(kScale, c) = n.scale;
       columns(kShift, c) = n.shift;
@@ -226,8 +221,9 @@ struct Backward {
     second.output = nullptr;
   }
 
-  double mean(int64_t c) const { return call.stats[c]; }
-  double invstd(int64_t c) const { return call.stats[call.shape.channels + c]; }
+  KeptStatistics kept(int64_t c) const {
+    return kept_statistics<F>(call.stats, call.shape.channels, c);
+  }
 
   bool has_sums() const {
     return call.grad_weight.data || call.grad_bias.data || (call.training && call.grad_input);
@@ -240,12 +236,11 @@ struct Backward {
 
   void prepare(const Columns<F>& columns) const {
     for (int64_t c = columns.channel; c < columns.end; ++c) {
-      const auto n =
-          normalisation<F>(mean(c), invstd(c), read(call.weight, c, 1.0), read(call.bias, c, 0.0));
+      const auto n = normalisation<F>(kept(c), read(call.weight, c, 1.0), read(call.bias, c, 0.0));
       columns(kMean, c) = n.mean;
       columns(kScale, c) = n.scale;
       columns(kShift, c) = n.shift;
-      columns(kInvstd, c) = scale_of_shrunk<F>(invstd(c));
+      columns(kInvstd, c) = scale_of_shrunk<F>(kept(c).invstd);
     }
   }
   void sum(const Span& span, const Columns<F>& columns, double* sums, bool wide) const {
@@ -256,12 +251,12 @@ struct Backward {
     for (int64_t c = columns.channel; c < columns.end; ++c) {
       const double* s = sums + c - columns.channel;
       const GradientSums total = {s[0], s[columns.stride]};
-      const auto g = input_gradient<F>(mean(c), invstd(c), read(call.weight, c, 1.0), total, count,
-                                       call.training);
+      const auto g =
+          input_gradient<F>(kept(c), read(call.weight, c, 1.0), total, count, call.training);
       columns(kDirect, c) = g.direct;
       columns(kSlope, c) = g.slope;
       columns(kOffset, c) = g.shift;
-      const double offset = normalisation_offset(static_cast<double>(g.mean), mean(c), invstd(c));
+      const double offset = normalisation_offset(static_cast<double>(g.mean), kept(c));
       write(call.grad_weight, c, weight_gradient(total, offset));
       write(call.grad_bias, c, total.sum);
     }

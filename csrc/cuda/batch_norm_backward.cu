@@ -13,9 +13,14 @@ namespace gradfuse::cuda {
 namespace {
 
 template <class W>
+__device__ KeptStatistics kept_of(const BatchNormBackward& call, int64_t c) {
+  return kept_statistics<W>(call.stats, call.shape.channels, c);
+}
+
+template <class W>
 __device__ Normalisation<W> normalisation_of(const BatchNormBackward& call, int64_t c) {
-  return normalisation<W>(call.stats[c], call.stats[call.shape.channels + c],
-                          read_channel(call.weight, c, 1.0), read_channel(call.bias, c, 0.0));
+  return normalisation<W>(kept_of<W>(call, c), read_channel(call.weight, c, 1.0),
+                          read_channel(call.bias, c, 0.0));
 }
 template <class W>
 struct Group {
@@ -24,18 +29,18 @@ struct Group {
 
 template <class W>
 __device__ W invstd_of(const BatchNormBackward& call, int64_t c) {
-  return scale_of_shrunk<W>(call.stats[call.shape.channels + c]);
+  return scale_of_shrunk<W>(kept_of<W>(call, c).invstd);
 }
 
 // Writes a channel's parameter gradients and returns the coefficients of its input gradient.
 template <class W>
 __device__ InputGradient<W> finish_channel(const BatchNormBackward& call, int64_t c, TwoSums sums) {
-  const double mean = call.stats[c], invstd = call.stats[call.shape.channels + c];
+  const KeptStatistics kept = kept_of<W>(call, c);
   const GradientSums s = {sums.first, sums.second};
   const InputGradient<W> g =
-      input_gradient<W>(mean, invstd, read_channel(call.weight, c, 1.0), s,
+      input_gradient<W>(kept, read_channel(call.weight, c, 1.0), s,
                         static_cast<double>(call.shape.count()), call.training);
-  const double offset = normalisation_offset(static_cast<double>(g.mean), mean, invstd);
+  const double offset = normalisation_offset(static_cast<double>(g.mean), kept);
   write_channel(call.grad_weight, c, weight_gradient(s, offset));
   write_channel(call.grad_bias, c, s.sum);
   return g;

@@ -15,29 +15,26 @@ namespace {
 template <class W>
 __device__ Normalisation<W> finish_channel(const BatchNormForward& call, int64_t c, TwoSums sums,
                                            double shift) {
-  double mean, variance, third;
+  double mean, variance;
   if (call.training) {
     const double count = static_cast<double>(call.shape.count());
     const Moments m = moments({sums.first, sums.second}, shift, count);
     mean = m.mean, variance = m.variance;
-    third = unbiased(variance, count);
     const double momentum = call.momentum_value ? *call.momentum_value : call.momentum;
     if (call.running_mean.data) {
       write_channel(call.running_mean, c,
                     running_average(read_channel(call.running_mean, c, 0.0), mean, momentum));
       write_channel(call.running_var, c,
-                    running_average(read_channel(call.running_var, c, 0.0), third, momentum));
+                    running_average(read_channel(call.running_var, c, 0.0),
+                                    unbiased(variance, count), momentum));
     }
   } else {
     mean = read_channel(call.running_mean, c, 0.0);
-    third = variance = read_channel(call.running_var, c, 1.0);
+    variance = read_channel(call.running_var, c, 1.0);
   }
-  const double invstd = inverse_deviation(variance, call.eps);
-  call.stats[c] = mean;
-  call.stats[call.shape.channels + c] = invstd;
-  call.stats[2 * call.shape.channels + c] = third;
-  return normalisation<W>(mean, invstd, read_channel(call.weight, c, 1.0),
-                          read_channel(call.bias, c, 0.0));
+  const KeptStatistics kept =
+      keep_statistics<W>(call.stats, call.shape.channels, c, mean, variance, call.eps);
+  return normalisation<W>(kept, read_channel(call.weight, c, 1.0), read_channel(call.bias, c, 0.0));
 }
 
 // Adds x - shift and its square for the first `count` elements of a group; in float64 if kWide.

@@ -40,8 +40,26 @@ GRADFUSE_HD Moments moments(ChannelSums s, double shift, double count) {
   return {shift + mean, variance < 0.0 ? 0.0 : variance};  // NaN stays
 }
 
-GRADFUSE_HD double inverse_deviation(double variance, double eps) {
-  return 1.0 / std::sqrt(variance + eps);
+// What the forward keeps of each channel for the backward, and computes with itself, so that both
+// see the same: rows [3, channels] of F, the mean, what its rounding left, and the deviation
+// sqrt(variance + eps), whose inverse could leave float32.
+struct KeptStatistics {
+  double mean, invstd;
+};
+template <class F>
+GRADFUSE_HD KeptStatistics kept_statistics(const void* stats, int64_t channels, int64_t c) {
+  const F* rows = static_cast<const F*>(stats) + c;
+  return {static_cast<double>(rows[0]) + static_cast<double>(rows[channels]),
+          1.0 / static_cast<double>(rows[2 * channels])};
+}
+template <class F>
+GRADFUSE_HD KeptStatistics keep_statistics(void* stats, int64_t channels, int64_t c, double mean,
+                                           double variance, double eps) {
+  F* rows = static_cast<F*>(stats) + c;
+  rows[0] = static_cast<F>(mean);
+  rows[channels] = static_cast<F>(mean - static_cast<double>(rows[0]));
+  rows[2 * channels] = static_cast<F>(std::sqrt(variance + eps));
+  return kept_statistics<F>(stats, channels, c);
 }
 
 // Unbiased variance, for running_var: sum of squares / (count - 1).
@@ -73,16 +91,16 @@ struct Normalisation {
 };
 
 // Correction of a normalised element for the rounded mean, which is shrunk / kShrink.
-GRADFUSE_HD double normalisation_offset(double shrunk, double mean, double invstd) {
-  return (shrunk / kShrink - mean) * invstd;
+GRADFUSE_HD double normalisation_offset(double shrunk, KeptStatistics kept) {
+  return (shrunk / kShrink - kept.mean) * kept.invstd;
 }
 
 template <class F>
-GRADFUSE_HD Normalisation<F> normalisation(double mean, double invstd, double weight, double bias) {
-  const F shrunk = shrunk_mean<F>(mean);
-  const double scale = weight * invstd;
-  return {shrunk, scale_of_shrunk<F>(scale),
-          static_cast<F>(bias + normalisation_offset(static_cast<double>(shrunk), mean, scale))};
+GRADFUSE_HD Normalisation<F> normalisation(KeptStatistics kept, double weight, double bias) {
+  const F shrunk = shrunk_mean<F>(kept.mean);
+  const double scale = weight * kept.invstd;
+  const double offset = normalisation_offset(static_cast<double>(shrunk), {kept.mean, scale});
+  return {shrunk, scale_of_shrunk<F>(scale), static_cast<F>(bias + offset)};
 }
 
 // With h = (x * kShrink - mean) * invstd, grad_input = direct * g + (h * slope + shift), where g is
@@ -103,13 +121,14 @@ struct GradientSums {
 GRADFUSE_HD double weight_gradient(GradientSums s, double offset) { return s.dot + offset * s.sum; }
 
 template <class F>
-GRADFUSE_HD InputGradient<F> input_gradient(double mean, double invstd, double weight,
-                                            GradientSums s, double count, bool training) {
-  const F shrunk = shrunk_mean<F>(mean);
-  const double direct = weight * invstd;
-  InputGradient<F> r = {shrunk, scale_of_shrunk<F>(invstd), static_cast<F>(direct), F(0), F(0)};
+GRADFUSE_HD InputGradient<F> input_gradient(KeptStatistics kept, double weight, GradientSums s,
+                                            double count, bool training) {
+  const F shrunk = shrunk_mean<F>(kept.mean);
+  const double direct = weight * kept.invstd;
+  InputGradient<F> r = {shrunk, scale_of_shrunk<F>(kept.invstd), static_cast<F>(direct), F(0),
+                        F(0)};
   if (!training) return r;
-  const double offset = normalisation_offset(static_cast<double>(shrunk), mean, invstd);
+  const double offset = normalisation_offset(static_cast<double>(shrunk), kept);
   const double slope = -direct * weight_gradient(s, offset) / count;
   r.slope = static_cast<F>(slope);
   r.shift = static_cast<F>(slope * offset - direct * s.sum / count);

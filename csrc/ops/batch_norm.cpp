@@ -3,6 +3,7 @@
 #include "batch_norm.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
 
 #include <vector>
@@ -22,7 +23,7 @@ namespace {
 struct ForwardResult {
   at::Tensor output;
   at::Tensor mask;   // uint8 [rows, bytes], as BatchNormShape says; [0] where none was asked for
-  at::Tensor stats;  // [3, channels] float64: mean, inverse deviation, unbiased variance
+  at::Tensor stats;  // [3, channels] of the compute type: mean, its rest, deviation
 };
 
 // A backward call: what the forward saved, and its options.
@@ -217,6 +218,10 @@ c10::SmallVector<int64_t, 6> output_strides(const at::Tensor& input) {
 
 namespace {
 
+at::ScalarType computed_in(const at::Tensor& t) {
+  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
 ForwardResult allocate(const BatchNormForwardCall& call, const at::Tensor& x, const Dims& strides,
                        const BatchNormShape& shape) {
   const at::TensorOptions like_input = call.input.options();
@@ -226,7 +231,8 @@ ForwardResult allocate(const BatchNormForwardCall& call, const at::Tensor& x, co
       like_input);
   const Dims mask = {shape.mask_rows(), shape.mask_bytes_per_row()};
   result.mask = empty_on_device(call.wants_mask ? mask : Dims{0}, like_input.dtype(at::kByte));
-  result.stats = empty_on_device({3, call.input.size(1)}, like_input.dtype(at::kDouble));
+  result.stats =
+      empty_on_device({3, call.input.size(1)}, like_input.dtype(computed_in(call.input)));
   return result;
 }
 
@@ -240,7 +246,7 @@ ForwardResult forward(const BatchNormForwardCall& given) {
   if (input.numel() == 0)
     return {at::empty_strided(input.sizes(), strides, input.options()),
             at::empty({0}, input.options().dtype(at::kByte)),
-            at::zeros({3, input.size(1)}, input.options().dtype(at::kDouble))};
+            at::ones({3, input.size(1)}, input.options().dtype(computed_in(input)))};
   const at::Tensor x = dense(input, strides);
   const BatchNormShape shape = shape_of(x, channels_last);
   ForwardResult result = allocate(given, x, strides, shape);
@@ -268,7 +274,7 @@ ForwardResult forward(const BatchNormForwardCall& given) {
   call.eps = given.eps;
   call.activation = given.activation;
   call.negative_slope = given.negative_slope;
-  call.stats = result.stats.mutable_data_ptr<double>();
+  call.stats = result.stats.mutable_data_ptr();
   run_on(
       input.device(), [&] { cpu::batch_norm_forward(call); },
       [&](Stream stream) {
@@ -296,9 +302,9 @@ void check_backward(const BackwardCall& call, const OfEach<bool>& wanted) {
   check_vector("bias", call.bias, g);
   check_memory("stats", call.stats);
   check_device("stats", call.stats, g);
-  if (call.stats.scalar_type() != at::kDouble || !call.stats.is_contiguous() ||
+  if (call.stats.scalar_type() != computed_in(g) || !call.stats.is_contiguous() ||
       call.stats.dim() != 2 || call.stats.size(0) != 3 || call.stats.size(1) != g.size(1))
-    fail<std::invalid_argument>(kOp, ": stats must be [3, channels] of float64, got ",
+    fail<std::invalid_argument>(kOp, ": stats must be [3, channels] of ", computed_in(g), ", got ",
                                 call.stats.sizes(), " of ", call.stats.scalar_type());
   const Activation act = call.activation;
   if ((!call.input && (call.training || wanted.weight || needs_input(act))) ||
@@ -372,7 +378,7 @@ OfEach<at::Tensor> backward(const BackwardCall& given, OfEach<bool> wanted) {
   call.mask = by_mask ? given.mask->const_data_ptr<uint8_t>() : nullptr;
   call.weight = channels(given.weight);
   call.bias = channels(given.bias);
-  call.stats = given.stats.const_data_ptr<double>();
+  call.stats = given.stats.const_data_ptr();
   call.training = given.training;
   call.activation = act;
   call.negative_slope = given.negative_slope;

@@ -46,8 +46,7 @@ struct BatchNormForward {
   double eps;
   Activation activation;
   double negative_slope;
-  double* stats;  // [3, channels]: mean, 1 / sqrt(variance + eps), unbiased variance; the
-                  // running variance in its place if !training
+  void* stats;  // [3, channels] of the compute type, see KeptStatistics
 };
 
 // The gradients of a forward call; a null gradient is not wanted. With g = grad_output * act'(z):
@@ -62,7 +61,7 @@ struct BatchNormBackward {
   const uint8_t* mask;  // the forward's, else null
   ChannelRef weight;
   ChannelRef bias;  // used if needs_input(activation)
-  const double* stats;  // [3, channels], the forward's
+  const void* stats;  // [3, channels], the forward's
   bool training;
   Activation activation;
   double negative_slope;

@@ -307,7 +307,7 @@ def _differentiable_backward(
     dtype = grad_output.dtype
     wide = torch.promote_types(dtype, torch.float32)
     weight, bias = saved.weight, saved.bias
-    mean, invstd, var = saved.stats.to(wide)
+    mean, invstd, var = (t.to(wide) for t in _statistics(saved.stats, options.eps))
     w = None if weight is None else weight.to(wide)
     x = None if saved.input is None else saved.input.to(wide)
     g = grad_output.to(wide)
@@ -331,6 +331,12 @@ def _differentiable_backward(
     )
 
 
+def _statistics(stats: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, 1 / sqrt(var + eps) and var, from what the forward kept."""
+    mean, rest, deviation = stats.double()
+    return mean + rest, 1 / deviation, deviation.square() - eps
+
+
 def _before_activation(
     g: Tensor,
     x: Tensor | None,
@@ -349,7 +355,9 @@ def _before_activation(
     if x is None or not x.numel():
         return g
     b = None if saved.bias is None else saved.bias.to(g.dtype)
-    mean, _, var = (None,) * 3 if options.training else saved.stats.to(g.dtype)
+    mean, var = None, None
+    if not options.training:
+        mean, _, var = (t.to(g.dtype) for t in _statistics(saved.stats, options.eps))
     z = torch.nn.functional.batch_norm(x, mean, var, w, b, options.training, 0.0, options.eps)
     z = z if saved.residual is None else z + saved.residual
     return _activation_backward(g, z, name, options.negative_slope, False)
@@ -416,7 +424,7 @@ def _fake_forward(*inputs: Any) -> tuple[Tensor, ...]:
     return (
         output,
         input.new_empty(mask_shape, dtype=torch.uint8),
-        input.new_empty(3, c, dtype=torch.float64),
+        input.new_empty(3, c, dtype=torch.promote_types(input.dtype, torch.float32)),
         *_updatable(call),
     )
 

@@ -221,26 +221,30 @@ def _check_running(call: BatchNormCall) -> None:
             )
 
 
-def _batch_statistics(x: Tensor, call: BatchNormCall) -> Tensor:
-    """[3, C]: mean, 1 / sqrt(var + eps), unbiased variance. Updates the running statistics."""
+def _batch_statistics(x: Tensor, call: BatchNormCall) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel. Updates the running statistics."""
     dims = [d for d in range(x.ndim) if d != 1]
     count = x.numel() // x.shape[1]
     mean = x.mean(dims)
     var = (x - _per_channel(mean, x)).square().mean(dims)
-    stats = torch.stack([mean, (var + call.eps).rsqrt(), var * (count / (count - 1))])
     m = float(call.momentum)
-    for running, now in ((call.running_mean, mean), (call.running_var, stats[2])):
+    unbiased = var * (count / (count - 1))
+    for running, now in ((call.running_mean, mean), (call.running_var, unbiased)):
         if running is not None:
             running.copy_((1 - m) * running.double() + m * now)
-    return stats
+    return mean, var
 
 
-def _running_statistics(call: BatchNormCall) -> Tensor:
-    """[3, C]: mean, 1 / sqrt(var + eps), variance."""
+def _running_statistics(call: BatchNormCall) -> tuple[Tensor, Tensor]:
     assert call.running_mean is not None
     assert call.running_var is not None
-    mean, var = call.running_mean.double(), call.running_var.double()
-    return torch.stack([mean, (var + call.eps).rsqrt(), var])
+    return call.running_mean.double(), call.running_var.double()
+
+
+def _kept(mean: Tensor, var: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """[3, C] of the compute type: the mean, what its rounding left, sqrt(var + eps)."""
+    rounded = mean.to(dtype)
+    return torch.stack([rounded, (mean - rounded).to(dtype), (var + eps).sqrt().to(dtype)])
 
 
 @torch.no_grad()
@@ -249,12 +253,14 @@ def batch_norm_forward(call: BatchNormCall) -> tuple[Tensor, Tensor, Tensor]:
     _check_forward(call)
     input, name = call.input, ACTIVATIONS[call.activation]
     no_mask = torch.empty(0, dtype=torch.uint8, device=input.device)
+    computed_in = torch.promote_types(input.dtype, torch.float32)
     if input.numel() == 0:
-        zeros = input.new_zeros(3, input.shape[1], dtype=torch.float64)
-        return torch.empty_like(input), no_mask, zeros
+        ones = input.new_ones(3, input.shape[1], dtype=computed_in)
+        return torch.empty_like(input), no_mask, ones
     x = input.double()
-    stats = _batch_statistics(x, call) if call.training else _running_statistics(call)
-    z = (x - _per_channel(stats[0], x)) * _per_channel(stats[1], x)
+    mean, var = _batch_statistics(x, call) if call.training else _running_statistics(call)
+    stats = _kept(mean, var, call.eps, computed_in)
+    z = (x - _per_channel(mean, x)) * _per_channel((var + call.eps).rsqrt(), x)
     if call.weight is not None:
         z = z * _per_channel(call.weight.double(), x)
     if call.bias is not None:
@@ -277,8 +283,9 @@ def batch_norm_backward(
     weight, bias, dtype = saved.weight, saved.bias, grad_output.dtype
     g = grad_output.double()
     dims = [d for d in range(g.ndim) if d != 1]
-    mean, invstd = (_per_channel(v, g) for v in saved.stats[:2])
-    w = torch.ones_like(saved.stats[0]) if weight is None else weight.double()
+    kept, rest, deviation = saved.stats.double()
+    mean, invstd = _per_channel(kept + rest, g), _per_channel(1 / deviation, g)
+    w = torch.ones_like(deviation) if weight is None else weight.double()
     normalised = None if saved.input is None else (saved.input.double() - mean) * invstd
     if name is not None:
         g = _before_activation(g, normalised, _per_channel(w, g), saved, options, name)
