@@ -55,7 +55,7 @@ def timed_on_gpu(workload: Workload, plan: Plan, extra: dict[str, int | None]) -
     def watch(runs: dict[str, Callable[[], object]]) -> tuple[Times, dict[str, float]]:
         watches = {name: EventWatch(run) for name, run in runs.items()}
         contenders = [Contender(name, watch) for name, watch in watches.items()]
-        times = interleave(contenders, prepare, plan)
+        times = interleave(contenders, prepare, plan, baseline=workload.baseline)
         return times, {name: statistics.median(w.ms) for name, w in watches.items()}
 
     times, device_ms = watch({c.name: c.run for c in workload.contenders})

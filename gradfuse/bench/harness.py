@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import gc
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import torch
 
-from gradfuse.bench.machine import Neighbours
+from gradfuse.bench.machine import Neighbours, is_disturbed
+from gradfuse.bench.profiled import extra_memory
+from gradfuse.bench.ratios import is_known, median_interval, median_ratio, quantile, ratios
 
 __all__ = [
     "Contender",
@@ -21,7 +21,6 @@ __all__ = [
     "Result",
     "Target",
     "Workload",
-    "extra_memory",
     "interleave",
     "measure",
     "summarise",
@@ -34,12 +33,14 @@ Times = dict[str, list[float]]
 class Contender:
     """A way to do the work. run() does it once, to the end.
 
-    memory() tells the bytes of one call, where it runs in another process.
+    memory() tells the bytes of one call, where it runs in another process. seconds() does the work
+    once and tells the time it took, where that is not the time of the whole call.
     """
 
     name: str
     run: Callable[[], object]
     memory: Callable[[], int | None] | None = None
+    seconds: Callable[[], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,11 +89,21 @@ class Workload:
 
 @dataclass(frozen=True)
 class Plan:
-    """How long to measure a workload: to max_rounds or for some seconds, whichever ends first."""
+    """How long to measure a workload.
+
+    Attributes:
+        min_rounds: the least number of rounds.
+        max_rounds, seconds: whichever comes first ends the measurement.
+        spread: it ends before, once the 95 % intervals of all speed-ups reach no further than this
+            share from their medians.
+        repeats: how often a workload is measured again while other processes disturb it.
+    """
 
     min_rounds: int = 7
     max_rounds: int = 200
     seconds: float = 8.0
+    spread: float = 0.02
+    repeats: int = 2
 
 
 @dataclass(frozen=True)
@@ -100,7 +111,8 @@ class Result:
     """One contender's figures on one workload.
 
     speedup and floor_ratio are medians of the ratios within each round: a short slowdown of the
-    machine affects all calls of a round alike. speedup_of_medians is the ratio of the medians.
+    machine affects all calls of a round alike. speedup_low and speedup_high hold speedup's median
+    with 95 % confidence. speedup_of_medians is the ratio of the medians.
     """
 
     workload: str
@@ -112,6 +124,8 @@ class Result:
     p80_ms: float
     baseline: str
     speedup: float
+    speedup_low: float
+    speedup_high: float
     speedup_of_medians: float
     floor: str
     floor_ratio: float
@@ -130,13 +144,16 @@ def interleave(
     prepare: Callable[[], object],
     plan: Plan,
     clock: Callable[[], float] = time.perf_counter,
+    baseline: str | None = None,
 ) -> Times:
     """Seconds of every call, by contender. Each round calls each contender once.
 
     The order rotates every second round and is reversed in between, so that no contender always
-    follows the same one.
+    follows the same one. With the name of a baseline, rounds end once the ratios to it are known.
     """
     times: Times = {c.name: [] for c in contenders}
+    base = times.get(baseline or "")
+    look = plan.min_rounds
     begin = clock()
     collecting = gc.isenabled()
     gc.disable()
@@ -144,31 +161,28 @@ def interleave(
         for r in range(plan.max_rounds):
             if r >= plan.min_rounds and clock() - begin > plan.seconds:
                 break
+            if base is not None and r >= look:
+                if all(is_known(ratios(base, mine), plan.spread) for mine in times.values()):
+                    break
+                look = r + 1 + r // 8  # looking takes time, and each look may end it by chance
             start = r // 2 % len(contenders)
             order = [*contenders[start:], *contenders[:start]]
             for contender in order if r % 2 == 0 else reversed(order):
                 prepare()
-                before = clock()
-                contender.run()
-                times[contender.name].append(clock() - before)
+                times[contender.name].append(seconds_of(contender, clock))
     finally:
         if collecting:
             gc.enable()
     return times
 
 
-def quantile(values: Iterable[float], q: float) -> float:
-    """The q-quantile, with linear interpolation between neighbours."""
-    ordered = sorted(values)
-    position = q * (len(ordered) - 1)
-    low = int(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
-
-
-def median_ratio(above: list[float], below: list[float]) -> float:
-    """Median of the ratios within each round."""
-    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+def seconds_of(contender: Contender, clock: Callable[[], float]) -> float:
+    """Does the work once, and tells how long it took."""
+    if contender.seconds is not None:
+        return contender.seconds()
+    before = clock()
+    contender.run()
+    return clock() - before
 
 
 def summarise(workload: Workload, times: Times, extra: dict[str, int | None]) -> list[Result]:
@@ -178,6 +192,7 @@ def summarise(workload: Workload, times: Times, extra: dict[str, int | None]) ->
     for name, mine in times.items():
         median = statistics.median(mine)
         speedup, floor_ratio = median_ratio(base, mine), median_ratio(mine, floor)
+        low, high = median_interval(ratios(base, mine))
         target = workload.targets.get(name)
         results.append(
             Result(
@@ -190,6 +205,8 @@ def summarise(workload: Workload, times: Times, extra: dict[str, int | None]) ->
                 p80_ms=1e3 * quantile(mine, 0.8),
                 baseline=workload.baseline,
                 speedup=speedup,
+                speedup_low=low,
+                speedup_high=high,
                 speedup_of_medians=statistics.median(base) / median,
                 floor=workload.floor,
                 floor_ratio=floor_ratio,
@@ -203,35 +220,10 @@ def summarise(workload: Workload, times: Times, extra: dict[str, int | None]) ->
     return results
 
 
-def extra_memory(run: Callable[[], object], device: str = "cpu") -> int | None:
-    """The most bytes that torch's allocator held during one call, beyond what it held before.
-
-    None if this torch's profiler does not report them. On the CPU, plain C++ buffers do not count.
-    """
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler prints two lines per call
-    cpu = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
-        run()
-    try:
-        trace: Any = profile.profiler
-        events = [e for e in trace.kineto_results.events() if e.name() == "[memory]"]
-        held = peak = 0
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            held += event.nbytes()
-            peak = max(peak, held)
-    except AttributeError:
-        return None
-    return peak
-
-
 def timed_calls(workload: Workload, plan: Plan, extra: dict[str, int | None]) -> list[Result]:
     """Times interleaved calls that end when they return."""
-    return summarise(workload, interleave(workload.contenders, workload.prepare, plan), extra)
+    times = interleave(workload.contenders, workload.prepare, plan, baseline=workload.baseline)
+    return summarise(workload, times, extra)
 
 
 def measure(
@@ -239,7 +231,10 @@ def measure(
     plan: Plan,
     timed: Callable[[Workload, Plan, dict[str, int | None]], list[Result]] = timed_calls,
 ) -> list[Result]:
-    """Warms up and verifies every contender, then measures them all."""
+    """Warms up and verifies every contender, then measures them all.
+
+    What other processes disturb is measured again; the least disturbed figures are kept.
+    """
     extra: dict[str, int | None] = {}
     for contender in workload.contenders:
         for call in ("first", "second"):
@@ -250,7 +245,12 @@ def measure(
         workload.prepare()
         memory = contender.memory or partial(extra_memory, contender.run, workload.device)
         extra[contender.name] = memory()
-    neighbours = Neighbours(workload.pids)
-    results = timed(workload, plan, extra)
-    others = neighbours.share()
-    return [replace(r, others=others) for r in results]
+    tries: list[list[Result]] = []
+    while len(tries) <= plan.repeats:
+        neighbours = Neighbours(workload.pids)
+        results = timed(workload, plan, extra)
+        others = neighbours.share()
+        tries.append([replace(r, others=others) for r in results])
+        if not is_disturbed(others):
+            break
+    return min(tries, key=lambda results: results[0].others or 0.0)

@@ -13,7 +13,9 @@ import torch
 
 from gradfuse import __version__, _native
 
-__all__ = ["Neighbours", "machine"]
+__all__ = ["Neighbours", "is_disturbed", "machine"]
+
+DISTURBED = 0.03  # share of the processors that makes figures worthless when others take it
 
 
 def machine() -> dict[str, Any]:
@@ -58,6 +60,11 @@ class Neighbours:
             return None
         everybody, own, idle = (b - a for a, b in zip(self._begin, end, strict=True))
         return max(0.0, (everybody - own) / max(everybody + idle, 1e-9))
+
+
+def is_disturbed(others: float | None) -> bool:
+    """Whether other processes took so much of the processors that it affects the figures."""
+    return others is not None and others >= DISTURBED
 
 
 def processor_seconds(pids: Sequence[int] = ()) -> tuple[float, float, float] | None:
