@@ -25,6 +25,7 @@ __all__: list[str] = [
     "scale_",
     "set_isa",
     "stats",
+    "stream",
     "torch_version",
 ]
 
@@ -132,6 +133,11 @@ def stats(
     norm_type: float,
     nonfinite: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+def stream(
+    reads: torch.Tensor | collections.abc.Iterable[torch.Tensor],
+    writes: torch.Tensor | collections.abc.Iterable[torch.Tensor],
+    backwards: bool = False,
+) -> None: ...
 
 codes: dict[str, dict[str, int]]
 compiler: str

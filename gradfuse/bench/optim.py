@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
 from gradfuse import optim
+from gradfuse.bench.floor import FLOOR, Pass, flat_bytes, floor
 from gradfuse.bench.gradients import CACHE, random_gradients
 from gradfuse.bench.harness import Contender, Plan, Target, Workload
 from gradfuse.bench.models import MODELS, dtype_name
 from gradfuse.bench.peers import apex
 from gradfuse.bench.registry import Bench
+from gradfuse.bench.training import CharLstm, CharTransformer, Maker, setup_training
 
 __all__ = ["BENCH", "setup"]
 
-TORCH, FUSED, FLOOR = "torch clip + fused step", "gradfuse", "floor: the same streams"
+TORCH, FUSED = "torch clip + fused step", "gradfuse"
 COMPILED = "torch.compile'd clip + step"
 APEX = "apex clip + FusedAdam"
 FUSED_STOCK_SCALER = "gradfuse, torch's GradScaler"
-Maker = Callable[[list[Parameter]], Callable[[], object]]
 
 # The goals of the project, by workload.
 TARGETS = {
@@ -141,24 +140,16 @@ def device() -> str:
     return torch.get_default_device().type
 
 
-def floor(numel: int, streams: tuple[int, int], norm: bool) -> Callable[[], None]:
-    """Loops over as many float32 streams as the step has, one at a time.
-
-    Streams that the step writes are multiplied in place; the others are summed. With `norm` one
-    stream is read once more.
-    """
-    reads, writes = streams
-    tensors = [torch.ones(numel) for _ in range(reads)]
-
-    def run() -> None:
-        if norm:
-            torch.dot(tensors[-1], tensors[-1])
-        for t in tensors[:writes]:
-            t.mul_(1.0)
-        for t in tensors[writes:]:
-            t.sum()
-
-    return run
+def least(nbytes: int, rule: str, clips: bool) -> Contender:
+    """What a step cannot do without: the update reads the gradients, and reads and writes
+    parameters and state, which have the dtype of the parameters and so as many bytes. A clip reads
+    the gradients before; then the update goes backwards, to find their end in the caches."""
+    reads, writes = STREAMS[rule]
+    streams = [flat_bytes(nbytes) for _ in range(reads)]
+    passes = [Pass(streams, streams[:writes], backwards=clips)]
+    if clips:
+        passes.insert(0, Pass(streams[-1:]))
+    return floor(*passes)
 
 
 def setup(
@@ -186,8 +177,7 @@ def setup(
         own.append([p.grad for p in mine])
         contenders.append(Contender(name, make(mine)))
     reads, writes = STREAMS[rule]
-    numel = gradients.nbytes // 4
-    contenders.append(Contender(FLOOR, floor(numel, (reads, writes), clips)))
+    contenders.append(least(gradients.nbytes, rule, clips))
     name = f"{model}, {rule}" if clips else f"{model}, update alone"
     return Workload(
         name=name,
@@ -208,8 +198,7 @@ def setup_scaled(model: str) -> Workload:
     for p in ps:
         nn.init.ones_(p)
     contenders = [Contender(name, run) for name, run in scaled_steps(ps).items()]
-    numel = gradients.nbytes // 4
-    contenders.append(Contender(FLOOR, floor(numel, STREAMS["AdamW"], True)))
+    contenders.append(least(gradients.nbytes, "AdamW", True))
     name = f"{model}, AdamW, GradScaler"
     sources = [g.clone() for g in gradients.grads]
     return Workload(
@@ -236,69 +225,6 @@ def preparation(own: list[list[Any]], sources: list[Tensor]) -> Callable[[], Non
             elsewhere.sum()
 
     return prepare
-
-
-class CharLstm(nn.Module):
-    """A small language model of characters, two layers of LSTM."""
-
-    def __init__(self, width: int = 128) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(64, width)
-        self.lstm = nn.LSTM(width, width, num_layers=2, batch_first=True)
-        self.head = nn.Linear(width, 64)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        out: Tensor = self.head(self.lstm(self.embedding(tokens))[0])
-        return out
-
-
-class CharTransformer(nn.Module):
-    """The same with four layers of a transformer."""
-
-    def __init__(self, width: int = 128) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(64, width)
-        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, batch_first=True)
-        self.layers = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
-        self.head = nn.Linear(width, 64)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        out: Tensor = self.head(self.layers(self.embedding(tokens)))
-        return out
-
-
-def setup_training(make: Callable[[], nn.Module], name: str) -> Workload:
-    """A whole training step: forward, backward, clip, AdamW."""
-    torch.manual_seed(0)
-    model = make()
-    tokens = torch.randint(0, 64, (8, 33))
-
-    def trainer(own: nn.Module, step_of: Maker) -> Callable[[], object]:
-        step = step_of(list(own.parameters()))
-
-        def run() -> float:
-            for p in own.parameters():
-                p.grad = None
-            logits = own(tokens[:, :-1])
-            loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-            loss.backward()
-            step()
-            return loss.item()
-
-        return run
-
-    contenders = [
-        Contender(TORCH, trainer(copy.deepcopy(model), partial(torch_step, "AdamW"))),
-        Contender(FUSED, trainer(copy.deepcopy(model), partial(fused_step, "AdamW"))),
-    ]
-    return Workload(
-        name=f"{name}, whole step",
-        dtype="float32",
-        contenders=contenders,
-        bytes_moved=0,
-        baseline=TORCH,
-        floor=TORCH,
-    )
 
 
 def compiles(budget: float, notes: list[str]) -> bool:
@@ -333,8 +259,12 @@ def workloads(arguments: argparse.Namespace, notes: list[str]) -> Iterator[Workl
     yield setup("2,000 small", "AdamW", torch.float32)
     if not arguments.quick:
         yield setup("GPT-2 small", "AdamW", torch.float32)
-    yield setup_training(CharLstm, "LSTM")
-    yield setup_training(CharTransformer, "transformer")
+    steps: dict[str, Maker] = {
+        TORCH: partial(torch_step, "AdamW"),
+        FUSED: partial(fused_step, "AdamW"),
+    }
+    yield setup_training(CharLstm, "LSTM", steps, TORCH)
+    yield setup_training(CharTransformer, "transformer", steps, TORCH)
 
 
 BENCH = Bench(
@@ -342,6 +272,6 @@ BENCH = Bench(
     work="clip and update",
     workloads=workloads,
     plan=Plan(9, 100, 6.0),
-    quick_plan=Plan(5, 20, 0.5),
+    quick_plan=Plan(5, 20, 0.5, repeats=0),
     compile_budget=120.0,
 )

@@ -15,7 +15,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from gradfuse.bench.floor import FRESH_FLOOR
 from gradfuse.bench.harness import Result
+from gradfuse.bench.machine import is_disturbed
 
 __all__ = ["progress", "report"]
 
@@ -30,6 +32,7 @@ COLOURS = {  # by the contender's name; gradfuse in blue, its peers in grey and 
     "torch for-loop": "#a8a8a8",
     "timm agc": "#a8a8a8",
     "torch agc (loop)": "#d0d0d0",
+    FRESH_FLOOR: "#d0d0d0",
 }
 
 
@@ -78,9 +81,7 @@ def headline(about: dict[str, Any]) -> str:
 
 def disturbance(r: Result) -> str:
     """A warning if other processes took so much of the processors that it affects the figures."""
-    if r.others is None or r.others < 0.03:
-        return ""
-    return f"disturbed: {r.others:.0%}"
+    return f"disturbed: {r.others:.0%}" if is_disturbed(r.others) else ""
 
 
 def table(results: Sequence[Result], about: dict[str, Any]) -> Table:
@@ -89,7 +90,8 @@ def table(results: Sequence[Result], about: dict[str, Any]) -> Table:
         title=headline(about),
         caption=(
             "Medians of interleaved calls. Speed-up (against a workload's first contender) and "
-            "x floor are medians of the ratios within each round. GB/s counts the bytes that must "
+            "x floor are medians of the ratios within each round, ± how far the 95 % interval of "
+            "a speed-up reaches from it. GB/s counts the bytes that must "
             "move, not those a contender moves. Extra memory: the peak of torch's allocator in one "
             "call. Disturbed: the share of the processors that other processes took meanwhile; "
             "such figures are not to be relied on. On a GPU, ms is the time until the device has "
@@ -117,7 +119,7 @@ def table(results: Sequence[Result], about: dict[str, Any]) -> Table:
             f"  {r.contender}",
             f"{r.median_ms:.3f}",
             f"{r.p20_ms:.3f} - {r.p80_ms:.3f}",
-            f"{r.speedup:.2f}x",
+            speedup(r),
             f"{r.floor_ratio:.2f}",
             "" if r.contender == r.floor else f"{r.gb_per_s:.1f}",
             "?" if r.extra_bytes is None else readable(r.extra_bytes),
@@ -126,6 +128,14 @@ def table(results: Sequence[Result], about: dict[str, Any]) -> Table:
             verdict(r),
         )
     return grid
+
+
+def speedup(r: Result) -> str:
+    """The speed-up with the distance to the farther end of its interval: 1.43x ±0.02."""
+    text = f"{r.speedup:.2f}x"
+    if r.contender == r.baseline:
+        return text
+    return f"{text} ±{max(r.speedup_high - r.speedup, r.speedup - r.speedup_low):.2f}"
 
 
 def milliseconds(value: float | None) -> str:
