@@ -4,155 +4,127 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-import gradfuse
+from gradfuse.bench import norms
+from gradfuse.bench.floor import FLOOR, FRESH_FLOOR
+from gradfuse.bench.gradients import CACHE
 from gradfuse.bench.harness import Contender, Plan, Result, Target, Workload
-from gradfuse.bench.models import dtype_name
+from gradfuse.bench.models import NormSite, Shape, dtype_name
+from gradfuse.bench.norms import COLD, EAGER, FUSED, SAVES_OUTPUT, Floor, Norm, Tensors
 from gradfuse.bench.registry import Bench
+from gradfuse.bench.resnet_norms import model_row, model_steps
 
-__all__ = ["BENCH", "setup"]
+__all__ = ["BENCH", "cold_sets", "setup"]
 
 NATIVE = "torch eager, no cuDNN"
-EAGER, FUSED, SAVES_OUTPUT = "torch eager", "gradfuse", "gradfuse, save=output"
-COMPILED, ABN, FLOOR = "torch.compile", "inplace_abn", "floor: the same bytes"
-FRESH_FLOOR = "the same bytes, fresh memory"
+COMPILED, ABN = "torch.compile", "inplace_abn"
 
 # Of ResNet-50 at batch 32, one at batch 8, and one so small that overhead dominates.
-SHAPES = (
+SMALL = (4, 32, 14, 14)
+SHAPES: tuple[Shape, ...] = (
     (32, 64, 56, 56),
     (32, 256, 56, 56),
     (32, 512, 28, 28),
     (32, 1024, 14, 14),
     (32, 2048, 7, 7),
     (8, 2048, 7, 7),
-    (4, 32, 14, 14),
+    SMALL,
 )
-QUICK = ((8, 256, 28, 28), (4, 32, 14, 14))
+QUICK: tuple[Shape, ...] = ((8, 256, 28, 28), SMALL)
+MODEL, QUICK_MODEL = (8, 128), (2, 64)  # images, and their pixels
+ALL = "forward+backward"
+MOST_SETS = 512
 # The goals for forward and backward in float32. In bfloat16 only the geometric mean has a goal.
 TARGET, OVERHEAD = Target(1.4, 1 / 0.7), Target(1.0)
 
 
-class Tensors:
-    """The tensors that a call reads; x, residual, weight and bias require gradients."""
+class Place:
+    """Where a call works, and what it leaves there."""
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, channels_last: bool) -> None:
-        generator = torch.Generator(torch.get_default_device()).manual_seed(sum(shape))
-        form = torch.channels_last if channels_last else torch.contiguous_format
-
-        def make() -> Tensor:
-            t = torch.randn(*shape, generator=generator).to(dtype)
-            return t.contiguous(memory_format=form)
-
-        self.x, self.residual, self.grad = make().requires_grad_(), make().requires_grad_(), make()
-        channels = shape[1]
-        self.weight = torch.ones(channels, requires_grad=True)
-        self.bias = torch.zeros(channels, requires_grad=True)
-        self.mean, self.var = torch.zeros(channels), torch.ones(channels)
-
-    @property
-    def leaves(self) -> tuple[Tensor, ...]:
-        return self.x, self.residual, self.weight, self.bias
+    def __init__(self, site: NormSite, dtype: torch.dtype, channels_last: bool) -> None:
+        self.tensors = Tensors(site, dtype, channels_last)
+        self.floor = Floor(self.tensors)
+        self.results: Sequence[Tensor] = ()
 
 
-def eager(t: Tensors, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.relu(F.batch_norm(x, t.mean, t.var, weight, bias, True) + residual)
-
-
-def native(t: Tensors, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    with torch.backends.cudnn.flags(enabled=False):
-        return eager(t, x, residual, weight, bias)
-
-
-def fused(save: str) -> Callable[..., Tensor]:
-    def call(t: Tensors, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return gradfuse.batch_norm_act(
-            x, t.mean, t.var, weight, bias, residual=residual, training=True, save=save
-        )
-
-    return call
-
-
-def floors(nbytes: int, backward: bool) -> list[Contender]:
-    """Loops that read and write the bytes that the op must move, one tensor at a time.
-
-    Forward: reads the input twice and the residual once, writes the output. Backward: reads
-    grad_output and input twice, writes the gradients of input and residual. The mask's bit per
-    element is left out. The floor writes to existing memory. An op that returns tensors cannot, so
-    the second loop allocates new memory.
-    """
-    a, b, c, d = (torch.ones(nbytes // 4) for _ in range(4))
-
-    def run(results: tuple[Tensor, Tensor] | None) -> None:
-        a.sum()
-        y = torch.add(a, b, out=results and results[0])
-        if backward:
-            torch.dot(a, b)
-            x = torch.add(a, b, out=results and results[0])
-            (results[1] if results else torch.empty_like(x)).fill_(1.0)
-        del y
-
-    return [Contender(FLOOR, lambda: run((c, d))), Contender(FRESH_FLOOR, lambda: run(None))]
+def cold_sets(moved: int) -> int:
+    """The sets of tensors that are more than the caches hold, where a call moves so many bytes."""
+    return min(CACHE // moved + 1, MOST_SETS)
 
 
 def setup(
-    shape: Sequence[int],
+    site: NormSite,
     dtype: torch.dtype,
     channels_last: bool,
     backward: bool,
-    compiled: Callable[..., Tensor] | None = None,
-) -> tuple[list[Contender], int]:
-    """The contenders, and the fewest bytes that must move."""
-    t = Tensors(shape, dtype, channels_last)
-    functions = {EAGER: eager, FUSED: fused("bitmask"), SAVES_OUTPUT: fused("output")}
-    if t.x.is_cuda:
-        functions[NATIVE] = native
+    compiled: Norm | None = None,
+    sets: int = 1,
+) -> list[Contender]:
+    """The contenders on one site.
+
+    With several sets of tensors each call takes the next, whoever calls. The results of a call live
+    until its set's next turn: the memory that a call gets from malloc is as cold as what it reads.
+    """
+    places = [Place(site, dtype, channels_last) for _ in range(sets)]
+    turns = itertools.cycle(places)
+
+    def in_turn(work: Callable[[Place], Sequence[Tensor]]) -> Callable[[], None]:
+        def run() -> None:
+            place = next(turns)
+            results = work(place)
+            if sets > 1:
+                place.results = results
+
+        return run
+
+    def of(norm: Norm) -> Callable[[Place], Sequence[Tensor]]:
+        def work(place: Place) -> Sequence[Tensor]:
+            y = norm(place.tensors)
+            return (y, *place.tensors.backward(y)) if backward else (y,)
+
+        return work
+
+    def least(place: Place) -> Sequence[Tensor]:
+        place.floor.forward()
+        if backward:
+            place.floor.backward()
+        return ()
+
+    ways = {
+        EAGER: norms.eager,
+        FUSED: norms.fused("bitmask"),
+        SAVES_OUTPUT: norms.fused("output"),
+    }
+    if torch.get_default_device().type == "cuda":
+        ways[NATIVE] = norms.native
     if compiled is not None:
-        functions[COMPILED] = compiled
-    expected = None
-    contenders = []
-    for name, function in functions.items():
-
-        def run(function: Callable[..., Tensor] = function) -> Any:
-            y = function(t, *t.leaves)
-            return (y, *torch.autograd.grad(y, t.leaves, t.grad)) if backward else (y,)
-
-        results = run()
-        expected = expected or results
-        for ours, theirs in zip(results, expected, strict=True):
-            difference = (ours.double() - theirs.double()).norm()
-            # Near 0, another rounding than torch's makes relu pass or stop a gradient.
-            tolerance = 1e-2 if dtype == torch.float32 else 0.1
-            if not difference <= tolerance * theirs.double().norm():
-                raise RuntimeError(f"{name}: another result than {EAGER} on {tuple(shape)}")
-        del results, ours, theirs
-        contenders.append(Contender(name, run))
-    nbytes = t.x.nbytes
-    contenders += floors(nbytes, backward)
-    moved = nbytes * (10 if backward else 4) + t.x.numel() * (3 if backward else 1) // 8
-    return contenders, moved
+        ways[COMPILED] = compiled
+    norms.check(places[0].tensors, ways)
+    works = {name: of(norm) for name, norm in ways.items()}
+    works[FLOOR] = least
+    if NATIVE not in works:  # on a GPU the floor is a copy, and this has none
+        works[FRESH_FLOOR] = lambda place: place.floor.with_fresh_memory(backward)
+    return [Contender(name, in_turn(work)) for name, work in works.items()]
 
 
-def compile_eager(notes: list[str], budget: float) -> Callable[..., Tensor] | None:
-    """torch.compile of the eager function, if it compiles in time."""
+def compile_formula(notes: list[str], budget: float) -> Norm | None:
+    """torch.compile of the formula, if it compiles in time."""
     if budget <= 0:
         notes.append("torch.compile: left out")
         return None
     begin = time.perf_counter()
-    torch._dynamo.config.cache_size_limit = 64
-    function: Callable[..., Tensor] = torch.compile(eager, dynamic=False)
+    function = norms.compiled()
     try:
-        small = Tensors((2, 8, 4, 4), torch.float32, False)
-        function(small, *small.leaves).sum().backward()
+        function(Tensors(NormSite((2, 8, 4, 4)), torch.float32, False)).sum().backward()
     except Exception as error:
         notes.append(f"torch.compile: left out, {type(error).__name__}")
         return None
@@ -164,31 +136,50 @@ def compile_eager(notes: list[str], budget: float) -> Callable[..., Tensor] | No
 
 def workloads(arguments: argparse.Namespace, notes: list[str]) -> Iterator[Workload]:
     notes.append(f"memory from {allocator()} malloc")
-    compiled = compile_eager(notes, arguments.compile_budget)
+    compiled = compile_formula(notes, arguments.compile_budget)
     try:
         importlib.import_module("inplace_abn")
         notes.append(f"{ABN}: installed, but without a residual add: not compared")
     except ImportError as error:
         notes.append(f"{ABN}: left out, {error}")
+    # Not asked for and not refused, the rows that take longest are left out of a quick run.
+    cold, model = (
+        not arguments.quick if wanted is None else wanted
+        for wanted in (arguments.cold, arguments.model)
+    )
     for dtype in (torch.float32, torch.bfloat16):
         for channels_last in (False, True):
             for shape in arguments.shapes or (QUICK if arguments.quick else SHAPES):
-                for backward in (False, True):
-                    peer = compiled if dtype == torch.float32 and backward else None
-                    contenders, moved = setup(shape, dtype, channels_last, backward, peer)
-                    layout = "NHWC" if channels_last else "NCHW"
-                    what = "forward+backward" if backward else "forward"
-                    target = OVERHEAD if math.prod(shape) < 1 << 16 else TARGET
-                    yield Workload(
-                        name=f"{tuple(shape)} {layout} {what}",
-                        dtype=dtype_name(dtype),
-                        contenders=contenders,
-                        bytes_moved=moved,
-                        baseline=EAGER,
-                        floor=FLOOR,
-                        targets={FUSED: target} if backward and dtype == torch.float32 else {},
-                    )
-                    del contenders
+                yield from rows(NormSite(shape), dtype, channels_last, compiled, cold)
+            if cold:
+                size = QUICK_MODEL if arguments.quick else MODEL
+                yield model_row(*size, dtype, channels_last)
+    if model:
+        yield from model_steps(*(QUICK_MODEL if arguments.quick else MODEL), notes)
+
+
+def rows(
+    site: NormSite, dtype: torch.dtype, channels_last: bool, compiled: Norm | None, cold: bool
+) -> Iterator[Workload]:
+    """One shape: forward alone and with backward, on the same tensors, and on cold ones where a
+    call does not fill the caches by itself."""
+    layout = "NHWC" if channels_last else "NCHW"
+    is_goal = dtype == torch.float32
+    for what in ("forward", ALL):
+        moved = norms.bytes_moved(site, dtype, what == ALL)
+        for sets in (1, cold_sets(moved)) if cold and cold_sets(moved) > 1 else (1,):
+            is_hot = sets == 1
+            peer = compiled if is_goal and what == ALL and is_hot else None
+            target = OVERHEAD if math.prod(site.shape) < 1 << 16 else TARGET
+            yield Workload(
+                name=f"{tuple(site.shape)} {layout} {what}{'' if is_hot else COLD}",
+                dtype=dtype_name(dtype),
+                contenders=setup(site, dtype, channels_last, what == ALL, peer, sets),
+                bytes_moved=moved,
+                baseline=EAGER,
+                floor=FLOOR,
+                targets={FUSED: target} if is_goal and what == ALL and is_hot else {},
+            )
 
 
 def geometric_means(results: Sequence[Result]) -> list[str]:
@@ -203,23 +194,31 @@ def geometric_means(results: Sequence[Result]) -> list[str]:
         ("float32", FRESH_FLOOR, None),
         ("bfloat16", FRESH_FLOOR, None),
     ):
-        ratios = []
-        for r in results:
-            if r.contender != FUSED or r.dtype != dtype or "backward" not in r.workload:
+        for end in (ALL, ALL + COLD):
+            ratios = ratios_to(peer, [r for r in results if r.dtype == dtype], end)
+            if not ratios:
                 continue
-            rival = [q for q in results if (q.workload, q.dtype) == (r.workload, r.dtype)]
-            times = [q.median_ms for q in rival if q.contender == peer]
-            if times and "(4, 32, 14, 14)" not in r.workload:
-                ratios.append(times[0] / r.median_ms)
-        if ratios:
             mean = statistics.geometric_mean(ratios)
-            line = f"{dtype} against {peer}: {mean:.2f}x, geometric mean of {len(ratios)} "
-            line += f"(lowest {min(ratios):.2f}x)"
-            if goal is not None:
+            line = f"{dtype}{end.removeprefix(ALL)} against {peer}: {mean:.2f}x, "
+            line += f"geometric mean of {len(ratios)} (lowest {min(ratios):.2f}x)"
+            if goal is not None and end == ALL:
                 verdict = "reached" if mean >= goal else "not reached"
                 line += f"; goal {goal:g}x, {verdict}"
             lines.append(line)
     return lines
+
+
+def ratios_to(peer: str, results: Sequence[Result], end: str) -> list[float]:
+    """The peer's times over gradfuse's in rows of this end, but for the smallest shape."""
+    ms = {(r.workload, r.contender): r.median_ms for r in results}
+    return [
+        ms[row, peer] / mine
+        for (row, contender), mine in ms.items()
+        if contender == FUSED
+        and row.endswith(end)
+        and not row.startswith(str(SMALL))
+        and (row, peer) in ms
+    ]
 
 
 def allocator() -> str:
@@ -231,7 +230,7 @@ def allocator() -> str:
     return next((name for name in ("jemalloc", "tcmalloc") if name in maps), "the C library's")
 
 
-def shape(text: str) -> tuple[int, ...]:
+def shape(text: str) -> Shape:
     """(2, 3, 4, 5) of "2,3,4,5"."""
     sizes = tuple(int(size) for size in text.split(","))
     if len(sizes) != 4 or min(sizes) < 1:
@@ -243,6 +242,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shapes", type=shape, nargs="+", metavar="N,C,H,W", help="instead of ResNet-50's"
     )
+    for name, what in (
+        ("--cold", "time tensors that are in no cache too"),
+        ("--model", "time batch norms within training steps too"),
+    ):
+        parser.add_argument(
+            name, action=argparse.BooleanOptionalAction, help=f"{what}, default: unless --quick"
+        )
 
 
 BENCH = Bench(
@@ -250,7 +256,7 @@ BENCH = Bench(
     work="batch norm + add + relu",
     workloads=workloads,
     plan=Plan(7, 100, 2.0),
-    quick_plan=Plan(5, 20, 0.5),
+    quick_plan=Plan(5, 20, 0.5, repeats=0),
     compile_budget=60.0,
     add_options=add_options,
     summarise=geometric_means,

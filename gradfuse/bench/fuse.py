@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from functools import partial
 
 import torch
@@ -20,7 +19,7 @@ from gradfuse.bench.step_process import (
     FUSED,
     FUSED_COMPILED,
     STOCK,
-    StepProcess,
+    step_processes,
 )
 
 __all__ = ["BENCH"]
@@ -117,10 +116,7 @@ def step(
     batch, pixels, layout, dtype = form
     compiled = "" if budget is None else ", compiled"
     name = f"ResNet-50 step{compiled}, batch {batch}, {pixels} px, {layout}"
-    with ExitStack() as stack:
-        processes = [StepProcess(kind, *form) for kind in kinds]
-        for process in processes:
-            stack.callback(process.close)
+    with step_processes(kinds, *form) as processes:
         slowest = max(process.first for process in processes)
         if budget is not None and slowest > budget:
             notes.append(f"{name}, {dtype}: left out, compiled in {slowest:.0f} s")
@@ -157,7 +153,7 @@ BENCH = Bench(
     work="fused models",
     workloads=workloads,
     plan=Plan(9, 2000, 20.0),
-    quick_plan=Plan(5, 500, 0.5),
+    quick_plan=Plan(5, 500, 0.5, repeats=0),
     compile_budget=180.0,
     add_options=add_options,
     summarise=overheads,

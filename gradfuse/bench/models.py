@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
-__all__ = ["MODELS", "Shape", "dtype_name"]
+__all__ = ["MODELS", "NormSite", "Shape", "dtype_name", "resnet50_norms"]
 
 Shape = tuple[int, ...]
+
+
+class NormSite(NamedTuple):
+    """A batch norm, and what follows it."""
+
+    shape: Shape  # of its input
+    has_residual: bool = True
+    has_activation: bool = True
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -33,6 +42,27 @@ def resnet50() -> list[Shape]:
                 shapes += conv_and_norm(4 * width, into, 1)
             into = 4 * width
     return [*shapes, (1000, into), (1000,)]
+
+
+def resnet50_norms(batch: int, pixels: int) -> list[NormSite]:
+    """The 53 batch norms of a ResNet-50 in the order of a forward pass, for square images of a
+    multiple of 32 pixels. As in torchvision, the 3x3 convolution has the stride of a stage. A
+    shortcut's norm comes before the sum that it goes into."""
+
+    def site(channels: int, size: int, residual: bool = False, activation: bool = True) -> NormSite:
+        return NormSite((batch, channels, size, size), residual, activation)
+
+    sites = [site(64, pixels // 2)]
+    size = pixels // 4
+    for width, blocks, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+        for block in range(blocks):
+            sites.append(site(width, size))
+            size //= stride if block == 0 else 1
+            sites.append(site(width, size))
+            if block == 0:
+                sites.append(site(4 * width, size, activation=False))
+            sites.append(site(4 * width, size, residual=True))
+    return sites
 
 
 def gpt2_small() -> list[Shape]:

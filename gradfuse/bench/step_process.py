@@ -7,18 +7,21 @@ frees the other gets.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
 
 import gradfuse
-from gradfuse.bench.harness import extra_memory
+from gradfuse import _native
+from gradfuse.bench.profiled import extra_memory, norm_seconds
 
-__all__ = ["KINDS", "StepProcess"]
+__all__ = ["KINDS", "StepProcess", "step_processes"]
 
 STOCK, FUSED = "stock", "gradfuse"
 COMPILED, FUSED_COMPILED = "torch.compile", "gradfuse, compiled"
@@ -36,14 +39,18 @@ class StepProcess:
     def __init__(self, kind: str, batch: int, pixels: int, layout: str, dtype: str) -> None:
         numbers = [str(n) for n in (batch, pixels, torch.get_num_threads())]
         device = torch.get_default_device().type
+        environment = dict(os.environ)
+        if _native.available:
+            environment["GRADFUSE_ISA"] = _native.backend.isa()
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, kind, *numbers, layout, dtype, device],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env=environment,
         )
         self.pid = self._process.pid
-        self.first = float(self._ask("first"))
+        self.first = float(self._ask("step"))
 
     def step(self) -> None:
         self._ask("step")
@@ -52,6 +59,10 @@ class StepProcess:
         """The most bytes that torch held during one step, beyond what it held before."""
         answer = self._ask("memory")
         return None if answer == "None" else int(answer)
+
+    def norms(self) -> float:
+        """Does a step, and tells the seconds of its batch norms, adds and activations."""
+        return float(self._ask("norms"))
 
     def close(self) -> None:
         self._process.communicate()
@@ -65,6 +76,19 @@ class StepProcess:
         if not answer:
             raise RuntimeError(f"the process of a step ended with {self._process.wait()}")
         return answer
+
+
+@contextmanager
+def step_processes(
+    kinds: Sequence[str], batch: int, pixels: int, layout: str, dtype: str
+) -> Iterator[list[StepProcess]]:
+    """A process of each kind, until the end of the block."""
+    with ExitStack() as stack:
+        processes = []
+        for kind in kinds:
+            processes.append(StepProcess(kind, batch, pixels, layout, dtype))
+            stack.callback(processes[-1].close)
+        yield processes
 
 
 def make_step(
@@ -118,10 +142,19 @@ def serve(arguments: argparse.Namespace) -> None:
             getattr(torch, arguments.dtype),
             arguments.device,
         )
-    for line in sys.stdin:
+
+    def seconds() -> float:
         begin = time.perf_counter()
-        answer = extra_memory(step, arguments.device) if line == "memory\n" else step()
-        print(answer if line == "memory\n" else time.perf_counter() - begin, flush=True)
+        step()
+        return time.perf_counter() - begin
+
+    answers: dict[str, Callable[[], object]] = {
+        "step": seconds,
+        "memory": lambda: extra_memory(step, arguments.device),
+        "norms": lambda: norm_seconds(step),
+    }
+    for line in sys.stdin:
+        print(answers[line.strip()](), flush=True)
 
 
 if __name__ == "__main__":
