@@ -49,7 +49,8 @@ $(VENV)/.installed: $(VENV)/.tools pyproject.toml
 	touch $@
 
 bench: build
-	$(PY) -m gradfuse bench
+	$(PY) -m gradfuse bench --history bench/history.jsonl
+	$(PY) -m gradfuse bench history --history bench/history.jsonl --out docs/assets
 
 # The signatures of the compiled module, from its bindings. Attribute values differ between machines
 # and number types between versions of pybind11, so sed makes them uniform.

@@ -19,7 +19,7 @@ from gradfuse.bench.floor import FRESH_FLOOR
 from gradfuse.bench.harness import Result
 from gradfuse.bench.machine import is_disturbed
 
-__all__ = ["progress", "report"]
+__all__ = ["COLOURS", "progress", "report", "shown"]
 
 COLOURS = {  # by the contender's name; gradfuse in blue, its peers in grey and ochre
     "gradfuse.GradClipper": "#0b4f9c",
@@ -27,6 +27,9 @@ COLOURS = {  # by the contender's name; gradfuse in blue, its peers in grey and 
     "gradfuse agc": "#2a9d8f",
     "gradfuse": "#0b4f9c",
     "gradfuse, save=output": "#4f94d4",
+    "gradfuse, compiled": "#4f94d4",
+    "gradfuse, torch's GradScaler": "#4f94d4",
+    "gradfuse.fuse": "#2a9d8f",
     "inplace_abn": "#a8a8a8",
     "torch.compile": "#c9a227",
     "torch for-loop": "#a8a8a8",
