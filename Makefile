@@ -82,8 +82,8 @@ pytest: build
 	$(PYTEST) --slowest-files=10
 
 # The tests that depend on torch's version: binding, autograd, compile, AMP, fuse. Kernels do not.
-TORCH_TESTS = $(addprefix tests/test_,batch_norm_autograd.py batch_norm_errors.py cli.py \
-	clip_in_step.py compile.py errors.py fuse.py fuse_graph.py nn.py optim_amp.py optim_parameters.py \
+TORCH_TESTS = $(addprefix tests/test_,batch_norm_autograd.py batch_norm_errors.py bench.py \
+	cli.py clip_in_step.py compile.py errors.py fuse.py fuse_graph.py nn.py optim_amp.py optim_parameters.py \
 	optim_skips.py optim_state.py process.py tracing.py)
 pytest-torch: build
 	GRADFUSE_PTX=0 $(PYTEST) --slowest-files=5 -k "not reference" $(TORCH_TESTS)
