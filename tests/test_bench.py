@@ -98,6 +98,14 @@ def test_rounds_end_when_the_ratios_are_known(change: float, rounds: int) -> Non
     assert len(interleave(contenders, lambda: None, plan, machine.clock)["ours"]) == 40
 
 
+def test_a_measurement_ends_when_the_ratios_are_known() -> None:
+    work = fake_workload(FakeMachine())
+    work.contenders = [
+        replace(c, memory=lambda: None, seconds=lambda: 1.0) for c in work.contenders
+    ]
+    assert {r.rounds for r in measure(work, Plan(3, 40, 1e9, repeats=0))} == {6}
+
+
 def test_a_contender_may_tell_its_time() -> None:
     machine = FakeMachine()
     told = replace(machine.contender("told", 5.0), seconds=lambda: 0.25)
