@@ -224,6 +224,7 @@ def test_commit_of_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(history, "__file__", str(module))
     assert history.commit() is None  # in no checkout
     git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "none")
     assert history.commit() is None  # in that of something else
     git("add", "gradfuse")
     git("commit", "-q", "-m", "all")
