@@ -45,5 +45,5 @@ def flat_bytes(nbytes: int) -> Tensor:
 
 
 def flat_view(t: Tensor) -> Tensor:
-    """The elements of a dense tensor in the order of memory, whatever its layout."""
-    return t.detach().as_strided((t.numel(),), (1,))
+    """The bytes of a dense tensor in the order of memory, whatever its layout."""
+    return t.detach().as_strided((t.numel(),), (1,)).view(torch.uint8)
