@@ -1,18 +1,23 @@
 #include "caches.h"
 
-#include <unistd.h>
-
 #include <atomic>
+#include <fstream>
 
 namespace gradfuse::cpu {
 namespace {
 
+// What one core shares with its neighbours. sysconf adds up those of all cores on some processors.
 int64_t from_system() {
-  long bytes = 0;
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-  bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
-#endif
-  return bytes > 0 ? bytes : int64_t{32} << 20;  // some systems and virtual machines do not say
+  constexpr int64_t kTypical = int64_t{32} << 20;  // where the system does not say
+  std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index3/size");
+  int64_t size = 0;
+  char unit = 0;
+  if (!(file >> size >> unit) || size <= 0) return kTypical;
+  switch (unit) {
+    case 'K': return size << 10;
+    case 'M': return size << 20;
+    default: return kTypical;
+  }
 }
 
 std::atomic<int64_t>& last_level() {
