@@ -74,6 +74,14 @@ FAULTS = [
         NORM,
     ),
     Fault(
+        "a thread leaves out the last parameter of its run",
+        CPU,
+        "std::min(n, (i + 1) * kRun)",
+        "std::min(n, (i + 1) * kRun - 1)",
+        "among thousands of parameters some are never updated",
+        "tests/test_optim_parameters.py",
+    ),
+    Fault(
         "a pass leaves out the last bytes",
         CPU,
         "for (; i < end; ++i) {",

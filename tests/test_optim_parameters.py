@@ -479,3 +479,49 @@ def test_a_step_keeps_the_parameters_that_it_began_with(backend):
     for thread in threads:
         thread.join()
     assert errors == []
+
+
+def many(optimizer_of, device="cpu"):
+    """Three steps on 1,500 parameters. Some have no gradient, one a sparse one, one is strided, and
+    two share their memory."""
+    rows = random(50, 3, device=device)
+    table = torch.nn.Embedding.from_pretrained(rows, freeze=False, sparse=True)
+    params = [random(1 + i % 37, device=device, seed=i) for i in range(1500)]
+    params[700] = random(6, 4, device=device).t()
+    params[900] = params[20]
+    params = [torch.nn.Parameter(p) for p in params]
+    params[1200] = table.weight
+    optimizer = optimizer_of(params)
+    for step in range(3):
+        for i, p in enumerate(params):
+            p.grad = None if i % 11 == 3 else random(*p.shape, device=device, seed=i + step)
+        params[901].grad = params[902].grad = None
+        table(torch.tensor([1, 7, 7], device=device)).sum().backward()
+        optimizer.step()
+    return [p.detach() for p in params]
+
+
+def test_threads_share_the_walk_over_thousands_of_parameters(native, threads):
+    def clipped(params):
+        return SGD(params, lr=0.1, momentum=0.9, clip=1.0)
+
+    found = {}
+    for count in (1, 2, 5):
+        threads(count)
+        found[count] = many(clipped)
+    assert bits(found[1]) == bits(found[2]) == bits(found[5])
+    truth = many(Stock)
+    for ours, theirs in zip(found[2], truth, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+class Stock:
+    """torch's clip, then torch's SGD."""
+
+    def __init__(self, params):
+        self._params = params
+        self._sgd = torch.optim.SGD(params, lr=0.1, momentum=0.9)
+
+    def step(self):
+        torch.nn.utils.clip_grad_norm_(self._params, 1.0)
+        self._sgd.step()

@@ -11,6 +11,7 @@
 namespace gradfuse::cpu {
 
 constexpr int64_t kItem = 16384;  // minimum elements of a work item
+constexpr int64_t kChunkCost = 256;  // what a chunk takes besides its elements, in elements
 
 // Prefetches the beginning of a run of memory, to read or to write. The hardware prefetcher must
 // see part of a run first, so short runs would always miss.
@@ -36,7 +37,7 @@ struct Work {
 
   // Ref has a numel.
   template <class Ref>
-  explicit Work(const std::vector<Ref>& tensors) {
+  explicit Work(const std::vector<Ref>& tensors, int64_t streams = 1) : streams_(streams) {
     const int64_t chunk = chunk_elements(tensors);
     chunks.reserve(tensors.size());
     // Long items keep the hardware prefetcher on one stream; short ones balance the threads.
@@ -61,10 +62,14 @@ struct Work {
   // backwards, so that a second sweep finds in its own caches what the first one read.
   template <class F>
   void for_each(bool backwards, F f) const {
-    for_each_item({count(), total, kLeastParallel, backwards},
+    const int64_t cost = streams_ * total + kChunkCost * static_cast<int64_t>(chunks.size());
+    for_each_item({count(), cost, kLeastParallel, backwards},
                   [&](int64_t item) { f(item, items[item], items[item + 1]); });
   }
   int64_t count() const { return static_cast<int64_t>(items.size()) - 1; }
+
+ private:
+  int64_t streams_;  // that are read for each element
 };
 
 }  // namespace gradfuse::cpu

@@ -17,6 +17,7 @@ namespace gradfuse::cpu {
 namespace {
 
 constexpr int64_t kUpdatesAhead = 5;  // chunks
+constexpr int64_t kStreams = 4;  // parameter, gradient, moments
 
 // Values shared by all elements of a parameter, and mostly by its neighbours.
 struct Prepared {
@@ -125,7 +126,7 @@ void optim_step(const OptimStep& step) {
   if (step.use.is_refused()) return;
   const OptimKernels& kernels = optim_kernels();
   Preparations prepared = prepare(step);
-  const Work work(step.params);
+  const Work work(step.params, kStreams);
   if (step.update_clip) clip_updates(step, work, prepared);
   work.for_each(true, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t k = end - 1; k >= begin; --k) {

@@ -88,4 +88,14 @@ void for_each_item(const Items& items, F f) {
   });
 }
 
+// Calls f(begin, end) for runs of [0, n), the numbers of small objects that lie scattered in
+// memory. Whoever looks at one waits for memory, so threads share them although there is little to
+// do.
+template <class F>
+void for_each_run(int64_t n, F f) {
+  constexpr int64_t kRun = 256, kLeast = 2 * kRun;
+  for_each_item({(n + kRun - 1) / kRun, n, kLeast},
+                [&](int64_t i) { f(i * kRun, std::min(n, (i + 1) * kRun)); });
+}
+
 }  // namespace gradfuse::cpu

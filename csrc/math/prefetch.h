@@ -8,6 +8,7 @@
 // take about 100 ns, and short enough if the prefetched lines are still in the L1 cache when used.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 
 namespace gradfuse {
@@ -41,13 +42,22 @@ inline void prefetch_for(size_t i, size_t n, const Stages&... stages) {
   ((i + stages.distance < n ? stages.f(i + stages.distance) : void()), ...);
 }
 
-// Calls body(i) for i in [0, n), each stage ahead of it.
+// Calls body(i) for i in [begin, end), each stage ahead of it, first those of the first items.
 template <class Body, class... Stages>
-inline void prefetched(size_t n, Body body, const Stages&... stages) {
-  for (size_t i = 0; i < n; ++i) {
-    prefetch_for(i, n, stages...);
+inline void prefetched(size_t begin, size_t end, Body body, const Stages&... stages) {
+  for (size_t lead = std::max({stages.distance...}); lead > 0; --lead)
+    ((stages.distance >= lead && begin + stages.distance - lead < end
+          ? stages.f(begin + stages.distance - lead)
+          : void()),
+     ...);
+  for (size_t i = begin; i < end; ++i) {
+    prefetch_for(i, end, stages...);
     body(i);
   }
+}
+template <class Body, class... Stages>
+inline void prefetched(size_t n, Body body, const Stages&... stages) {
+  prefetched(size_t{0}, n, body, stages...);
 }
 
 }  // namespace gradfuse

@@ -3,7 +3,6 @@
 
 #include <torch/csrc/utils/object_ptr.h>
 
-#include "../math/prefetch.h"
 #include "../tensor/checks.h"
 #include "../tensor/dispatch.h"
 #include "../tensor/event.h"
@@ -144,17 +143,10 @@ class ParameterList {
   static constexpr const char* kOp = "GradClipper";
 
   std::vector<at::Tensor> gradients() const {
-    std::vector<at::Tensor> grads;
-    const size_t n = parameters_.size();
-    grads.reserve(n);
-    const auto tensor = [&](size_t i) -> const at::Tensor& {
-      return unpack_(parameters_[i].get());
-    };
-    prefetched(
-        n, [&](size_t i) { grads.push_back(tensor(i).unsafeGetTensorImpl()->grad()); },
-        ahead(16, [&](size_t i) { prefetch_line(parameters_[i].get()); }),
-        ahead(8, [&](size_t i) { prefetch_fields(tensor(i)); }));
-    return grads;
+    // A THPObjectPtr is a pointer.
+    static_assert(sizeof(THPObjectPtr) == sizeof(PyObject*));
+    const auto* const objects = reinterpret_cast<const PyObject* const*>(parameters_.data());
+    return tensors_of(objects, parameters_.size(), unpack_, true);
   }
   std::vector<THPObjectPtr> parameters_;
   Unpacker unpack_;

@@ -2,6 +2,7 @@
 
 #include <cstring>
 
+#include "../cpu/parallel.h"
 #include "../math/prefetch.h"
 #include "../tensor/dispatch.h"
 #include "waiting.h"
@@ -42,8 +43,10 @@ void bump_versions(const HeldParams& held, const std::vector<ParamRef>& params) 
   const auto all = [&](auto f) {
     return [&, f](size_t k) { for_each_tensor(held[params[k].row], f); };
   };
-  prefetched(params.size(), all(bump_version), ahead(12, all(prefetch_version_field)),
-             ahead(6, all(prefetch_version)));
+  cpu::for_each_run(static_cast<int64_t>(params.size()), [&](size_t begin, size_t end) {
+    prefetched(begin, end, all(bump_version), ahead(12, all(prefetch_version_field)),
+               ahead(6, all(prefetch_version)));
+  });
 }
 
 // The plan for gradients that are already multiplied.

@@ -1,11 +1,11 @@
 #include "walk.h"
 
 #include <ATen/MemoryOverlap.h>
-#include <c10/core/impl/COWDeleter.h>
 
 #include <algorithm>
 #include <optional>
 
+#include "../cpu/parallel.h"
 #include "../math/prefetch.h"
 #include "../tensor/address_set.h"
 #include "../tensor/checks.h"
@@ -19,22 +19,6 @@ namespace gradfuse {
 namespace {
 
 using Held = HeldParams::Held;
-
-// Whether a tensor is contiguous, holds its values itself and shares no copy-on-write memory.
-// Nearly all do, so this reads as few fields as possible, and is part of the loop over them.
-[[gnu::always_inline]] inline bool is_dense_run(const at::Tensor& t) {
-  using K = c10::DispatchKey;
-  constexpr c10::DispatchKeySet others = kWrappers |
-                                         c10::DispatchKeySet({K::Negative, K::Conjugate}) |
-                                         c10::sparse_ks | c10::sparse_csr_ks | c10::mkldnn_ks;
-  const at::TensorImpl* impl = t.unsafeGetTensorImpl();
-  const at::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
-  if (!storage || impl->key_set().has_any(others) || !impl->is_contiguous()) return false;
-  const uint64_t end = static_cast<uint64_t>(impl->storage_offset() + impl->numel());
-  const at::DataPtr& data = storage->data_ptr();
-  return end * impl->dtype().itemsize() <= storage->nbytes() && (data || impl->numel() == 0) &&
-         data.get_deleter() != c10::impl::cow::cow_deleter;
-}
 
 [[gnu::always_inline]] inline bool same_sizes(const at::Tensor& a, const at::Tensor& b) {
   const at::IntArrayRef x = a.sizes(), y = b.sizes();
@@ -54,8 +38,8 @@ bool type_fits(at::ScalarType type, at::ScalarType param) {
 [[gnu::always_inline]] inline bool is_dense(const Held& h, const at::Tensor& grad) {
   const at::Tensor& p = h.param();
   const at::Device device = p.device();
-  if (!h.complete || !is_dense_run(p) || !device_is_supported(device.type()) ||
-      !dtype_of(p.scalar_type()))
+  if (!h.complete || device != h.device || !is_dense_run(p) ||
+      !device_is_supported(device.type()) || !dtype_of(p.scalar_type()))
     return false;
   const auto goes_with = [&](const at::Tensor& t,
                              caffe2::TypeMeta type) __attribute__((always_inline)) {
@@ -159,6 +143,50 @@ bool may_be_shared(const at::Tensor& grad) {
   return grad.use_count() > 1 || storage.use_count() > 1;
 }
 
+// What the fields of a parameter, its gradient and its state say.
+struct Seen {
+  bool has_grad, dense, shared, moved, is_complex;
+  ParamRef ref;  // if dense
+
+  GradRef grad() const {
+    return {const_cast<void*>(ref.grad), is_complex ? ref.numel / 2 : ref.numel, ref.grad_dtype,
+            is_complex, nullptr};
+  }
+};
+
+Seen look_at(const Held& h, size_t index) {
+  Seen seen = {};
+  const at::Tensor& grad = h.grad();
+  seen.has_grad = !h.repeated && grad.defined();
+  if (!seen.has_grad) return seen;
+  seen.dense = is_dense(h, grad);
+  seen.shared = seen.dense && may_be_shared(grad);
+  seen.is_complex = h.param().is_complex();
+  if (seen.dense) seen.ref = ref_of(h, h.param(), grad, index, false);
+  const void* const place = seen.dense ? seen.ref.param : begin_of(h.param());
+  seen.moved = h.place != place || h.numel != h.param().numel();
+  return seen;
+}
+
+// Looks at all parameters and keeps their gradients alive. Thousands of small ones are scattered in
+// memory, so that this waits for memory most of the time, and threads share it.
+std::vector<Seen> look_at_all(const HeldParams& held, std::vector<at::Tensor>& grads) {
+  std::vector<Seen> all(held.size());
+  grads.resize(held.size());
+  cpu::for_each_run(static_cast<int64_t>(held.size()), [&](size_t begin, size_t end) {
+    prefetched(
+        begin, end,
+        [&](size_t i) {
+          all[i] = look_at(held[i], i);
+          if (all[i].has_grad) grads[i] = held[i].grad();
+        },
+        ahead(16, [&](size_t i) { prefetch_tensors(held[i]); }),
+        ahead(10, [&](size_t i) { prefetch_storages(held[i]); }),
+        ahead(5, [&](size_t i) { prefetch_grad_storage(held[i]); }));
+  });
+  return all;
+}
+
 }  // namespace
 
 const at::Tensor& layout_of(const HeldParams::Held& h) {
@@ -170,50 +198,39 @@ const at::Tensor& layout_of(const HeldParams::Held& h) {
 Walk walk(HeldParams& held) {
   Walk found;
   GradList& grads = found.grads;
-  grads.tensors.resize(held.size());
-  std::optional<AddressSet> seen;  // shared gradients
+  const std::vector<Seen> all = look_at_all(held, grads.tensors);
+  std::optional<AddressSet> addresses;  // of shared gradients
   bool moved = false;
 
   // Adds a dense gradient, or notes which earlier one it is; returns the number of its list.
-  const auto add_dense = [&](size_t i, const at::Tensor& grad, bool shared) {
-    if (shared && grad.numel()) {
-      if (!seen) seen.emplace(held.size());
-      if (!seen->insert(grad.const_data_ptr()))
-        if (const std::optional<size_t> first = find_same(grads, dense_ref(grad)))
+  const auto add_dense = [&](size_t i, const Seen& seen) {
+    const GradRef ref = seen.grad();
+    if (seen.shared && ref.numel) {
+      if (!addresses) addresses.emplace(held.size());
+      if (!addresses->insert(ref.data))
+        if (const std::optional<size_t> first = find_same(grads, ref))
           return add_repeat(grads, i, *first);
     }
-    return add_dense_gradient(grads, i);
+    return add_dense_gradient(grads, i, ref, held[i].device);
   };
-  const auto visit = [&](size_t i) {
-    Held& h = held[i];
-    if (h.repeated) return;
-    const at::Tensor& grad = h.grad();
-    if (!grad.defined()) return;
-    const bool dense = is_dense(h, grad);
-    const bool shared = dense && may_be_shared(grad);
-    grads.tensors[i] = grad;
-    if (!dense && grad.is_sparse()) read_sparse(held, i, grads);
-    const size_t list = dense ? add_dense(i, grad, shared) : add_gradient(held.op(), grads, i);
+  for (size_t i = 0; i < held.size(); ++i) {
+    const Seen& seen = all[i];
+    if (!seen.has_grad) continue;
+    if (!seen.dense && grads.tensors[i].is_sparse()) read_sparse(held, i, grads);
+    const size_t list = seen.dense ? add_dense(i, seen) : add_gradient(held.op(), grads, i);
     if (list == found.params.size()) {
       found.params.emplace_back();
       found.params.back().reserve(held.size());
     }
-    ParamRef ref = {};
-    if (dense) {
-      ref = ref_of(h, h.param(), grad, i, false);
-    } else {
+    if (!seen.dense) {
       check_param(held, i);
-      ref.row = static_cast<int32_t>(i);
       found.noncontiguous.emplace_back(list, found.params[list].size());
     }
-    found.params[list].push_back(ref);
-    const void* const place = dense ? ref.param : begin_of(h.param());
-    moved |= h.place != place || h.numel != h.param().numel();
-    found.last_layer = std::max(found.last_layer, h.layer);
-  };
-  prefetched(held.size(), visit, ahead(16, [&](size_t i) { prefetch_tensors(held[i]); }),
-             ahead(10, [&](size_t i) { prefetch_storages(held[i]); }),
-             ahead(5, [&](size_t i) { prefetch_grad_storage(held[i]); }));
+    found.params[list].push_back(seen.ref);
+    found.params[list].back().row = static_cast<int32_t>(i);
+    moved |= seen.moved;
+    found.last_layer = std::max(found.last_layer, held[i].layer);
+  }
   if (moved) found.last_layer = find_layers(held);
   return found;
 }

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "../cpu/parallel.h"
 #include "../math/prefetch.h"
 #include "address_set.h"
 #include "checks.h"
@@ -80,8 +81,8 @@ GradRef ref_of(const char* op, GradList& list, size_t index) {
   return ref;
 }
 
-size_t append(GradList& list, const GradRef& ref, size_t index) {
-  const size_t number = group_of(list.groups, list.tensors[index].device(), list.tensors.size());
+size_t append(GradList& list, const GradRef& ref, size_t index, at::Device device) {
+  const size_t number = group_of(list.groups, device, list.tensors.size());
   list.groups[number].refs.push_back(ref);
   list.groups[number].rows.push_back(static_cast<int64_t>(index));
   list.any_double |= ref.dtype == DType::Double;
@@ -131,16 +132,11 @@ const StridedLayout* layout_of(const at::Tensor& t, std::deque<StridedLayout>& l
 }
 
 size_t add_gradient(const char* op, GradList& list, size_t index) {
-  return append(list, ref_of(op, list, index), index);
+  return append(list, ref_of(op, list, index), index, list.tensors[index].device());
 }
 
-GradRef dense_ref(const at::Tensor& t) {
-  return {const_cast<void*>(t.const_data_ptr()), t.numel(), *dtype_of(t.scalar_type()),
-          t.is_complex(), nullptr};
-}
-
-size_t add_dense_gradient(GradList& list, size_t index) {
-  return append(list, dense_ref(list.tensors[index]), index);
+size_t add_dense_gradient(GradList& list, size_t index, const GradRef& ref, at::Device device) {
+  return append(list, ref, index, device);
 }
 
 std::optional<size_t> find_same(const GradList& list, const GradRef& ref) {
@@ -159,21 +155,57 @@ size_t add_repeat(GradList& list, size_t index, size_t first) {
   return group_of(list.groups, list.tensors[first].device(), 0);
 }
 
+namespace {
+
+// A tensor that is a dense run of a supported type and device, as nearly all are.
+struct DenseRef {
+  bool found = false;
+  GradRef ref;
+  at::Device device = at::kCPU;
+};
+
+DenseRef dense_ref(const at::Tensor& t) {
+  DenseRef out;
+  if (!t.defined() || !is_dense_run(t)) return out;
+  const std::optional<DType> dtype = dtype_of(t.scalar_type());
+  out.device = t.device();
+  out.found = dtype && device_is_supported(out.device.type());
+  if (out.found)
+    out.ref = {t.numel() ? const_cast<void*>(t.const_data_ptr()) : nullptr, t.numel(), *dtype,
+               t.is_complex(), nullptr};
+  return out;
+}
+
+// Threads share this, for it waits for the fields of scattered tensors.
+std::vector<DenseRef> dense_refs(const std::vector<at::Tensor>& tensors) {
+  std::vector<DenseRef> out(tensors.size());
+  cpu::for_each_run(static_cast<int64_t>(tensors.size()), [&](size_t begin, size_t end) {
+    prefetched(
+        begin, end, [&](size_t i) { out[i] = dense_ref(tensors[i]); },
+        ahead(12, [&](size_t i) { prefetch_fields(tensors[i]); }),
+        ahead(6, [&](size_t i) { prefetch_storage(tensors[i]); }));
+  });
+  return out;
+}
+
+}  // namespace
+
 GradList check_gradients(const char* op, std::vector<at::Tensor> tensors, Access access) {
   GradList list;
   list.tensors = std::move(tensors);
   const size_t n = list.tensors.size();
   const bool writes = access == Access::Write;
   AddressSet seen(access == Access::Read ? 0 : n);
-  const auto add = [&](size_t i) {
+  const std::vector<DenseRef> dense = dense_refs(list.tensors);
+  for (size_t i = 0; i < n; ++i) {
     at::Tensor& t = list.tensors[i];
-    if (!t.defined()) return;
-    if (t.is_sparse()) {
+    if (!t.defined()) continue;
+    if (!dense[i].found && t.is_sparse()) {
       list.sparse.push_back(t);
       t = coalesced_values(t);
     }
-    const GradRef ref = ref_of(op, list, i);
-    if (writes && !t.is_non_overlapping_and_dense() &&
+    const GradRef ref = dense[i].found ? dense[i].ref : ref_of(op, list, i);
+    if (writes && !dense[i].found && !t.is_non_overlapping_and_dense() &&
         at::has_internal_overlap(t) == at::MemOverlap::Yes)
       fail<std::runtime_error>(op,
                                ": expected gradients with an element per memory location, got an "
@@ -182,7 +214,7 @@ GradList check_gradients(const char* op, std::vector<at::Tensor> tensors, Access
     if (access != Access::Read && ref.numel && !seen.insert(ref.data)) {
       if (const std::optional<size_t> first = find_same(list, ref)) {
         add_repeat(list, i, *first);
-        return;
+        continue;
       }
       if (writes)  // threads would write the same memory twice
         fail<std::runtime_error>(op,
@@ -190,11 +222,8 @@ GradList check_gradients(const char* op, std::vector<at::Tensor> tensors, Access
                                  "begins where another does for tensor ",
                                  i, "; .clone() it first");
     }
-    append(list, ref, i);
-  };
-  // Not parallel: the threads would miss on each other's cache lines.
-  prefetched(n, add, ahead(12, [&](size_t i) { prefetch_fields(list.tensors[i]); }),
-             ahead(6, [&](size_t i) { prefetch_storage(list.tensors[i]); }));
+    append(list, ref, i, dense[i].found ? dense[i].device : t.device());
+  }
   return list;
 }
 

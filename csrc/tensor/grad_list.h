@@ -44,8 +44,7 @@ GradList check_gradients(const char* op, std::vector<at::Tensor> tensors, Access
 // callers that only read and iterate over the list themselves. Returns the group's number.
 size_t add_gradient(const char* op, GradList& list, size_t index);
 // The same for a tensor that the caller knows to be a dense run of a supported type.
-size_t add_dense_gradient(GradList& list, size_t index);
-GradRef dense_ref(const at::Tensor& t);
+size_t add_dense_gradient(GradList& list, size_t index, const GradRef& ref, at::Device device);
 // The same for one that is that of another index.
 size_t add_repeat(GradList& list, size_t index, size_t first);
 // The index of the earlier gradient with the elements of this one, whose address is not new.

@@ -3,7 +3,10 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/object_ptr.h>
 
+#include "../cpu/parallel.h"
+#include "../math/prefetch.h"
 #include "checks.h"
+#include "grad_list.h"
 
 namespace gradfuse {
 namespace {
@@ -35,23 +38,24 @@ py::sequence sequence_of(const char* op, const char* name, py::handle object) {
   return py::reinterpret_borrow<py::sequence>(object);
 }
 
-std::vector<at::Tensor> read_tensors(const char* op, TensorsArg tensors, bool of_grad) {
-  std::vector<at::Tensor> out;
-  const auto take = [&](PyObject* item) {
-    if (!is_tensor(item))
-      fail<TypeError>(op, ": expected tensors, got ", type_name(item), " for tensor ", out.size());
-    const at::Tensor& t = unpacked(item);
-    // Not t.grad(), which warns about tensors that are not leaves.
-    if (of_grad)
-      out.push_back(t.unsafeGetTensorImpl()->grad());
-    else
-      out.push_back(t);
+std::vector<at::Tensor> tensors_of(const PyObject* const* objects, size_t n, Unpacker unpack,
+                                   bool of_grad) {
+  std::vector<at::Tensor> out(n);
+  // Not t.grad(), which warns about tensors that are not leaves.
+  const auto take = [&](size_t i) {
+    const at::Tensor& t = unpack(objects[i]);
+    out[i] = of_grad ? t.unsafeGetTensorImpl()->grad() : t;
   };
+  cpu::for_each_run(static_cast<int64_t>(n), [&](size_t begin, size_t end) {
+    prefetched(begin, end, take, ahead(16, [&](size_t i) { prefetch_line(objects[i]); }),
+               ahead(8, [&](size_t i) { prefetch_fields(unpack(objects[i])); }));
+  });
+  return out;
+}
+
+std::vector<at::Tensor> read_tensors(const char* op, TensorsArg tensors, bool of_grad) {
   PyObject* const iterable = tensors.object.ptr();
-  if (is_tensor(iterable)) {
-    take(iterable);
-    return out;
-  }
+  if (is_tensor(iterable)) return tensors_of(&iterable, 1, Unpacker(iterable), of_grad);
   PyObject* sequence = PySequence_Fast(iterable, "");
   if (!sequence) {
     if (!PyErr_ExceptionMatches(PyExc_TypeError)) throw py::error_already_set();
@@ -60,9 +64,14 @@ std::vector<at::Tensor> read_tensors(const char* op, TensorsArg tensors, bool of
   }
   const THPObjectPtr owner(sequence);
   const Py_ssize_t n = PySequence_Fast_GET_SIZE(sequence);
-  out.reserve(n);
-  for (Py_ssize_t i = 0; i < n; ++i) take(PySequence_Fast_GET_ITEM(sequence, i));
-  return out;
+  PyObject* const* const items = PySequence_Fast_ITEMS(sequence);
+  const auto check = [&](size_t i) {
+    if (!is_tensor(items[i]))
+      fail<TypeError>(op, ": expected tensors, got ", type_name(items[i]), " for tensor ", i);
+  };
+  prefetched(static_cast<size_t>(n), check, ahead(16, [&](size_t i) { prefetch_line(items[i]); }));
+  if (n == 0) return {};
+  return tensors_of(items, static_cast<size_t>(n), Unpacker(items[0]), of_grad);
 }
 
 at::Tensor checked_vector(const char* op, const char* name, py::handle object, int64_t numel) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/impl/COWDeleter.h>
 
 #include <optional>
 
@@ -45,6 +46,22 @@ inline bool same_strides(const at::Tensor& a, const at::Tensor& b) {
   for (int64_t d = 0; d < a.dim(); ++d)
     if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
   return true;
+}
+
+// Whether a tensor is contiguous, holds its values itself and shares no copy-on-write memory.
+// Nearly all do, so this reads as few fields as possible, and is part of the loop over them.
+[[gnu::always_inline]] inline bool is_dense_run(const at::Tensor& t) {
+  using K = c10::DispatchKey;
+  constexpr c10::DispatchKeySet others = kWrappers |
+                                         c10::DispatchKeySet({K::Negative, K::Conjugate}) |
+                                         c10::sparse_ks | c10::sparse_csr_ks | c10::mkldnn_ks;
+  const at::TensorImpl* impl = t.unsafeGetTensorImpl();
+  const at::StorageImpl* storage = impl->unsafe_storage().unsafeGetStorageImpl();
+  if (!storage || impl->key_set().has_any(others) || !impl->is_contiguous()) return false;
+  const uint64_t end = static_cast<uint64_t>(impl->storage_offset() + impl->numel());
+  const at::DataPtr& data = storage->data_ptr();
+  return end * impl->dtype().itemsize() <= storage->nbytes() && (data || impl->numel() == 0) &&
+         data.get_deleter() != c10::impl::cow::cow_deleter;
 }
 
 }  // namespace gradfuse

@@ -3,6 +3,7 @@
 
 #include "cpu/caches.h"
 #include "cpu/isa.h"
+#include "cpu/parallel.h"
 #include "ops/adaptive_clip.h"
 #include "ops/batch_norm.h"
 #include "ops/clip.h"
@@ -28,6 +29,7 @@ void batch_norm_forward(const BatchNormForward&) { refuse(); }
 void batch_norm_backward(const BatchNormBackward&) { refuse(); }
 void optim_step(const OptimStep&) { refuse(); }
 void stream(const StreamCall&) { refuse(); }
+bool forked() { return false; }
 const char* isa_name() { return "none"; }
 void set_isa(const char*) { refuse(); }
 void set_last_level_cache(int64_t) { refuse(); }
