@@ -24,6 +24,7 @@ __all__: list[str] = [
     "run_deferred_with",
     "scale_",
     "set_isa",
+    "set_last_level_cache",
     "stats",
     "stream",
     "torch_version",
@@ -127,6 +128,7 @@ def scale_(
     total_norm: torch.Tensor,
 ) -> None: ...
 def set_isa(name: str) -> None: ...
+def set_last_level_cache(bytes: int) -> None: ...
 def stats(
     tensors: torch.Tensor | collections.abc.Iterable[torch.Tensor],
     of_grad: bool,
@@ -137,7 +139,10 @@ def stream(
     reads: torch.Tensor | collections.abc.Iterable[torch.Tensor],
     writes: torch.Tensor | collections.abc.Iterable[torch.Tensor],
     backwards: bool = False,
-) -> None: ...
+) -> None:
+    """
+    Reads and writes the bytes of the tensors once, without arithmetic.
+    """
 
 codes: dict[str, dict[str, int]]
 compiler: str

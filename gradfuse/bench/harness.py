@@ -55,8 +55,10 @@ class Target:
         return fast and (self.floor_ratio is None or floor_ratio <= self.floor_ratio)
 
     def __str__(self) -> str:
-        text = f">= {self.speedup:g}x"
-        return text if self.floor_ratio is None else f"{text}, <= {self.floor_ratio:g} floor"
+        texts = [f">= {self.speedup:g}x"] if self.speedup else []
+        if self.floor_ratio is not None:
+            texts.append(f"<= {self.floor_ratio:g} floor")
+        return ", ".join(texts)
 
 
 @dataclass
