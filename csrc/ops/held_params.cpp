@@ -40,10 +40,13 @@ bool for_each_parameter(PyObject* groups, F f) {
   return true;
 }
 
-// Prefetches a dict's table, once its header has arrived.
-void prefetch_table(PyObject* dict) {
+// Prefetches a dict's table, once its header has arrived. Not without the GIL, where another thread
+// may be replacing it.
+void prefetch_table([[maybe_unused]] PyObject* dict) {
+#if !defined(Py_GIL_DISABLED)
   const char* table = reinterpret_cast<const char*>(reinterpret_cast<PyDictObject*>(dict)->ma_keys);
   for (size_t line = 0; line < 192; line += 64) prefetch_line(table + line);
+#endif
 }
 
 // Whether a dict has exactly these items, in this order.

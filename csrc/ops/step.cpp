@@ -1,53 +1,12 @@
 #include "step.h"
 
-#include <cstring>
-
-#include "../cpu/parallel.h"
-#include "../math/prefetch.h"
 #include "../tensor/dispatch.h"
+#include "../tensor/version.h"
 #include "waiting.h"
 #include "walk.h"
 
 namespace gradfuse {
 namespace {
-
-void bump_version(const at::Tensor& t) {
-  if (t.defined() && !t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
-}
-
-// Prefetch what bump_version reads and, once it has arrived, the counter that it changes.
-void prefetch_version_field(const at::Tensor& t) {
-  if (!t.defined()) return;
-  const at::TensorImpl* impl = t.unsafeGetTensorImpl();
-  prefetch_line(&impl->version_counter());
-  prefetch_line(impl + 1);  // the keys, which are the last of its fields
-}
-void prefetch_version(const at::Tensor& t) {
-  if (!t.defined()) return;
-  // A VariableVersion is a private pointer to the counter.
-  const c10::VariableVersion& version = t.unsafeGetTensorImpl()->version_counter();
-  static_assert(sizeof(version) == sizeof(void*));
-  const void* counter;
-  std::memcpy(&counter, &version, sizeof(counter));
-  prefetch_line<true>(counter);
-}
-
-// Calls f with a parameter and each tensor of its state.
-template <class F>
-void for_each_tensor(const HeldParams::Held& h, F f) {
-  f(h.param());
-  for (const at::Tensor& t : h.tensors) f(t);
-}
-
-void bump_versions(const HeldParams& held, const std::vector<ParamRef>& params) {
-  const auto all = [&](auto f) {
-    return [&, f](size_t k) { for_each_tensor(held[params[k].row], f); };
-  };
-  cpu::for_each_run(static_cast<int64_t>(params.size()), [&](size_t begin, size_t end) {
-    prefetched(begin, end, all(bump_version), ahead(12, all(prefetch_version_field)),
-               ahead(6, all(prefetch_version)));
-  });
-}
 
 // The plan for gradients that are already multiplied.
 at::Tensor without_factor(const at::Tensor& plan) {
@@ -192,7 +151,12 @@ void apply(const HeldParams& held, Walk& found, const StepCall& call, const Use&
   materialize_all("an optimizer's step");
   const bool writes_grads = call.materialize && given.plan;
   const Use use = writes_grads ? materialize(held, found, given) : given;
-  for (const std::vector<ParamRef>& params : found.params) bump_versions(held, params);
+  for (const std::vector<ParamRef>& params : found.params)
+    bump_versions(params.size(), [&](size_t k, auto f) {
+      const HeldParams::Held& h = held[params[k].row];
+      f(h.param());
+      for (const at::Tensor& t : h.tensors) f(t);
+    });
   for (int layer = 0; layer <= found.last_layer; ++layer) {
     const std::vector<Laid> laid = lay_out(held, found, layer, call);
     for (size_t list = 0; list < found.params.size(); ++list) {

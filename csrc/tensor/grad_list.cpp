@@ -12,6 +12,7 @@
 #include "dtype.h"
 #include "sparse.h"
 #include "storage.h"
+#include "version.h"
 
 namespace gradfuse {
 namespace {
@@ -92,15 +93,14 @@ size_t append(GradList& list, const GradRef& ref, size_t index, at::Device devic
 }  // namespace
 
 void GradList::prepare_write() {
-  for (DeviceGroup& group : groups) {
-    for (size_t i = 0; i < group.refs.size(); ++i) {
-      const at::Tensor& t = tensors[group.rows[i]];
-      if (t.numel()) group.refs[i].data = t.mutable_data_ptr();
-      if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
-    }
+  for (const auto& [number, place] : others) {
+    DeviceGroup& group = groups[number];
+    const at::Tensor& t = tensors[group.rows[place]];
+    if (t.numel()) group.refs[place].data = t.mutable_data_ptr();
   }
-  for (const at::Tensor& t : sparse)
-    if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+  for (const DeviceGroup& group : groups)
+    bump_versions(group.rows.size(), [&](size_t i, auto f) { f(tensors[group.rows[i]]); });
+  for (const at::Tensor& t : sparse) bump_version(t);
 }
 
 namespace {
@@ -222,7 +222,8 @@ GradList check_gradients(const char* op, std::vector<at::Tensor> tensors, Access
                                  "begins where another does for tensor ",
                                  i, "; .clone() it first");
     }
-    append(list, ref, i, dense[i].found ? dense[i].device : t.device());
+    const size_t number = append(list, ref, i, dense[i].found ? dense[i].device : t.device());
+    if (!dense[i].found) list.others.emplace_back(number, list.groups[number].refs.size() - 1);
   }
   return list;
 }

@@ -27,6 +27,8 @@ struct GradList {
   // (index, that of the same gradient): elements given again, which are in no group.
   std::vector<std::pair<size_t, size_t>> repeats;
   std::vector<at::Tensor> sparse;  // the sparse ones themselves
+  // (group, place in it) of those that are no dense runs, and may have copy-on-write storage.
+  std::vector<std::pair<size_t, size_t>> others;
   bool any_double = false;
 
   // To be called before a write: copies copy-on-write storage, bumps autograd's versions.
