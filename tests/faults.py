@@ -268,9 +268,17 @@ FAULTS = [
     Fault(
         "what rounding the mean lost",
         MATH,
-        "static_cast<F>(bias + normalisation_offset(static_cast<double>(shrunk), mean, scale))",
+        "static_cast<F>(bias + offset)",
         "static_cast<F>(bias)",
         "a mean far from zero costs digits",
+        NORM,
+    ),
+    Fault(
+        "the backward forgets what rounding the mean lost",
+        MATH,
+        "static_cast<double>(rows[0]) + static_cast<double>(rows[channels])",
+        "static_cast<double>(rows[0])",
+        "a mean far from zero costs digits of the gradients",
         NORM,
     ),
     Fault(
