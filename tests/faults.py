@@ -446,9 +446,8 @@ FAULTS = [
     Fault(
         "autograd does not hear of the write",
         CSRC,
-        "if (t.numel()) group.refs[i].data = t.mutable_data_ptr();\n"
-        "      if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();",
-        "if (t.numel()) group.refs[i].data = t.mutable_data_ptr();",
+        "bump_versions(group.rows.size(), [&](size_t i",
+        "bump_versions(0, [&](size_t i",
         "a saved gradient that was written is used",
         CLIP,
     ),
@@ -503,7 +502,7 @@ FAULTS = [
     Fault(
         "a step counts one gradient twice",
         CSRC,
-        "if (const std::optional<size_t> first = find_same(grads, dense_ref(grad)))",
+        "if (const std::optional<size_t> first = find_same(grads, ref))",
         "if (const std::optional<size_t> first; first)",
         "the norm of tied parameters is too large",
         "tests/test_optim_parameters.py",
