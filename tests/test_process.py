@@ -339,3 +339,21 @@ def test_a_module_built_for_another_torch_is_not_used(native):
     warning, norm = assert_ran(run_python(script)).splitlines()
     assert "built for torch 1.0.0, this is torch" in warning
     assert norm == "4.0"
+
+
+def test_thousands_of_tensors_that_only_python_owns(native):
+    """To copy one takes the GIL, which the thread that waits for the others holds."""
+    script = """
+        import torch, gradfuse
+        torch.set_num_threads(2)
+        tensors = [torch.ones(3) for _ in range(1500)]
+        print(gradfuse.get_total_norm(tensors).item() ** 2)
+        params = [torch.nn.Parameter(t) for t in tensors]
+        for p in params:
+            p.grad = torch.ones(3)
+        kept = [p.grad for p in params[::2]]
+        gradfuse.clip_grad_norm_(params, 1.0)
+        gradfuse.GradClipper(params, 0.5).clip_()
+        gradfuse.optim.SGD(params, lr=0.1, clip=0.1).step()
+    """
+    assert float(assert_ran(run_python(script, timeout=60))) == pytest.approx(4500)

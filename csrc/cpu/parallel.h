@@ -90,7 +90,8 @@ void for_each_item(const Items& items, F f) {
 
 // Calls f(begin, end) for runs of [0, n), the numbers of small objects that lie scattered in
 // memory. Whoever looks at one waits for memory, so threads share them although there is little to
-// do.
+// do. f must not copy a tensor that only its Python object owns: torch then takes the GIL, and the
+// caller may hold it.
 template <class F>
 void for_each_run(int64_t n, F f) {
   constexpr int64_t kRun = 256, kLeast = 2 * kRun;

@@ -46,10 +46,15 @@ std::vector<at::Tensor> tensors_of(const PyObject* const* objects, size_t n, Unp
     const at::Tensor& t = unpack(objects[i]);
     out[i] = of_grad ? t.unsafeGetTensorImpl()->grad() : t;
   };
-  cpu::for_each_run(static_cast<int64_t>(n), [&](size_t begin, size_t end) {
+  const auto take_run = [&](size_t begin, size_t end) {
     prefetched(begin, end, take, ahead(16, [&](size_t i) { prefetch_line(objects[i]); }),
                ahead(8, [&](size_t i) { prefetch_fields(unpack(objects[i])); }));
-  });
+  };
+  // The parameter owns its gradient too, so that a copy needs no GIL; see for_each_run.
+  if (of_grad)
+    cpu::for_each_run(static_cast<int64_t>(n), take_run);
+  else
+    take_run(0, n);
   return out;
 }
 

@@ -67,8 +67,7 @@ MaybeTensor maybe_tensor(const char* op, const char* name, py::handle object);
 // A sequence as its Python object; throws TypeError.
 py::sequence sequence_of(const char* op, const char* name, py::handle object);
 
-// The tensors of n objects that are some, or their .grad. Threads share this, for it waits for the
-// fields of scattered tensors.
+// The tensors of n objects that are some, or their .grad.
 std::vector<at::Tensor> tensors_of(const PyObject* const* objects, size_t n, Unpacker unpack,
                                    bool of_grad);
 

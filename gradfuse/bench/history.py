@@ -62,9 +62,8 @@ def commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        git(
-            "ls-files", "--error-unmatch", str(package / "__init__.py")
-        )  # not in another's checkout
+        # A package that is installed somewhere in another checkout is not tracked there.
+        git("ls-files", "--error-unmatch", str(package / "__init__.py"))
         changed = git("status", "--porcelain", "--", *SOURCES)
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
