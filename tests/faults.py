@@ -82,6 +82,14 @@ FAULTS = [
         "tests/test_optim_parameters.py",
     ),
     Fault(
+        "threads copy tensors that only Python owns",
+        "csrc/tensor/python_args.cpp",
+        "if (of_grad)\n    cpu::for_each_run",
+        "if (true)\n    cpu::for_each_run",
+        "a norm of thousands of tensors waits for ever",
+        "tests/test_process.py",
+    ),
+    Fault(
         "copies on write are not made",
         "csrc/tensor/grad_list.cpp",
         "if (!dense[i].found) list.others",
