@@ -66,9 +66,7 @@ def test_speedup_with_its_interval() -> None:
     assert output.speedup(replace(unsteady, contender="stock")) == "1.43x"
 
 
-def test_isa(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    if not _native.available:
-        pytest.skip("no compiled module")
+def test_isa(native: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = _native.backend.isa()
     runs: list[str] = []
     command.run(fake_bench(runs), ["--isa", "baseline", "--out", str(tmp_path)])

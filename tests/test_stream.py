@@ -57,9 +57,21 @@ def test_past_the_caches_too(native):
         ([ones(3)] * 5, [], "at most 4 tensors in reads, got 5"),
         ([], [ones(3)] * 4, "at most 3 tensors in writes, got 4"),
         ([ones(3)], [ones(4)], "tensors of 3 bytes, as the first, got 4"),
-        ([ones(6)[::2]], [], "contiguous tensors with memory on the CPU in reads, got another"),
-        ([], [torch.empty(3, device="meta")], "with memory on the CPU in writes, got another"),
-        ([torch.eye(2).to_sparse()], [], "with memory on the CPU in reads, got another"),
+        (
+            [ones(6)[::2]],
+            [],
+            r"in reads, got \[3\] of layout Strided on cpu with gaps for tensor 0",
+        ),
+        (
+            [],
+            [torch.empty(3, device="meta")],
+            r"on the CPU in writes, got \[3\] of layout Strided on meta for tensor 0",
+        ),
+        (
+            [torch.eye(2).to_sparse()],
+            [],
+            r"on the CPU in reads, got \[2, 2\] of layout Sparse on cpu for tensor 0",
+        ),
     ],
 )
 def test_errors(native, reads, writes, words):

@@ -12,11 +12,15 @@ std::vector<at::Tensor> buffers(const char* name, TensorsArg argument, size_t mo
   if (tensors.size() > most)
     fail<std::invalid_argument>("stream: expected at most ", most, " tensors in ", name, ", got ",
                                 tensors.size());
-  for (const at::Tensor& t : tensors)
-    if (!t.defined() || t.layout() != at::kStrided || is_wrapper(t) || !t.is_cpu() ||
-        !t.is_contiguous() || missing_storage(t))
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const at::Tensor& t = tensors[i];
+    const bool is_plain = t.layout() == at::kStrided && !is_wrapper(t) && t.is_cpu();
+    if (!is_plain || !t.is_contiguous() || missing_storage(t))
       fail<std::invalid_argument>("stream: expected contiguous tensors with memory on the CPU in ",
-                                  name, ", got another");
+                                  name, ", got ", t.sizes(), " of layout ", t.layout(), " on ",
+                                  t.device(), is_plain && !t.is_contiguous() ? " with gaps" : "",
+                                  " for tensor ", i);
+  }
   return tensors;
 }
 
