@@ -15,6 +15,7 @@ void bind_adaptive_clip(pybind11::module_& m);
 void bind_batch_norm(pybind11::module_& m);
 void bind_deferred(pybind11::module_& m);
 void bind_optim(pybind11::module_& m);
+void bind_row_norm(pybind11::module_& m);
 void bind_stream(pybind11::module_& m);
 
 }  // namespace gradfuse
@@ -39,5 +40,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   bind_batch_norm(m);
   bind_deferred(m);
   bind_optim(m);
+  bind_row_norm(m);
   bind_stream(m);
 }

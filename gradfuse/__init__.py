@@ -19,6 +19,8 @@ from gradfuse.ops.clip import (
     clip_grads_with_norm_,
     get_total_norm,
 )
+from gradfuse.ops.layer_norm import add_layer_norm, layer_norm
+from gradfuse.ops.rms_norm import add_rms_norm, rms_norm
 
 __version__ = "0.1.0"
 
@@ -29,6 +31,8 @@ __all__ = [
     "ParameterGrad",
     "Site",
     "adaptive_clip_grad_",
+    "add_layer_norm",
+    "add_rms_norm",
     "batch_norm_act",
     "clip_grad_norm_",
     "clip_grad_value_",
@@ -38,8 +42,10 @@ __all__ = [
     "fuse_graph",
     "fuse_report",
     "get_total_norm",
+    "layer_norm",
     "nn",
     "optim",
     "policies",
+    "rms_norm",
     "unfuse",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import IntEnum, IntFlag
 
-__all__ = ["STATE_NAMES", "Action", "Activation", "NonFinite", "Rule", "Slot"]
+__all__ = ["STATE_NAMES", "Action", "Activation", "NonFinite", "RowNorm", "Rule", "Slot"]
 
 
 class NonFinite(IntEnum):
@@ -46,6 +46,19 @@ class Activation(IntEnum):
     HARDSWISH = 7
     SIGMOID = 8
     TANH = 9
+
+
+class RowNorm(IntEnum):
+    """A norm over the rows of its input; those that add take a residual and a dropout."""
+
+    LAYER_NORM = 0
+    ADD_LAYER_NORM = 1
+    RMS_NORM = 2
+    ADD_RMS_NORM = 3
+
+    @property
+    def is_centred(self) -> bool:
+        return self <= RowNorm.ADD_LAYER_NORM
 
 
 class Slot(IntFlag):

@@ -5,6 +5,7 @@ The kernels take and return these as plain tuples and tensors of the same order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 import torch
@@ -18,6 +19,9 @@ __all__ = [
     "BatchNormSaved",
     "ClipPlan",
     "ClipResult",
+    "RowNormCall",
+    "RowNormOptions",
+    "RowNormSaved",
     "SGDGroup",
     "StepOptions",
     "TensorStats",
@@ -123,6 +127,50 @@ class BatchNormOptions(NamedTuple):
     eps: float
     activation: int  # an Activation
     negative_slope: float
+
+
+class RowNormCall(NamedTuple):
+    """The arguments of a layer norm's or RMS norm's forward."""
+
+    op: int  # a RowNorm
+    input: Tensor  # [..., *normalized_shape]
+    residual: Tensor | None  # of input's shape
+    weight: Tensor | None  # normalized_shape
+    bias: Tensor | None  # normalized_shape
+    sample_scale: Tensor | None  # [input.shape[0]]
+    seed: Tensor | None  # int64 [2]: key and offset of a dropout
+    normalized_shape: Sequence[int]
+    p: float
+    eps: float
+    weight_offset: float
+    sum_dtype: torch.dtype
+    keeps_sum: bool
+
+
+class RowNormSaved(NamedTuple):
+    """The tensors that a row norm keeps for its backward; None for those it does not read."""
+
+    sum: Tensor | None  # else input and residual
+    input: Tensor | None
+    residual: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    sample_scale: Tensor | None
+    seed: Tensor | None
+    stats: Tensor  # [rows, 4] float32 (float64 if input is): mean, its rest, deviation, scale
+
+
+class RowNormOptions(NamedTuple):
+    """What a row norm's backward must know of its forward, beside tensors."""
+
+    op: int  # a RowNorm
+    p: float
+    eps: float
+    weight_offset: float
+    dims: int  # of normalized_shape
+    dtype: torch.dtype  # input's
+    residual_dtype: torch.dtype | None
+    sum_dtype: torch.dtype
 
 
 class StepOptions(NamedTuple):

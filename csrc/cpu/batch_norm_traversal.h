@@ -9,47 +9,6 @@
 // of many rows, one after another: coefficients and sums stay in registers. The second sweep goes
 // in the order of memory: two rows at a time took twice as long as one, for the stores.
 
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }  // std::min is a template
-inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// All blocks of a run but the last are whole; a type of their own spares them the element count.
-template <class T>
-struct Whole {
-  static constexpr int64_t elements = kBlock<T>;
-};
-struct Some {
-  int64_t elements;
-};
-
-template <class T>
-inline Pair<VecFor<T>> load_block(const T* p, Whole<T>) {
-  return load_pair(p);
-}
-template <class T>
-inline Pair<VecFor<T>> load_block(const T* p, Some count) {
-  return load_pair_first(p, count.elements);
-}
-template <class T>
-inline void store_block(T* p, Pair<VecFor<T>> v, Whole<T>, bool past_caches) {
-  if (past_caches)
-    stream_pair(p, v);
-  else
-    store_pair(p, v);
-}
-template <class T>
-inline void store_block(T* p, Pair<VecFor<T>> v, Some count, bool) {
-  store_pair_first(p, v, count.elements);
-}
-// The block with zeros in the lanes beyond the count.
-template <class T, class V>
-inline Pair<V> only_elements(Pair<V> v, Whole<T>) {
-  return v;
-}
-template <class T, class V>
-inline Pair<V> only_elements(Pair<V> v, Some count) {
-  return select(first_elements<T>(count.elements), v, Pair<V>{});
-}
-
 // The hardware's prefetchers see a stream only after some lines of it, and a channel's run or a row
 // ends soon, so each block prefetches the one that comes this many bytes later. Into the L2 cache:
 // rows and samples that lie a power of two apart would evict each other from the L1.

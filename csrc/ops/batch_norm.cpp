@@ -8,10 +8,10 @@
 
 #include <vector>
 
-#include "../tensor/checks.h"
 #include "../tensor/dispatch.h"
 #include "../tensor/dtype.h"
 #include "../tensor/event.h"
+#include "../tensor/operands.h"
 #include "../tensor/python_args.h"
 #include "batch_norm_call.h"
 
@@ -88,32 +88,10 @@ BatchNormShape shape_of(const at::Tensor& t, bool channels_last) {
   return {n, c, s, dtype};
 }
 
-void check_memory(const char* name, const at::Tensor& t) {
-  if (t.layout() != at::kStrided)
-    fail<TypeError>(kOp, ": ", name, " must be dense, got layout ", t.layout());
-  if (!device_is_supported(t.device().type()))
-    fail<TypeError>(kOp, ": ", name, " must be on cpu or a cuda device this build supports, got ",
-                    t.device());
-  if (is_wrapper(t))
-    fail<TypeError>(kOp, ": ", name, " must be a plain tensor, got a wrapper without memory");
-  if (!dtype_of(t.scalar_type()) || t.is_complex())
-    fail<TypeError>(kOp, ": ", name, " must be float16, bfloat16, float32 or float64, got ",
-                    t.scalar_type());
-  if (const auto lack = missing_storage(t))
-    fail<std::runtime_error>(kOp, ": ", name, " must have storage of at least ", lack->needed,
-                             " bytes, got ", lack->found, "; was it resized or freed?");
-}
-
-void check_device(const char* name, const at::Tensor& t, const at::Tensor& like) {
-  if (t.device() != like.device())
-    fail<TypeError>(kOp, ": ", name, " must be on input's device ", like.device(), ", got ",
-                    t.device());
-}
-
 // Throws unless t, [N, C, ...], has the input's shape, dtype and device.
 void check_twin(const char* name, const at::Tensor& t, const at::Tensor& like) {
-  check_memory(name, t);
-  check_device(name, t, like);
+  check_memory(kOp, name, t);
+  check_device(kOp, name, t, like);
   if (t.sizes() != like.sizes() || t.scalar_type() != like.scalar_type())
     fail<std::invalid_argument>(kOp, ": ", name, " must have input's shape and dtype, ",
                                 like.sizes(), " of ", like.scalar_type(), ", got ", t.sizes(),
@@ -122,15 +100,15 @@ void check_twin(const char* name, const at::Tensor& t, const at::Tensor& like) {
 
 void check_vector(const char* name, const MaybeTensor& t, const at::Tensor& like) {
   if (!t) return;
-  check_memory(name, *t);
-  check_device(name, *t, like);
+  check_memory(kOp, name, *t);
+  check_device(kOp, name, *t, like);
   if (t->dim() != 1 || t->size(0) != like.size(1))
     fail<std::invalid_argument>(kOp, ": ", name, " must have one element per channel, [",
                                 like.size(1), "], got ", t->sizes());
 }
 
 void check_input(const at::Tensor& input) {
-  check_memory("input", input);
+  check_memory(kOp, "input", input);
   if (input.dim() < 2)
     fail<std::invalid_argument>(kOp, ": input must be [N, C, ...], got ", input.sizes());
 }
@@ -202,8 +180,8 @@ void check_forward(const BatchNormForwardCall& call) {
   check_vector("running_var", call.running_var, call.input);
   check_running(call.input, call.running_mean, call.running_var, call.training);
   if (!call.momentum_value) return;
-  check_memory("momentum", *call.momentum_value);
-  check_device("momentum", *call.momentum_value, call.input);
+  check_memory(kOp, "momentum", *call.momentum_value);
+  check_device(kOp, "momentum", *call.momentum_value, call.input);
   if (call.momentum_value->numel() != 1)
     fail<std::invalid_argument>(kOp, ": momentum must be one number, got ",
                                 call.momentum_value->sizes());
@@ -291,7 +269,7 @@ ForwardResult forward(const BatchNormForwardCall& given) {
 
 void check_backward(const BackwardCall& call, const OfEach<bool>& wanted) {
   const at::Tensor& g = call.grad_output;
-  check_memory("grad_output", g);
+  check_memory(kOp, "grad_output", g);
   if (g.dim() < 2)
     fail<std::invalid_argument>(kOp, ": grad_output must be [N, C, ...], got ", g.sizes());
   check_options(call.activation, call.eps, call.training);
@@ -300,8 +278,8 @@ void check_backward(const BackwardCall& call, const OfEach<bool>& wanted) {
   if (call.output) check_twin("output", *call.output, g);
   check_vector("weight", call.weight, g);
   check_vector("bias", call.bias, g);
-  check_memory("stats", call.stats);
-  check_device("stats", call.stats, g);
+  check_memory(kOp, "stats", call.stats);
+  check_device(kOp, "stats", call.stats, g);
   if (call.stats.scalar_type() != computed_in(g) || !call.stats.is_contiguous() ||
       call.stats.dim() != 2 || call.stats.size(0) != 3 || call.stats.size(1) != g.size(1))
     fail<std::invalid_argument>(kOp, ": stats must be [3, channels] of ", computed_in(g), ", got ",

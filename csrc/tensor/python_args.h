@@ -36,6 +36,9 @@ struct WantedArg : Argument {};  // whether each gradient is wanted
 struct BatchNormCallArg : Argument {};
 struct BatchNormSavedArg : Argument {};
 struct BatchNormOptionsArg : Argument {};
+struct RowNormCallArg : Argument {};
+struct RowNormSavedArg : Argument {};
+struct RowNormOptionsArg : Argument {};
 struct StepOptionsArg : Argument {};
 struct StepGroupsArg : Argument {};  // a list of AdamWGroup or SGDGroup
 
@@ -125,6 +128,9 @@ GRADFUSE_ARGUMENT(WantedArg, "collections.abc.Sequence[bool]");
 GRADFUSE_ARGUMENT(BatchNormCallArg, "gradfuse._records.BatchNormCall");
 GRADFUSE_ARGUMENT(BatchNormSavedArg, "gradfuse._records.BatchNormSaved");
 GRADFUSE_ARGUMENT(BatchNormOptionsArg, "gradfuse._records.BatchNormOptions");
+GRADFUSE_ARGUMENT(RowNormCallArg, "gradfuse._records.RowNormCall");
+GRADFUSE_ARGUMENT(RowNormSavedArg, "gradfuse._records.RowNormSaved");
+GRADFUSE_ARGUMENT(RowNormOptionsArg, "gradfuse._records.RowNormOptions");
 GRADFUSE_ARGUMENT(StepOptionsArg, "gradfuse._records.StepOptions");
 GRADFUSE_ARGUMENT(
     StepGroupsArg,

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gradfuse import _native
 from gradfuse._codes import Activation
 from gradfuse.nn.batch_norm import normalise
-from gradfuse.ops.batch_norm import is_transformed
+from gradfuse.ops.checks import is_transformed
 
 __all__ = ["DEFERRED", "DeferredBatchNorm1d", "DeferredBatchNorm2d", "DeferredBatchNorm3d"]
 

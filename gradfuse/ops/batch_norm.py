@@ -8,19 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from gradfuse import _native, reference
 from gradfuse._codes import Activation
 from gradfuse._native import define_op
 from gradfuse._records import BatchNormCall, BatchNormOptions, BatchNormSaved
+from gradfuse.ops.checks import is_batched, is_transformed
 from gradfuse.reference import MASKED, OUTPUT_SAVED
 
 __all__ = [
     "ACTIVATIONS",
     "batch_norm_act",
     "check_activation",
-    "is_transformed",
     "library_arguments",
     "recomputing",
 ]
@@ -53,20 +52,6 @@ def recomputing() -> bool:
     twice; a compiled module inside an eager checkpoint counts its batch twice, as torch's do.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def is_transformed() -> bool:
-    """Whether torch.func or forward-mode AD must see through the call."""
-    return (
-        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-    )
-
-
-def _is_batched(t: Tensor) -> bool:
-    """Whether vmap holds the tensor, as for torch.autograd.grad's is_grads_batched."""
-    functorch = torch._C._functorch
-    result: bool = functorch.is_functorch_wrapped_tensor(t) or functorch.is_legacy_batchedtensor(t)
-    return result
 
 
 def batch_norm_act(
@@ -270,7 +255,7 @@ class _BatchNormAct(torch.autograd.Function):
             return (None,) * len(BatchNormCall._fields)
         wanted = ctx.needs_input_grad[:4]
         saved = _saved_from(ctx.saved_tensors)
-        if torch.is_grad_enabled() or type(grad_output) not in _PLAIN or _is_batched(grad_output):
+        if torch.is_grad_enabled() or type(grad_output) not in _PLAIN or is_batched(grad_output):
             grads = _differentiable_backward(grad_output, saved, ctx.options, wanted)
         else:
             grads = _native.backend.batch_norm_backward(grad_output, saved, ctx.options, wanted)

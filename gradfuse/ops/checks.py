@@ -1,4 +1,4 @@
-"""Checks of arguments that the clips, the policies and the optimizers share."""
+"""Checks of arguments that the ops, the policies and the optimizers share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gradfuse._codes import NonFinite
 
@@ -20,6 +21,8 @@ __all__ = [
     "check_nonnegative",
     "check_norm_type",
     "grads_of",
+    "is_batched",
+    "is_transformed",
     "iterator_of",
 ]
 
@@ -95,3 +98,17 @@ def as_sequence(op: str, parameters: Tensor | Iterable[Tensor]) -> Sequence[Tens
 
 def grads_of(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [p.grad for p in parameters if p.grad is not None]
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode AD must see through the call."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    )
+
+
+def is_batched(t: Tensor) -> bool:
+    """Whether vmap holds the tensor, as for torch.autograd.grad's is_grads_batched."""
+    functorch = torch._C._functorch
+    result: bool = functorch.is_functorch_wrapped_tensor(t) or functorch.is_legacy_batchedtensor(t)
+    return result

@@ -18,7 +18,14 @@ from gradfuse.reference.batch_norm import (
     unpack_mask,
 )
 from gradfuse.reference.clip import ParameterList, clamp_, clip_, scale_, stats
+from gradfuse.reference.dropout import addend, philox, random_words, stays
 from gradfuse.reference.optim import Stepper
+from gradfuse.reference.row_norm import (
+    check_row_norm,
+    row_norm,
+    row_norm_backward,
+    row_norm_forward,
+)
 from gradfuse.reference.stream import stream
 
 __all__ = [
@@ -29,16 +36,24 @@ __all__ = [
     "Stepper",
     "activate",
     "adaptive_clip_",
+    "addend",
     "batch_norm_act",
     "batch_norm_backward",
     "batch_norm_forward",
+    "check_row_norm",
     "clamp_",
     "clip_",
     "isa",
     "num_threads",
     "output_like",
+    "philox",
+    "random_words",
+    "row_norm",
+    "row_norm_backward",
+    "row_norm_forward",
     "scale_",
     "stats",
+    "stays",
     "stream",
     "unpack_mask",
 ]

@@ -134,6 +134,12 @@ inline Pair<V> alternate(V low, V high, std::index_sequence<I...>) {
   return {__builtin_shufflevector(low, high, (2 * I)...),
           __builtin_shufflevector(low, high, (2 * I + 1)...)};
 }
+template <class V, size_t... I>
+inline Pair<V> interleaved(V even, V odd, std::index_sequence<I...>) {
+  constexpr size_t n = sizeof...(I);
+  return {__builtin_shufflevector(even, odd, (I / 2 + I % 2 * n)...),
+          __builtin_shufflevector(even, odd, (n / 2 + I / 2 + I % 2 * n)...)};
+}
 #else
 template <class V, size_t... I>
 inline Pair<V> alternate(V low, V high, std::index_sequence<I...>) {
@@ -141,12 +147,29 @@ inline Pair<V> alternate(V low, V high, std::index_sequence<I...>) {
   return {__builtin_shuffle(low, high, Index{(2 * I)...}),
           __builtin_shuffle(low, high, Index{(2 * I + 1)...})};
 }
+template <class V, size_t... I>
+inline Pair<V> interleaved(V even, V odd, std::index_sequence<I...>) {
+  using Index = typename IntsOf<V>::type;
+  constexpr size_t n = sizeof...(I);
+  return {__builtin_shuffle(even, odd, Index{(I / 2 + I % 2 * n)...}),
+          __builtin_shuffle(even, odd, Index{(n / 2 + I / 2 + I % 2 * n)...})};
+}
 #endif
 template <class T>
-inline Pair<VecFor<T>> load_floats_of_block(const ScalarFor<T>* p) {
-  const Pair<VecFor<T>> v = load_pair(p);
+inline Pair<VecFor<T>> in_lane_order(Pair<VecFor<T>> v) {
   if constexpr (kAlternates<T>)
     return alternate(v.a, v.b, std::make_index_sequence<Lanes<T>::count>());
+  else
+    return v;
+}
+template <class T>
+inline Pair<VecFor<T>> load_floats_of_block(const ScalarFor<T>* p) {
+  return in_lane_order<T>(load_pair(p));
+}
+template <class T>
+inline Pair<VecFor<T>> in_memory_order(Pair<VecFor<T>> v) {
+  if constexpr (kAlternates<T>)
+    return interleaved(v.a, v.b, std::make_index_sequence<Lanes<T>::count>());
   else
     return v;
 }
@@ -206,4 +229,45 @@ inline auto lanes_of_block(uint32_t bits) {
   using U = typename IntsOf<VecFor<T>>::unsigned_type;
   return each_half(element_numbers<T>(),
                    [=](U number) { return ((U{} + bits) & ((U{} + 1) << number)) != 0; });
+}
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }  // std::min is a template
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// All blocks of a run but the last are whole; a type of their own spares them the element count.
+template <class T>
+struct Whole {
+  static constexpr int64_t elements = kBlock<T>;
+};
+struct Some {
+  int64_t elements;
+};
+
+template <class T>
+inline Pair<VecFor<T>> load_block(const T* p, Whole<T>) {
+  return load_pair(p);
+}
+template <class T>
+inline Pair<VecFor<T>> load_block(const T* p, Some count) {
+  return load_pair_first(p, count.elements);
+}
+template <class T>
+inline void store_block(T* p, Pair<VecFor<T>> v, Whole<T>, bool past_caches) {
+  if (past_caches)
+    stream_pair(p, v);
+  else
+    store_pair(p, v);
+}
+template <class T>
+inline void store_block(T* p, Pair<VecFor<T>> v, Some count, bool) {
+  store_pair_first(p, v, count.elements);
+}
+// The block with zeros in the lanes beyond the count.
+template <class T, class V>
+inline Pair<V> only_elements(Pair<V> v, Whole<T>) {
+  return v;
+}
+template <class T, class V>
+inline Pair<V> only_elements(Pair<V> v, Some count) {
+  return select(first_elements<T>(count.elements), v, Pair<V>{});
 }

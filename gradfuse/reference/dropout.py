@@ -1,0 +1,64 @@
+"""Dropout in plain torch, by random numbers that depend on a counter and not on a state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_LOW = 0xFFFFFFFF
+
+
+def _product(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """The upper and the lower word of a product of two words; int64 wraps as uint64 does."""
+    product = a * b
+    return (product >> 32) & _LOW, product & _LOW
+
+
+def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor]:
+    """Philox4x32-10: four random words, in int64, of a counter of four words and a key of two.
+
+    Source: Salmon, Moraes, Dror, Shaw 2011, "Parallel Random Numbers: As Easy as 1, 2, 3",
+    section 3.3.
+    """
+    a, b, c, d = counter
+    low, high = key
+    for _ in range(10):
+        first_high, first = _product(a, _MULTIPLIERS[0])
+        second_high, second = _product(c, _MULTIPLIERS[1])
+        a, b, c, d = second_high ^ b ^ low, second, first_high ^ d ^ high, first
+        low, high = (low + _WEYL[0]) & _LOW, (high + _WEYL[1]) & _LOW
+    return [a, b, c, d]
+
+
+def random_words(seed: Tensor, n: int) -> Tensor:
+    """The random word, in int64, of each of n elements: element i has word i % 4 of block i / 4,
+    whose counter is the block's number and seed[1], and whose key is seed[0]."""
+    blocks = torch.arange((n + 3) // 4, device=seed.device)
+    low, high = seed & _LOW, (seed >> 32) & _LOW
+    zeros = torch.zeros_like(blocks)
+    words = philox(
+        (blocks & _LOW, blocks >> 32, low[1] + zeros, high[1] + zeros), (low[0], high[0])
+    )
+    return torch.stack(words, -1).reshape(-1)[:n]
+
+
+def stays(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
+    """Whether each element of a tensor of this shape stays in a dropout."""
+    n = torch.Size(shape).numel()
+    threshold = min(int(p * 2.0**32), _LOW)
+    return (random_words(seed, n) >= threshold).reshape(list(shape))
+
+
+def addend(input: Tensor, seed: Tensor | None, p: float, sample_scale: Tensor | None) -> Tensor:
+    """sample_scale * dropout(input), where what is dropped is 0 whatever it holds."""
+    x = input
+    if seed is not None:
+        x = torch.where(stays(seed, input.shape, p), x * (1.0 / (1.0 - p)), 0.0)
+    if sample_scale is not None:
+        scale = sample_scale.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+        x = torch.where(scale == 0, 0.0, x * scale)
+    return x
