@@ -1,6 +1,6 @@
 // Traversal of layer norm and RMS norm on the CPU: the threads share the rows. A row's sweeps run
-// back to back in the caches. The gradients of weight and bias are summed over fixed groups of rows,
-// each into a slot of its own, and the slots in order: no bit depends on the threads.
+// back to back in the caches. The gradients of weight and bias are summed over fixed groups of
+// rows, each into a slot of its own, and the slots in order: no bit depends on the threads.
 
 #include "../ops/row_norm.h"
 
@@ -38,7 +38,8 @@ void with_compute_type(DType dtype, void* p, F f) {
 class Parameters {
  public:
   Parameters(const RowNormShape& shape, RowVector weight, double offset, RowVector bias)
-      : bytes_(padded_row(shape.width) * compute_bytes(shape.dtype)), memory_(new char[2 * bytes_]) {
+      : bytes_(padded_row(shape.width) * compute_bytes(shape.dtype)),
+        memory_(new char[2 * bytes_]) {
     prepare(shape, weight, offset, 1.0, memory_.get());
     prepare(shape, bias, 0.0, 0.0, memory_.get() + bytes_);
   }
@@ -71,18 +72,17 @@ class Parameters {
 // The scratch memory of an item of work.
 class Scratch {
  public:
-  Scratch(const RowNormShape& shape, int vectors)
-      : vector_(padded_row(shape.width) * compute_bytes(shape.dtype)),
-        memory_(new char[vectors * vector_ + kept_bytes(shape.width)]) {
-    scratch_.row = memory_.get();
-    scratch_.gradient = memory_.get() + vector_;
-    scratch_.partial = memory_.get() + 2 * vector_;
-    scratch_.kept = reinterpret_cast<uint8_t*>(memory_.get() + vectors * vector_);
+  explicit Scratch(const RowNormShape& shape) {
+    const int64_t vector = padded_row(shape.width) * compute_bytes(shape.dtype);
+    const int64_t rows = rows_at_once(shape.width);
+    memory_.reset(new char[(rows + 2) * vector + kKeptBytes]);
+    scratch_.rows = memory_.get();
+    scratch_.partial = memory_.get() + rows * vector;
+    scratch_.kept = reinterpret_cast<uint8_t*>(memory_.get() + (rows + 2) * vector);
   }
   RowScratch get() const { return scratch_; }
 
  private:
-  int64_t vector_;
   std::unique_ptr<char[]> memory_;
   RowScratch scratch_;
 };
@@ -146,17 +146,15 @@ void row_norm_forward(const RowNormForward& call) {
   const RowNormShape& shape = call.shape;
   const Parameters parameters(shape, call.weight, call.weight_offset, call.bias);
   const bool past_caches = store_past_caches(
-      shape,
-      {{call.addends.input, shape.dtype}, {call.addends.residual, shape.residual_dtype}},
+      shape, {{call.addends.input, shape.dtype}, {call.addends.residual, shape.residual_dtype}},
       {{call.sum, shape.sum_dtype}, {call.output, shape.dtype}});
   const RowNormKernels& kernels = row_norm_kernels();
   const int64_t rows = divided_up(kRowItem, shape.width);
-  for_each_item({divided_up(shape.rows, rows), shape.numel(), kLeastRowElements},
-                [&](int64_t i) {
-                  const Scratch scratch(shape, 1);
-                  kernels.forward(call, parameters.get(), scratch.get(), i * rows,
-                                  std::min(shape.rows, (i + 1) * rows), past_caches);
-                });
+  for_each_item({divided_up(shape.rows, rows), shape.numel(), kLeastRowElements}, [&](int64_t i) {
+    const Scratch scratch(shape);
+    kernels.forward(call, parameters.get(), scratch.get(), i * rows,
+                    std::min(shape.rows, (i + 1) * rows), past_caches);
+  });
 }
 
 void row_norm_backward(const RowNormBackward& call) {
@@ -175,7 +173,7 @@ void row_norm_backward(const RowNormBackward& call) {
   const int64_t slot = 2 * padded_row(shape.width);
   const std::unique_ptr<double[]> slots(new double[count * slot]);
   for_each_item({count, shape.numel(), kLeastRowElements}, [&](int64_t i) {
-    const Scratch scratch(shape, 4);
+    const Scratch scratch(shape);
     kernels.backward(call, parameters.get(), scratch.get(), slots.get() + i * slot, i * rows,
                      std::min(shape.rows, (i + 1) * rows), past_caches);
   });

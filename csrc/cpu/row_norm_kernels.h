@@ -14,8 +14,16 @@ constexpr int64_t kRowPadding = 32;
 inline int64_t padded_row(int64_t width) {
   return (width + kRowPadding - 1) / kRowPadding * kRowPadding;
 }
-// Bytes for a bit of each element of a row.
-inline int64_t kept_bytes(int64_t width) { return padded_row(width) / 8 + 64; }
+// Rows that go through one sweep after another, so that the sums of one row are ready when the next
+// sweep comes to it.
+constexpr int64_t kMostRowsAtOnce = 16;
+inline int64_t rows_at_once(int64_t width) {
+  constexpr int64_t kElements = 2048;  // which the L1 cache holds
+  const int64_t rows = kElements / padded_row(width);
+  return rows < 1 ? 1 : rows > kMostRowsAtOnce ? kMostRowsAtOnce : rows;
+}
+// Elements whose random bits are computed at once.
+constexpr int64_t kStrip = 512;
 
 // Vectors of padded_row(width) elements of the compute type, in the order of a block's lanes, zeros
 // behind the row.
@@ -24,11 +32,11 @@ struct RowParameters {
   const void* bias;
 };
 struct RowScratch {
-  void* row;       // the sum; in the backward the normalised row
-  void* gradient;  // that of the normalised row
-  void* partial;   // [2] vectors: the gradients of bias and weight over some rows
-  uint8_t* kept;   // [kept_bytes]: whether each element stays
+  void* rows;     // [rows_at_once] vectors: the sums
+  void* partial;  // [2] vectors: the gradients of bias and weight over some rows
+  uint8_t* kept;  // [kKeptBytes]: whether each element of a strip stays
 };
+constexpr int64_t kKeptBytes = kStrip / 8 + 128;
 
 struct RowNormKernels {
   // Rows [begin, end).
@@ -37,7 +45,8 @@ struct RowNormKernels {
   // The same; writes the rows' gradients of bias and weight to sums, [2][padded_row(width)].
   void (*backward)(const RowNormBackward& call, RowParameters parameters, RowScratch scratch,
                    double* sums, int64_t begin, int64_t end, bool past_caches);
-  // Bring n elements, whole blocks, from the order in memory into that of a block's lanes, and back.
+  // Bring n elements, whole blocks, from the order in memory into that of a block's lanes, and
+  // back.
   void (*into_lane_order)(DType dtype, void* v, int64_t n);
   void (*into_element_order)(DType dtype, double* v, int64_t n);
 };
@@ -79,26 +88,42 @@ inline void forward_of(const RowNormForward& given, RowParameters parameters, Ro
                        int64_t begin, int64_t end, bool past_caches) {
   using F = ScalarFor<T>;
   const RowNormForward call = given;  // a copy: stores cannot alias it
-  const int64_t width = call.shape.width;
-  F* const values = static_cast<F*>(scratch.row);
+  const int64_t width = call.shape.width, padded = padded_row(width);
+  const int64_t at_once = rows_at_once(width);
   const F* const weight = static_cast<const F*>(parameters.weight);
   const F* const bias = static_cast<const F*>(parameters.bias);
-  for (int64_t row = begin; row < end; ++row) {
-    LaneSum<T> first;
-    S* const sum = call.sum ? static_cast<S*>(call.sum) + row * width : nullptr;
-    gather<T, R, S>(
-        call.shape, call.addends, row, scratch.kept, sum, past_caches, values,
-        [&](Pair<VecFor<T>> v) { first.add(kCentred ? v : v * v); }, [&] { first.fold(); });
-    const RowStatistics s = statistics_of<T, kCentred>(values, width, first.result(), call.eps);
-    const RowNormalisation<F> n = keep_row<F>(call.stats, row, s);
-    T* const output = static_cast<T*>(call.output) + row * width;
-    const NextRow<T, R> next = {call.addends, row + 1 < end ? (row + 1) * width : -1};
-    for_each_block<T>(width, [&](int64_t i, auto count) {
-      next.prefetch(i);
-      Pair<VecFor<T>> h = normalised<kCentred>(load_pair(values + i), n) * load_pair(weight + i);
-      if constexpr (kCentred) h = h + load_pair(bias + i);
-      store_block(output + i, h, count, past_caches);
-    });
+  const KeptElements keep(call.addends.dropout);
+  for (int64_t row = begin; row < end; row += at_once) {
+    F* const values = static_cast<F*>(scratch.rows);
+    const int64_t rows = least(at_once, end - row);
+    double first[kMostRowsAtOnce];
+    for (int64_t k = 0; k < rows; ++k) {
+      LaneSum<T> of_row;
+      S* const sum = call.sum ? static_cast<S*>(call.sum) + (row + k) * width : nullptr;
+      gather<T, R, S>(
+          call.shape, call.addends, row + k, keep, scratch.kept, sum, past_caches,
+          values + k * padded, [&](Pair<VecFor<T>> v) { of_row.add(kCentred ? v : v * v); },
+          [&] { of_row.fold(); });
+      first[k] = of_row.result();
+    }
+    RowNormalisation<F> n[kMostRowsAtOnce];
+    for (int64_t k = 0; k < rows; ++k)
+      n[k] =
+          keep_row<F>(call.stats, row + k,
+                      statistics_of<T, kCentred>(values + k * padded, width, first[k], call.eps));
+    for (int64_t k = 0; k < rows; ++k) {
+      const F* const v = values + k * padded;
+      T* const output = static_cast<T*>(call.output) + (row + k) * width;
+      const int64_t later = row + k + at_once;
+      const LaneNormalisation<VecFor<T>> lanes(n[k]);
+      const LaterRow<T, R> next = {call.addends, later < end ? later * width : -1};
+      for_each_block<T>(0, width, [&](int64_t i, auto count) {
+        next.prefetch(i);
+        Pair<VecFor<T>> h = normalised<kCentred>(load_pair(v + i), lanes) * load_pair(weight + i);
+        if constexpr (kCentred) h = h + load_pair(bias + i);
+        store_block(output + i, h, count, past_caches);
+      });
+    }
   }
   if (past_caches) wait_for_streams();
 }
@@ -116,86 +141,108 @@ void forward(const RowNormForward& call, RowParameters parameters, RowScratch sc
   });
 }
 
-// The first sweep of a row: keeps the normalised elements h and their gradients g, adds to the sums
-// for bias and weight, and returns the sums of g and of g * h. `value(i, count)` loads the row.
-template <class T, bool kCentred, class Value>
+// Loads blocks of a row's sum: the one that the forward kept, or the one in scratch memory.
+template <class T, class S>
+struct SumOfRow {
+  const S* kept;
+  const ScalarFor<T>* again;
+
+  template <class Count>
+  Pair<VecFor<T>> operator()(int64_t i, Count count) const {
+    return kept ? load_as<T>(kept + i, count) : load_pair(again + i);
+  }
+};
+
+// The first sweep of a row: adds to the sums for bias and weight, and returns the sums of g and of
+// g * h. g is the gradient of the normalised element h.
+template <class T, bool kCentred, class Sum>
 inline RowMoments gradient_sums(const RowNormBackward& call, int64_t row,
-                                const RowNormalisation<ScalarFor<T>>& n, RowParameters parameters,
-                                RowScratch scratch, Value value) {
+                                const RowNormalisation<ScalarFor<T>>& normalisation,
+                                const void* weights, void* partial, const Sum& given_sum) {
   using F = ScalarFor<T>;
-  const int64_t width = call.shape.width, padded = padded_row(width);
+  const LaneNormalisation<VecFor<T>> n(normalisation);
+  const Sum sum_of_row = given_sum;
+  const int64_t width = call.shape.width;
   const T* const grad_output = static_cast<const T*>(call.grad_output) + row * width;
-  const F* const weight = static_cast<const F*>(parameters.weight);
-  F* const values = static_cast<F*>(scratch.row);
-  F* const gradients = static_cast<F*>(scratch.gradient);
-  F* const of_bias = call.grad_bias.data ? static_cast<F*>(scratch.partial) : nullptr;
-  F* const of_weight = call.grad_weight.data ? static_cast<F*>(scratch.partial) + padded : nullptr;
+  const F* const weight = static_cast<const F*>(weights);
+  F* const of_bias = call.grad_bias.data ? static_cast<F*>(partial) : nullptr;
+  F* const of_weight =
+      call.grad_weight.data ? static_cast<F*>(partial) + padded_row(width) : nullptr;
   LaneSum<T> sum, dot;
   for_each_block<T>(
-      width,
+      0, width,
       [&](int64_t i, auto count) {
         const auto g_out = load_block(grad_output + i, count);
-        const auto h = normalised<kCentred>(value(i, count), n);
-        const auto g = g_out * load_pair(weight + i);
+        const auto h = normalised<kCentred>(sum_of_row(i, count), n);
         const auto product = g_out * h;
         if (of_weight) store_pair(of_weight + i, load_pair(of_weight + i) + product);
         if (of_bias) store_pair(of_bias + i, load_pair(of_bias + i) + g_out);
-        store_pair(values + i, h);
-        store_pair(gradients + i, g);
-        if constexpr (kCentred) sum.add(g);
-        dot.add(g * h);
+        const auto w = load_pair(weight + i);
+        if constexpr (kCentred) sum.add(g_out * w);
+        dot.add(product * w);
       },
       [&] {
         sum.fold();
         dot.fold();
       });
-  const RowMoments s = {sum.result(), dot.result()};
+  RowMoments s = {sum.result(), dot.result()};
   if (std::isfinite(s.sum) && std::isfinite(s.squares)) return s;
-  return wide_gradient_sums<T, kCentred>(values, gradients, width);
+  // In float64, for those in float32 may have overflowed.
+  s = RowMoments{0.0, 0.0};
+  for_each_block<T>(0, width, [&](int64_t i, auto count) {
+    F g[kBlock<T>], h[kBlock<T>];
+    store_pair(g, load_block(grad_output + i, count));
+    store_pair(h, normalised<kCentred>(sum_of_row(i, count), n));
+    for (int64_t j = 0; j < kBlock<T>; ++j) {
+      const double of_h = static_cast<double>(g[j]) * static_cast<double>(weight[i + j]);
+      if (kCentred) s.sum += of_h;
+      s.squares += of_h * static_cast<double>(h[j]);
+    }
+  });
+  return s;
 }
 
+// The second sweep of a row: writes the gradients of residual and input.
 template <class T, class R, class S, bool kCentred>
-inline void backward_of_row(const RowNormBackward& call, int64_t row, RowParameters parameters,
-                            RowScratch scratch, bool past_caches) {
+inline void write_gradients(const RowNormBackward& call, int64_t row,
+                            const RowNormalisation<ScalarFor<T>>& normalisation,
+                            const void* weights, RowGradient<ScalarFor<T>> r,
+                            const SumOfRow<T, S>& given_sum, const KeptElements& keep,
+                            uint8_t* kept, int64_t later, bool past_caches) {
   using F = ScalarFor<T>;
   using V = VecFor<T>;
   const int64_t width = call.shape.width, at = row * width;
-  const RowNormalisation<F> n = row_normalisation<F>(call.stats, row);
-  F* const values = static_cast<F*>(scratch.row);
-  const F* const gradients = static_cast<const F*>(scratch.gradient);
-  RowMoments sums;
-  if (call.sum) {
-    const S* const sum = static_cast<const S*>(call.sum) + at;
-    sums = gradient_sums<T, kCentred>(
-        call, row, n, parameters, scratch,
-        [&](int64_t i, auto count) { return load_as<T>(sum + i, count); });
-  } else {
-    gather<T, R, S>(
-        call.shape, call.addends, row, scratch.kept, static_cast<S*>(nullptr), false, values,
-        [](Pair<V>) {}, [] {});
-    sums = gradient_sums<T, kCentred>(call, row, n, parameters, scratch,
-                                      [&](int64_t i, auto) { return load_pair(values + i); });
-  }
-  const RowGradient<F> r =
-      row_gradient<F>(sums.sum, sums.squares, static_cast<double>(width), kCentred);
+  const T* const grad_output = static_cast<const T*>(call.grad_output) + at;
+  const F* const weight = static_cast<const F*>(weights);
   const S* const grad_sum = call.grad_sum ? static_cast<const S*>(call.grad_sum) + at : nullptr;
   R* const grad_residual = call.grad_residual ? static_cast<R*>(call.grad_residual) + at : nullptr;
   T* const grad_input = call.grad_input ? static_cast<T*>(call.grad_input) + at : nullptr;
-  if (!grad_residual && !grad_input) return;
-  const Pair<V> mean = {V{} + r.mean_gradient, V{} + r.mean_gradient};
+  const LaneNormalisation<V> n(normalisation);
+  const SumOfRow<T, S> sum_of_row = given_sum;
+  const V mean = V{} + r.mean_gradient, slope = V{} + r.slope;
   const F factor = factor_of<F>(call.addends, row);
-  const bool drops = call.addends.dropout.seed && factor != F(0);
-  if (drops && grad_input && call.sum)
-    kept_elements(call.addends.dropout, at, width, scratch.kept);
-  for_each_block<T>(width, [&](int64_t i, auto count) {
-    const auto h = load_pair(values + i), g = load_pair(gradients + i);
-    Pair<V> d = ((g - (h * r.slope + mean)) * n.inverse) * n.scale;
-    if (grad_sum) d = d + load_as<T>(grad_sum + i, count);
-    if (grad_residual) store_as<T>(grad_residual + i, d, count, past_caches);
-    if (!grad_input) return;
-    d = factor == F(0) ? Pair<V>{} : d * factor;
-    if (drops) d = select(lanes_of_block<T>(kept_of_block<T>(scratch.kept, i)), d, Pair<V>{});
-    store_block(grad_input + i, d, count, past_caches);
+  const bool left_out = factor == F(0);
+  const bool drops = call.addends.dropout.seed && !left_out && grad_input;
+  const T* const next_output = static_cast<const T*>(call.grad_output) + later * width;
+  const S* const next_sum = call.sum ? static_cast<const S*>(call.sum) + later * width : nullptr;
+  for_each_strip(width, [&](int64_t begin, int64_t end) {
+    if (drops) keep(at + begin, end - begin, kept);
+    for_each_block<T>(begin, end, [&](int64_t i, auto count) {
+      const auto g = load_block(grad_output + i, count) * load_pair(weight + i);
+      const auto h = normalised<kCentred>(sum_of_row(i, count), n);
+      Pair<V> d = {((g.a - (h.a * slope + mean)) * n.inverse) * n.scale,
+                   ((g.b - (h.b * slope + mean)) * n.inverse) * n.scale};
+      if (grad_sum) d = d + load_as<T>(grad_sum + i, count);
+      if (later >= 0) {
+        prefetch_block<T>(next_output + i);
+        if (next_sum) prefetch_block<T>(next_sum + i);
+      }
+      if (grad_residual) store_as<T>(grad_residual + i, d, count, past_caches);
+      if (!grad_input) return;
+      d = left_out ? Pair<V>{} : d * factor;
+      if (drops) d = only_kept<T>(kept, i - begin, d);
+      store_block(grad_input + i, d, count, past_caches);
+    });
   });
 }
 
@@ -207,14 +254,45 @@ inline void backward_of(const RowNormBackward& given, RowParameters parameters, 
                         double* sums, int64_t begin, int64_t end, bool past_caches) {
   using F = ScalarFor<T>;
   const RowNormBackward call = given;
-  const int64_t values = 2 * padded_row(call.shape.width);
+  const int64_t width = call.shape.width, padded = padded_row(width);
+  const int64_t at_once = rows_at_once(width);
   F* const partial = static_cast<F*>(scratch.partial);
-  for (int64_t first = begin; first < end; first += kPartialRows) {
-    std::memset(partial, 0, static_cast<size_t>(values) * sizeof(F));
-    for (int64_t row = first; row < least(first + kPartialRows, end); ++row)
-      backward_of_row<T, R, S, kCentred>(call, row, parameters, scratch, past_caches);
-    for (int64_t i = 0; i < values; ++i)
-      sums[i] = (first == begin ? 0.0 : sums[i]) + static_cast<double>(partial[i]);
+  const KeptElements keep(call.addends.dropout);
+  const bool writes = call.grad_input || call.grad_residual;
+  std::memset(partial, 0, static_cast<size_t>(2 * padded) * sizeof(F));
+  for (int64_t i = 0; i < 2 * padded; ++i) sums[i] = 0.0;
+  int64_t pending = 0;
+  for (int64_t row = begin; row < end; row += at_once) {
+    const int64_t rows = least(at_once, end - row);
+    SumOfRow<T, S> sum_of_row[kMostRowsAtOnce];
+    RowNormalisation<F> n[kMostRowsAtOnce];
+    RowGradient<F> r[kMostRowsAtOnce];
+    for (int64_t k = 0; k < rows; ++k) {
+      F* const values = static_cast<F*>(scratch.rows) + k * padded;
+      sum_of_row[k] = {call.sum ? static_cast<const S*>(call.sum) + (row + k) * width : nullptr,
+                       values};
+      if (!call.sum)
+        gather<T, R, S>(
+            call.shape, call.addends, row + k, keep, scratch.kept, static_cast<S*>(nullptr), false,
+            values, [](Pair<VecFor<T>>) {}, [] {});
+      n[k] = row_normalisation<F>(call.stats, row + k);
+      const RowMoments s = gradient_sums<T, kCentred>(call, row + k, n[k], parameters.weight,
+                                                      partial, sum_of_row[k]);
+      r[k] = row_gradient<F>(s.sum, s.squares, static_cast<double>(width), kCentred);
+    }
+    for (int64_t k = 0; writes && k < rows; ++k) {
+      const int64_t later = row + k + at_once;
+      write_gradients<T, R, S, kCentred>(call, row + k, n[k], parameters.weight, r[k],
+                                         sum_of_row[k], keep, scratch.kept,
+                                         later < end ? later : -1, past_caches);
+    }
+    pending += rows;
+    if (pending < kPartialRows && row + rows < end) continue;
+    for (int64_t i = 0; i < 2 * padded; ++i) {
+      sums[i] += static_cast<double>(partial[i]);
+      partial[i] = F(0);
+    }
+    pending = 0;
   }
   if (past_caches) wait_for_streams();
 }

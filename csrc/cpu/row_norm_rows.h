@@ -4,19 +4,25 @@
 // Blocks whose terms are summed in the compute type before they join a float64 sum.
 constexpr int64_t kFold = 8;
 
-// Calls body(first element, count) for each block of a row, and fold() after each kFold of them.
+// Calls body(first element, count) for each block of elements [begin, end) of a row, and fold()
+// after each kFold of them.
 template <class T, class Body, class Fold>
-inline void for_each_block(int64_t width, Body body, Fold fold) {
+inline void for_each_block(int64_t begin, int64_t end, Body body, Fold fold) {
   constexpr int64_t kElements = kBlock<T>;
-  int64_t i = 0;
-  for (; i + kFold * kElements <= width; fold())
-    for (int64_t end = i + kFold * kElements; i < end; i += kElements) body(i, Whole<T>());
-  for (; i + kElements <= width; i += kElements) body(i, Whole<T>());
-  if (i < width) body(i, Some{width - i});
+  int64_t i = begin;
+  for (; i + kFold * kElements <= end; fold())
+    for (int64_t last = i + kFold * kElements; i < last; i += kElements) body(i, Whole<T>());
+  for (; i + kElements <= end; i += kElements) body(i, Whole<T>());
+  if (i < end) body(i, Some{end - i});
 }
 template <class T, class Body>
-inline void for_each_block(int64_t width, Body body) {
-  for_each_block<T>(width, body, [] {});
+inline void for_each_block(int64_t begin, int64_t end, Body body) {
+  for_each_block<T>(begin, end, body, [] {});
+}
+// Calls body(begin, end) for each strip of a row.
+template <class Body>
+inline void for_each_strip(int64_t width, Body body) {
+  for (int64_t i = 0; i < width; i += kStrip) body(i, least(i + kStrip, width));
 }
 
 template <class T>
@@ -49,7 +55,7 @@ inline RowMoments moments_about(const ScalarFor<T>* v, int64_t width, ScalarFor<
   LaneSum<T> sum, squares;
   const Pair<VecFor<T>> shifts = {VecFor<T>{} + shift, VecFor<T>{} + shift};
   for_each_block<T>(
-      width,
+      0, width,
       [&](int64_t i, auto count) {
         const auto d = only_elements<T>(load_pair(v + i) * scale - shifts, count);
         sum.add(d);
@@ -66,7 +72,7 @@ inline RowMoments moments_about(const ScalarFor<T>* v, int64_t width, ScalarFor<
 template <class T>
 inline double largest_of(const ScalarFor<T>* v, int64_t width) {
   VecFor<T> most = {};
-  for_each_block<T>(width, [&](int64_t i, auto) {
+  for_each_block<T>(0, width, [&](int64_t i, auto) {
     const Pair<VecFor<T>> x = load_pair(v + i);
     for (VecFor<T> part : {x.a, x.b}) {
       part = part < 0 ? -part : part;
@@ -76,23 +82,26 @@ inline double largest_of(const ScalarFor<T>* v, int64_t width) {
   return reduce_lanes(most, [](auto a, auto b) { return a > b ? a : b; });
 }
 
-// Sums of g and of g * h in float64, where those in float32 overflow.
-template <class T, bool kCentred>
-inline RowMoments wide_gradient_sums(const ScalarFor<T>* h, const ScalarFor<T>* g, int64_t width) {
-  RowMoments s = {0.0, 0.0};
-  for (int64_t i = 0; i < (width + kBlock<T> - 1) / kBlock<T> * kBlock<T>; ++i) {
-    if (kCentred) s.sum += static_cast<double>(g[i]);
-    s.squares += static_cast<double>(g[i]) * static_cast<double>(h[i]);
-  }
-  return s;
-}
+// A row's normalisation in all lanes. Sweeps make their own: stores could alias a reference.
+template <class V>
+struct LaneNormalisation {
+  V scale, mean, inverse, offset;
 
-template <bool kCentred, class V, class F>
-inline Pair<V> normalised(Pair<V> v, const RowNormalisation<F>& n) {
+  template <class F>
+  explicit LaneNormalisation(const RowNormalisation<F>& n)
+      : scale(V{} + n.scale),
+        mean(V{} + n.mean),
+        inverse(V{} + n.inverse),
+        offset(V{} + n.offset) {}
+};
+template <bool kCentred, class V>
+inline V normalised(V v, const LaneNormalisation<V>& n) {
   if constexpr (!kCentred) return (v * n.scale) * n.inverse;
-  const V mean = V{} + n.mean, offset = V{} + n.offset;
-  const Pair<V> d = v * n.scale - Pair<V>{mean, mean};
-  return d * n.inverse + Pair<V>{offset, offset};
+  return (v * n.scale - n.mean) * n.inverse + n.offset;
+}
+template <bool kCentred, class V>
+inline Pair<V> normalised(Pair<V> v, const LaneNormalisation<V>& n) {
+  return {normalised<kCentred>(v.a, n), normalised<kCentred>(v.b, n)};
 }
 
 // A block of A, which is T or the type that T is computed in, in the order of T's lanes.
@@ -122,14 +131,23 @@ inline void store_as(A* p, Pair<VecFor<T>> v, Count count, bool past_caches) {
   }
 }
 
-// The value that an A holds after v is stored in it.
-template <class A, class V>
-inline Pair<V> rounded(Pair<V> v) {
-  if constexpr (sizeof(A) > 2) {
+// Stores a block as S, unless `sum` is null, and returns what an S can hold of it.
+template <class T, class S, class Count>
+inline Pair<VecFor<T>> store_rounded(S* sum, Pair<VecFor<T>> v, Count count, bool past_caches) {
+  if constexpr (sizeof(S) > 2) {
+    if (sum) store_as<T>(sum, v, count, past_caches);
     return v;
   } else {
-    const UIntVec words = words_of(static_cast<const A*>(nullptr), v);
-    return load_pair(reinterpret_cast<const A*>(&words));
+    const UIntVec words = words_of(static_cast<const S*>(nullptr), v);
+    if (!sum)
+      ;
+    else if constexpr (std::is_same_v<Count, Some>)
+      store_words_first(sum, words, count.elements);
+    else if (past_caches)
+      stream_words(sum, words);
+    else
+      std::memcpy(sum, &words, sizeof(words));
+    return load_pair(reinterpret_cast<const S*>(&words));
   }
 }
 
@@ -141,12 +159,20 @@ inline F factor_of(const RowSum& addends, int64_t row) {
   return static_cast<F>(factor);
 }
 
-// Bits of a block that begins with element i, from those of its row.
+// A block with zeros in the place of elements that do not stay. It begins with element i of those
+// that the bits are of.
 template <class T>
-inline uint32_t kept_of_block(const uint8_t* kept, int64_t i) {
+inline Pair<VecFor<T>> only_kept(const uint8_t* kept, int64_t i, Pair<VecFor<T>> v) {
   uint32_t bits = 0;
   std::memcpy(&bits, kept + i / 8, (kBlock<T> + 7) / 8);
-  return bits >> (i % 8);
+  if constexpr (kBlock<T> < 8) bits >>= i % 8;
+  return only_lanes<T>(bits, v);
+}
+
+template <class T, class A>
+inline void prefetch_block(const A* p) {
+  for (size_t b = 0; b < kBlock<T> * sizeof(A); b += 64)
+    prefetch_line_into_l2(reinterpret_cast<const char*>(p) + b);
 }
 
 // Calls f(Type<T>, Type<R>, Type<S>) with the types of input, residual and sum.
@@ -174,8 +200,9 @@ inline void with_row_types(const RowNormShape& shape, F f) {
 // residual + factor * dropout(input) of a row, rounded to S: into `values`, in the order of T's
 // lanes with zeros behind them, into `sum` unless it is null, and into take(block).
 template <class T, class R, class S, class Take, class Fold>
-inline void gather(const RowNormShape& shape, const RowSum& addends, int64_t row, uint8_t* kept,
-                   S* sum, bool past_caches, ScalarFor<T>* values, Take take, Fold fold) {
+inline void gather(const RowNormShape& shape, const RowSum& addends, int64_t row,
+                   const KeptElements& keep, uint8_t* kept, S* sum, bool past_caches,
+                   ScalarFor<T>* values, Take take, Fold fold) {
   using V = VecFor<T>;
   const int64_t width = shape.width, at = row * width;
   const auto factor = factor_of<ScalarFor<T>>(addends, row);
@@ -183,43 +210,37 @@ inline void gather(const RowNormShape& shape, const RowSum& addends, int64_t row
   const R* const residual =
       addends.residual ? static_cast<const R*>(addends.residual) + at : nullptr;
   const bool drops = addends.dropout.seed && input;
-  if (drops) kept_elements(addends.dropout, at, width, kept);
-  for_each_block<T>(
-      width,
-      [&](int64_t i, auto count) {
-        Pair<V> v = {};
-        if (residual) v = load_as<T>(residual + i, count);
-        if (input) {
-          Pair<V> x = load_block(input + i, count);
-          if (drops) {
-            x = select(lanes_of_block<T>(kept_of_block<T>(kept, i)), x * factor, Pair<V>{});
-            v = v + x;
-          } else {
-            v = v + x * factor;
+  for_each_strip(width, [&](int64_t begin, int64_t end) {
+    if (drops) keep(at + begin, end - begin, kept);
+    for_each_block<T>(
+        begin, end,
+        [&](int64_t i, auto count) {
+          Pair<V> v = {};
+          if (residual) v = load_as<T>(residual + i, count);
+          if (input) {
+            const Pair<V> x = load_block(input + i, count);
+            if (drops)
+              v = v + only_kept<T>(kept, i - begin, x * factor);
+            else
+              v = v + x * factor;
           }
-        }
-        v = rounded<S>(v);
-        if (sum) store_as<T>(sum + i, v, count, past_caches);
-        store_pair(values + i, v);
-        take(v);
-      },
-      fold);
+          v = store_rounded<T>(sum ? sum + i : nullptr, v, count, past_caches);
+          store_pair(values + i, v);
+          take(v);
+        },
+        fold);
+  });
 }
 
-// Prefetches the addends of the next row, block by block, while this one is swept in the caches.
+// Prefetches the addends of a later row, block by block, while one is swept in the caches.
 template <class T, class R>
-struct NextRow {
+struct LaterRow {
   RowSum addends;
   int64_t at;  // of its first element; negative if there is none
 
   void prefetch(int64_t i) const {
     if (at < 0) return;
-    prefetch_block(static_cast<const T*>(addends.input) + at + i);
-    if (addends.residual) prefetch_block(static_cast<const R*>(addends.residual) + at + i);
-  }
-  template <class A>
-  static void prefetch_block(const A* p) {
-    for (size_t b = 0; b < kBlock<T> * sizeof(A); b += 64)
-      prefetch_line_into_l2(reinterpret_cast<const char*>(p) + b);
+    prefetch_block<T>(static_cast<const T*>(addends.input) + at + i);
+    if (addends.residual) prefetch_block<T>(static_cast<const R*>(addends.residual) + at + i);
   }
 };

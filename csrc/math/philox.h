@@ -24,16 +24,15 @@ GRADFUSE_HD Philox philox(Philox c, uint32_t key_low, uint32_t key_high) {
     const uint64_t first = uint64_t{kPhiloxFirst} * c.word[0];
     const uint64_t second = uint64_t{kPhiloxSecond} * c.word[2];
     c = {{static_cast<uint32_t>(second >> 32) ^ c.word[1] ^ key_low, static_cast<uint32_t>(second),
-          static_cast<uint32_t>(first >> 32) ^ c.word[3] ^ key_high,
-          static_cast<uint32_t>(first)}};
+          static_cast<uint32_t>(first >> 32) ^ c.word[3] ^ key_high, static_cast<uint32_t>(first)}};
     key_low += kPhiloxLow;
     key_high += kPhiloxHigh;
   }
   return c;
 }
 
-// The random words of one call: element i has word i % 4 of block i / 4. A call draws its key and
-// its offset, the upper half of the counter, from torch's generator.
+// The random numbers of one call, by block. A call draws its key and its offset, the upper half of
+// the counter, from torch's generator.
 struct RandomStream {
   uint64_t key, offset;
 };

@@ -16,7 +16,7 @@ namespace gradfuse {
 
 // Of a row's elements times `scale`, a power of two: 1 unless their squares leave the range of F.
 struct RowStatistics {
-  double mean;       // 0 for RMS norm
+  double mean;  // 0 for RMS norm
   double deviation;  // sqrt(variance + eps), or of the mean square
   double scale;
 };
@@ -53,8 +53,8 @@ GRADFUSE_HD double scale_of_row(double largest, double eps) {
 // the same: [rows, kKeptOfRow] of F.
 enum KeptOfRow { kRowMean, kRowMeanRest, kRowDeviation, kRowScale, kKeptOfRow };
 
-// normalised = (x * scale - mean) * inverse + offset, where mean is rounded to F and offset makes up
-// for that.
+// normalised = (x * scale - mean) * inverse + offset, where mean is rounded to F and offset makes
+// up for that.
 template <class F>
 struct RowNormalisation {
   F scale, mean, inverse, offset;

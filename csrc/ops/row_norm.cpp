@@ -101,8 +101,7 @@ void check_sample_scale(const char* op, const MaybeTensor& scale, const at::Tens
                         int64_t batch_dims) {
   if (!scale) return;
   if (batch_dims < 1)
-    fail<std::invalid_argument>(op, ": sample_scale needs an input of samples, got ",
-                                like.sizes());
+    fail<std::invalid_argument>(op, ": sample_scale needs an input of samples, got ", like.sizes());
   check_like(op, "sample_scale", scale, like, {like.size(0)});
 }
 
@@ -176,8 +175,8 @@ RowNormResult row_norm_forward(const RowNormForwardCall& given) {
   const int64_t rows = width ? x.numel() / width : 0;
   const Sizes stats = {rows, kKeptOfRow};
   const at::TensorOptions stats_options = options.dtype(row_compute_type(x.scalar_type()));
-  const bool is_input = !given.residual && !given.sample_scale && !given.seed &&
-                        given.sum_type == x.scalar_type();
+  const bool is_input =
+      !given.residual && !given.sample_scale && !given.seed && given.sum_type == x.scalar_type();
   RowNormResult result;
   if (x.numel() == 0) {
     result.output = at::empty(x.sizes(), options);
@@ -260,7 +259,8 @@ RowNormGradients row_norm_backward(const RowNormBackwardCall& given, std::array<
   if (g.numel() == 0) {
     if (wanted[0]) grads.input = at::empty(g.sizes(), options);
     if (wanted[1]) grads.residual = at::empty(g.sizes(), options.dtype(given.residual_type));
-    if (wanted[2] && given.weight) grads.weight = at::zeros(given.weight->sizes(), like(given.weight));
+    if (wanted[2] && given.weight)
+      grads.weight = at::zeros(given.weight->sizes(), like(given.weight));
     if (wanted[3] && given.bias) grads.bias = at::zeros(given.bias->sizes(), like(given.bias));
     return grads;
   }
@@ -370,8 +370,7 @@ std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor> row_norm_backward
   const py::handle residual_type = fields.next();
   call.sum_type = fields.next_as<at::ScalarType>();
   call.has_residual = !residual_type.is_none();
-  call.residual_type =
-      call.has_residual ? residual_type.cast<at::ScalarType>() : call.sum_type;
+  call.residual_type = call.has_residual ? residual_type.cast<at::ScalarType>() : call.sum_type;
   const char* const op = call.op;
   call.grad_output = tensor_of(op, "grad_output", grad_output.object);
   call.grad_sum = maybe_tensor(op, "grad_sum", grad_sum.object);

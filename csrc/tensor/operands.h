@@ -25,7 +25,8 @@ inline void check_memory(const char* op, const char* name, const at::Tensor& t) 
                              " bytes, got ", lack->found, "; was it resized or freed?");
 }
 
-inline void check_device(const char* op, const char* name, const at::Tensor& t, const at::Tensor& like) {
+inline void check_device(const char* op, const char* name, const at::Tensor& t,
+                         const at::Tensor& like) {
   if (t.device() != like.device())
     fail<TypeError>(op, ": ", name, " must be on input's device ", like.device(), ", got ",
                     t.device());

@@ -34,16 +34,21 @@ def philox(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tensor]:
     return [a, b, c, d]
 
 
-def random_words(seed: Tensor, n: int) -> Tensor:
-    """The random word, in int64, of each of n elements: element i has word i % 4 of block i / 4,
-    whose counter is the block's number and seed[1], and whose key is seed[0]."""
-    blocks = torch.arange((n + 3) // 4, device=seed.device)
+def _halves(seed: Tensor, n: int, upper: bool) -> Tensor:
+    """16 random bits, in int64, of each of n elements: element i has half i % 8 of block i / 8,
+    whose counter is its number and seed[1], and whose key is seed[0]."""
+    blocks = torch.arange((n + 7) // 8, device=seed.device)
     low, high = seed & _LOW, (seed >> 32) & _LOW
     zeros = torch.zeros_like(blocks)
-    words = philox(
-        (blocks & _LOW, blocks >> 32, low[1] + zeros, high[1] + zeros), (low[0], high[0])
-    )
-    return torch.stack(words, -1).reshape(-1)[:n]
+    top = blocks >> 32 if upper else (blocks >> 32) | 1 << 31
+    counter = (blocks & _LOW, top, low[1] + zeros, high[1] + zeros)
+    words = torch.stack(philox(counter, (low[0], high[0])), -1)
+    return torch.stack([words & 0xFFFF, words >> 16], -1).reshape(-1)[:n]
+
+
+def random_words(seed: Tensor, n: int) -> Tensor:
+    """The 32-bit random number, in int64, of each of n elements."""
+    return _halves(seed, n, upper=True) << 16 | _halves(seed, n, upper=False)
 
 
 def stays(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:

@@ -206,8 +206,13 @@ inline FloatVec concat(HalfWidthFloats low, HalfWidthFloats high, std::index_seq
 
 inline Pair<DoubleVec> widen(FloatVec v) {
   constexpr std::make_index_sequence<kDoubles> half;
+#if GRADFUSE_VEC_BYTES == 64  // GCC 12 converts a quarter at a time
+  return {(DoubleVec)_mm512_maskz_cvtps_pd(0xff, (__m256)low_half(v, half)),
+          (DoubleVec)_mm512_maskz_cvtps_pd(0xff, (__m256)high_half(v, half))};
+#else
   return {__builtin_convertvector(low_half(v, half), DoubleVec),
           __builtin_convertvector(high_half(v, half), DoubleVec)};
+#endif
 }
 inline FloatVec narrow(Pair<DoubleVec> v) {
   return concat(__builtin_convertvector(v.a, HalfWidthFloats),

@@ -230,6 +230,29 @@ inline auto lanes_of_block(uint32_t bits) {
   return each_half(element_numbers<T>(),
                    [=](U number) { return ((U{} + bits) & ((U{} + 1) << number)) != 0; });
 }
+// A block with zeros in the lanes of elements whose bit is 0.
+template <class T>
+inline Pair<VecFor<T>> only_lanes(uint32_t bits, Pair<VecFor<T>> v) {
+#if GRADFUSE_VEC_BYTES == 64
+  if constexpr (std::is_same_v<T, double>) {
+    return {(DoubleVec)_mm512_maskz_mov_pd(static_cast<__mmask8>(bits), (__m512d)v.a),
+            (DoubleVec)_mm512_maskz_mov_pd(static_cast<__mmask8>(bits >> 8), (__m512d)v.b)};
+  } else if constexpr (!kAlternates<T>) {
+    return {(FloatVec)_mm512_maskz_mov_ps(static_cast<__mmask16>(bits), (__m512)v.a),
+            (FloatVec)_mm512_maskz_mov_ps(static_cast<__mmask16>(bits >> 16), (__m512)v.b)};
+  } else {
+    const auto tested = [=](UIntVec number) {
+      return _mm512_test_epi32_mask((__m512i)(UIntVec{} + bits),
+                                    (__m512i)((UIntVec{} + 1) << number));
+    };
+    const auto numbers = element_numbers<T>();
+    return {(FloatVec)_mm512_maskz_mov_ps(tested(numbers.a), (__m512)v.a),
+            (FloatVec)_mm512_maskz_mov_ps(tested(numbers.b), (__m512)v.b)};
+  }
+#else
+  return select(lanes_of_block<T>(bits), v, Pair<VecFor<T>>{});
+#endif
+}
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }  // std::min is a template
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
