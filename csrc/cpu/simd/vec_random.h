@@ -35,7 +35,7 @@ inline ULongVec exclusive_or(ULongVec a, ULongVec b, ULongVec c) {
 // The lower halves of two vectors' lanes side by side.
 inline ULongVec low_halves(ULongVec a, ULongVec b) {
 #if GRADFUSE_VEC_BYTES == 64
-  return (ULongVec)_mm512_mask_shuffle_epi32((__m512i)a, 0xaaaa, (__m512i)b, _MM_PERM_CACA);
+  return (ULongVec)_mm512_mask_shuffle_epi32((__m512i)a, 0xaaaa, (__m512i)b, _MM_PERM_CAAA);
 #else
   return (a & 0xffffffffu) | (b << 32);
 #endif
