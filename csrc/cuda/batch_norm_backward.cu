@@ -133,7 +133,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : kBlocks)
     batch_norm_grad_channel_sums(const __grid_constant__ BatchNormBackward call, double* slots) {
   using W = Wide<T>;
-  const Groups<T> groups(Runs(call.shape));
+  const Groups<T> groups(Runs(call.shape).length);
   const int64_t c = blockIdx.x % call.shape.channels;
   const Normalisation<W> n = normalisation_of<W>(call, c);
   const W invstd = invstd_of<W>(call, c);
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
     batch_norm_grad_row_sums(const __grid_constant__ BatchNormBackward call, double* slots) {
   using W = Wide<T>;
   const Runs runs(call.shape);
-  const Groups<T> groups(runs);
+  const Groups<T> groups(runs.length);
   const InTile at(runs);
   // The coefficients of the tile's channels, one thread each.
   __shared__ alignas(16) W shared[kInvstd + 1][kTileColumns];
@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(kThreads)
                           const Wide<T>* coefficients) {
   using W = Wide<T>;
   const Runs runs(call.shape);
-  const Groups<T> groups(runs);
+  const Groups<T> groups(runs.length);
   const SweptGroup swept(runs);
   const Place& place = swept.place;
   const bool wants_input = needs_input(call.activation) || (call.training && call.grad_input);
@@ -265,7 +265,7 @@ __global__ void __launch_bounds__(kBlock)
   using W = Wide<T>;
   constexpr int kHeld = kHeldGroups<T>;
   const Runs runs(call.shape);
-  const Groups<T, kBlock> groups(runs);
+  const Groups<T, kBlock> groups(runs.length);
   const int64_t channel = blockIdx.x;
   const int64_t all = runs.groups_of_channel();
   const auto place_of_held = [&](int k) {

@@ -75,7 +75,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     batch_norm_channel_sums(const __grid_constant__ BatchNormForward call, double* slots) {
   using W = Wide<T>;
-  const Groups<T> groups(Runs(call.shape));
+  const Groups<T> groups(Runs(call.shape).length);
   const W shift = shift_of<T>(call, blockIdx.x % call.shape.channels);
   const auto load = [&](const Place& place) { return groups.load(call.input, place); };
   const auto add = [&](const Packed<T>& x, int count, TwoSums& sums, auto wide) {
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads)
     batch_norm_row_sums(const __grid_constant__ BatchNormForward call, double* slots) {
   using W = Wide<T>;
   const Runs runs(call.shape);
-  const Groups<T> groups(runs);
+  const Groups<T> groups(runs.length);
   const InTile at(runs);
   // The shifts of the tile's channels, one thread each.
   __shared__ alignas(16) W shared[kTileColumns];
@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(kThreads)
     batch_norm_apply(const __grid_constant__ BatchNormForward call, const Wide<T>* coefficients) {
   using W = Wide<T>;
   const Runs runs(call.shape);
-  const Groups<T> groups(runs);
+  const Groups<T> groups(runs.length);
   const SweptGroup swept(runs);
   const Place& place = swept.place;
   const Packed<T> x = groups.load(call.input, place);
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kBlock, 512 / kBlock)
   using W = Wide<T>;
   constexpr int kHeld = kHeldGroups<T>;
   const Runs runs(call.shape);
-  const Groups<T, kBlock> groups(runs);
+  const Groups<T, kBlock> groups(runs.length);
   const int64_t channel = blockIdx.x;
   const int64_t all = runs.groups_of_channel();
   const auto place_of_held = [&](int k) {

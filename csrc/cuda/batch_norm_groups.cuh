@@ -1,21 +1,13 @@
-// Shared by the batch norm kernels: groups of eight elements, how a warp reads and writes them, and
-// per-channel values.
+// Shared by the batch norm kernels: the tensor as runs of groups, and per-channel values.
 //
-// A group is eight consecutive elements of a run along the contiguous axis: one byte of the mask. A
-// run is [inner] of one channel, or, where inner is 1, [channels] with a channel per element.
+// A run is [inner] of one channel, or, where inner is 1, [channels] with a channel per element.
 #pragma once
 
 #include "../math/batch_norm.h"
 #include "../ops/batch_norm.h"
-#include "common.cuh"
+#include "groups.cuh"
 
 namespace gradfuse::cuda {
-
-constexpr int kGroup = 8;
-constexpr unsigned kWholeWarp = 0xffffffffu;
-
-template <class T>
-using Wide = typename Element<T>::Wide;
 
 // The tensor as runs of groups.
 struct Runs {
@@ -35,12 +27,6 @@ struct Runs {
   __host__ __device__ int64_t groups_of_channel() const { return rows / channels * groups; }
 };
 
-// Position of a thread's group.
-struct Place {
-  int64_t at = 0;  // of its first element
-  int64_t byte = 0;  // of its mask
-  int count = 0;  // of its elements; 0 if the thread has none
-};
 __device__ inline Place place_of(const Runs& runs, int64_t row, int64_t group) {
   const int64_t left = runs.length - group * kGroup;
   return {row * runs.length + group * kGroup, row * runs.groups + group,
@@ -52,114 +38,6 @@ __device__ inline Place place_in_channel(const Runs& runs, int64_t channel, int6
   if (q >= end) return {};
   return place_of(runs, q / runs.groups * runs.channels + channel, q % runs.groups);
 }
-
-// A group as it lies in memory. What is loaded stays so until it is used, for loads overlap only
-// where nothing waits for them.
-template <class T>
-struct Packed {
-  static constexpr int kPer = kPer16Bytes<T>;
-  static constexpr int kWords = kGroup / kPer;
-  Word<T> word[kWords];
-
-  __device__ Wide<T> operator[](int e) const {
-    return Element<T>::widen(word[e / kPer].element[e % kPer]);
-  }
-};
-
-// Reads and writes groups of tensors of one shape. All lanes of a warp take part in each call.
-//
-// Where every run begins at a 16-byte boundary, groups are accessed in words, elsewhere, as in maps
-// of 7 x 7, by element. A warp takes the words or elements of its 32 groups in turns: the lanes of
-// a turn access neighbours, and pass them on in shared memory. So a warp touches as few sectors of
-// 32 bytes as there are, where threads for themselves would touch each up to eight times. Words are
-// loaded without turns: the cache next to the multiprocessor holds a sector's other half.
-template <class T, int kBlock = kThreads>
-struct Groups {
-  using W = Wide<T>;
-  static constexpr int kWords = Packed<T>::kWords;
-  static constexpr int kPer = Packed<T>::kPer;
-
-  int64_t run_bytes;
-
-  explicit __device__ Groups(const Runs& runs)
-      : run_bytes(runs.length * static_cast<int64_t>(sizeof(T))) {}
-
-  __device__ Packed<T> load(const void* data, const Place& place) const {
-    const T* p = static_cast<const T*>(data);
-    Packed<T> x;
-    if (in_words(data)) {
-#pragma unroll
-      for (int w = 0; w < kWords; ++w)
-        if (w * kPer < place.count) x.word[w] = load_word(p + place.at + w * kPer);
-      return x;
-    }
-    T turn[kGroup];
-    for_each_turn<kGroup>(place, [&](int k, int64_t at, bool exists) {
-      turn[k] = exists ? p[at] : Element<T>::narrow(W(0));
-    });
-    Word<T>* const passed = words_of_warp();
-    __syncwarp();
-#pragma unroll
-    for (int k = 0; k < kGroup; ++k) passed->element[k * kWarp + lane()] = turn[k];
-    __syncwarp();
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) x.word[w] = passed[lane() * kWords + w];
-    return x;
-  }
-
-  __device__ void store(void* data, const Place& place, const W (&x)[kGroup]) const {
-    T* p = static_cast<T*>(data);
-    Packed<T> out;
-#pragma unroll
-    for (int e = 0; e < kGroup; ++e)
-      out.word[e / kPer].element[e % kPer] = Element<T>::narrow(x[e]);
-    if (kWords == 1 && in_words(data)) {
-      if (place.count) store_word(p + place.at, out.word[0]);
-      return;
-    }
-    Word<T>* const passed = words_of_warp();
-    __syncwarp();
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) passed[lane() * kWords + w] = out.word[w];
-    __syncwarp();
-    if (in_words(data))
-      for_each_turn<kWords>(place, [&](int k, int64_t at, bool exists) {
-        if (exists) store_word(p + at, passed[k * kWarp + lane()]);
-      });
-    else
-      for_each_turn<kGroup>(place, [&](int k, int64_t at, bool exists) {
-        if (exists) p[at] = passed->element[k * kWarp + lane()];
-      });
-  }
-
- private:
-  static __device__ int lane() { return threadIdx.x % kWarp; }
-
-  __device__ bool in_words(const void* data) const {
-    return (reinterpret_cast<uintptr_t>(data) | static_cast<uintptr_t>(run_bytes)) % 16 == 0;
-  }
-
-  static __device__ Word<T>* words_of_warp() {
-    __shared__ uint4 words[kBlock * kWords];  // a Word has a constructor
-    return reinterpret_cast<Word<T>*>(words) + threadIdx.x / kWarp * kWarp * kWords;
-  }
-
-  // Calls f(turn, at, whether it exists) with the position of each of this lane's parts of groups.
-  // A group has kParts; those of all the warp's groups go to its lanes in order.
-  template <int kParts, class F>
-  static __device__ void for_each_turn(const Place& place, F f) {
-    constexpr int kCountBits = 4;
-    static_assert(kGroup < 1 << kCountBits, "a place passes in one shuffle");
-    const long long mine = static_cast<long long>(place.at) << kCountBits | place.count;
-#pragma unroll
-    for (int k = 0; k < kParts; ++k) {
-      const int owner = (k * kWarp + lane()) / kParts;
-      const int64_t theirs = __shfl_sync(kWholeWarp, mine, owner);
-      const int e = lane() % kParts * (kGroup / kParts);
-      f(k, (theirs >> kCountBits) + e, e < (theirs & ((1 << kCountBits) - 1)));
-    }
-  }
-};
 
 // Reads per-channel vectors [][channels] for a group: one value for all eight elements or, if
 // channels are contiguous, one for each.

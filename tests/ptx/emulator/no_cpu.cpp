@@ -8,6 +8,7 @@
 #include "ops/batch_norm.h"
 #include "ops/clip.h"
 #include "ops/optim.h"
+#include "ops/row_norm.h"
 #include "ops/stream.h"
 
 namespace gradfuse::cpu {
@@ -27,6 +28,8 @@ void clamp(const std::vector<GradRef>&, double) { refuse(); }
 void adaptive_clip(const std::vector<UnitRef>&, UnitLimit, double) { refuse(); }
 void batch_norm_forward(const BatchNormForward&) { refuse(); }
 void batch_norm_backward(const BatchNormBackward&) { refuse(); }
+void row_norm_forward(const RowNormForward&) { refuse(); }
+void row_norm_backward(const RowNormBackward&) { refuse(); }
 void optim_step(const OptimStep&) { refuse(); }
 void stream(const StreamCall&) { refuse(); }
 bool forked() { return false; }
