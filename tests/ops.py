@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -33,110 +33,24 @@ from helpers import (
     truly_clipped,
     wide,
 )
+from registry import (
+    Bad,
+    Op,
+    Outcome,
+    Sample,
+    Samples,
+    Traffic,
+    Wrap,
+    as_it_is,
+    bad_call,
+    leaf_of,
+)
+from row_norm_ops import ROW_NORMS
 from torch import Tensor
 
 import gradfuse
 from gradfuse._codes import Activation
 from gradfuse.reference import ACTIVATIONS, activate
-
-Outcome = dict[str, Tensor]
-Wrap = Callable[[Callable[[], Any]], Callable[[], Any]]
-
-
-def as_it_is(call: Callable[[], Any]) -> Callable[[], Any]:
-    return call
-
-
-@dataclass
-class Sample:
-    """The arguments of a call: tensors by name, which the call may write, and options."""
-
-    tensors: dict[str, Tensor]
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def fresh(self, dtype_of: Callable[[torch.dtype], torch.dtype] = lambda d: d) -> Sample:
-        """A copy with the same strides, in other dtypes if asked for."""
-
-        def copied(t: Tensor) -> Tensor:
-            like = {"dtype": dtype_of(t.dtype), "device": t.device}
-            return torch.empty_strided(t.shape, t.stride(), **like).copy_(t)
-
-        return replace(self, tensors={name: copied(t) for name, t in self.tensors.items()})
-
-    def wide(self) -> Sample:
-        """In float64 or complex128."""
-        return self.fresh(lambda d: torch.complex128 if d.is_complex else torch.float64)
-
-    def grads(self) -> list[Tensor]:
-        return [t for name, t in self.tensors.items() if name.startswith("grad")]
-
-    def weights(self) -> list[Tensor]:
-        return [t for name, t in self.tensors.items() if name.startswith("weight")]
-
-
-@dataclass(frozen=True)
-class Bad:
-    """A change that turns a good sample into one that the op refuses before it writes anything."""
-
-    what: str
-    change: Callable[[Sample], None]
-    error: type[Exception]
-    match: str  # in the message, which begins with the op's name
-    in_python: bool = False  # refused before any implementation is called
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """A call on the emulator, and how often it reads and writes its tensors. Keys are prefixes of
-    the emulator's names: "tensor" is a list's element or a first argument, "grad" a parameter's
-    gradient."""
-
-    what: str
-    make: Callable[[torch.dtype], Sample]
-    loaded: dict[str, float]
-    stored: dict[str, float]
-
-
-Samples = Callable[[torch.dtype, "torch.device | str"], Iterable[Sample]]
-
-
-@dataclass(frozen=True)
-class Op:
-    name: str  # its public name; its errors begin with it
-    # Calls the op, through `wrap` if given. Returns the results and the tensors it may write.
-    ours: Callable[..., Outcome]
-    stock: Callable[[Sample], Outcome]  # the same by torch's own ops, in any dtype
-    samples: Samples
-    dtypes: Sequence[torch.dtype] = REAL
-    errors: Sequence[Bad] = ()  # changes to `good`, or to the first float32 sample
-    good: Callable[[], Sample] | None = None
-    large: Callable[[torch.dtype], Iterable[Sample]] = lambda dtype: ()  # work for several threads
-    # The torch.library ops that it calls, and sample arguments for each.
-    registered: dict[str, Callable[[torch.dtype], Iterable[tuple]]] = field(default_factory=dict)
-    # Names to functions of float64 tensors that require grad, for numerical derivatives. They need
-    # few elements: each is a column of the Jacobians.
-    derivatives: dict[str, Callable[[], tuple[Callable, Sequence[Tensor]]]] = field(
-        default_factory=dict
-    )
-    compiles: str = "bits"  # torch.compile gives the same "bits" or "close" numbers; "": not tested
-    traffic: Sequence[Traffic] = ()
-    truth: Callable[[Sample], dict] | None = None  # exact results; default: stock in float64
-    compare: Callable[[Outcome, dict, Outcome], None] | None = None  # ours, truth, torch's
-    # Against the reference: for results narrower than float64, and for the others.
-    tolerance: tuple[float, float] = (3e-6, 1e-12)
-
-    def assert_as_close_as_torch(self, sample: Sample, ours: Outcome) -> None:
-        """The error is at most 4 times that of torch."""
-        truth = self.truth(sample.fresh()) if self.truth else self.stock(sample.wide())
-        theirs = self.stock(sample.fresh())
-        if self.compare is not None:
-            self.compare(ours, truth, theirs)
-            return
-        for name, value in ours.items():
-            exact = truth[name]
-            exact = wide(exact) if isinstance(exact, Tensor) else exact
-            assert_as_close_as_torch(value, exact, theirs[name])
-
 
 # Gradients, and the errors that they may have.
 
@@ -567,11 +481,6 @@ def batch_norm_sample(
     return Sample(tensors, usual | options)
 
 
-def leaf_of(t: Any) -> Any:
-    is_differentiable = isinstance(t, Tensor) and (t.is_floating_point() or t.is_complex())
-    return t.detach().requires_grad_() if is_differentiable else t
-
-
 def through_backward(
     function: Callable[[Sample, dict[str, Tensor]], Tensor],
 ) -> Callable[..., Outcome]:
@@ -689,24 +598,6 @@ def of_maps(shape: tuple[int, ...], channels_last: bool) -> Callable[[torch.dtyp
     return lambda dtype: batch_norm_sample(shape, channels_last, dtype)
 
 
-def bad_call(match: str, error: type[Exception] = ValueError, kernel: bool = False, **given: Any):
-    """Replaces tensors or options of the good sample."""
-
-    def change(sample: Sample) -> None:
-        for name, value in given.items():
-            of = sample.options if name in KNOBS else sample.tensors
-            of[name] = value
-
-    what = ", ".join(
-        f"{name}={list(v.shape)} {v.dtype} {v.layout} {v.device}".replace("torch.", "")
-        if isinstance(v, Tensor)
-        else f"{name}={v}"
-        for name, v in given.items()
-    )
-    return Bad(what, change, error, match, in_python=not kernel)
-
-
-KNOBS = ("training", "activation", "momentum", "eps", "save", "negative_slope")
 ONES = torch.ones
 BATCH_NORM_ERRORS = [
     bad_call("activation must be None, 'relu'.* got 'swish'", activation="swish"),
@@ -903,6 +794,7 @@ OPS = {
         clip_grad_value_,
         adaptive_clip_grad_,
         batch_norm_act,
+        *ROW_NORMS,
         step_op(gradfuse.optim.AdamW, ADAMW, [{"update_clip": True}]),
         step_op(gradfuse.optim.SGD, SGDS, [{"momentum": 0.9, "stochastic_rounding": True}]),
     )

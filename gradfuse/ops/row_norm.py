@@ -111,10 +111,9 @@ def _shape(op: RowNorm, normalized_shape: Sequence[int]) -> Sequence[int]:
 
 
 def _promoted(name: str, input: Tensor, residual: Tensor) -> torch.dtype:
-    dtype = torch.promote_types(input.dtype, residual.dtype)
-    if dtype.is_complex:
+    if residual.dtype.is_complex:
         raise TypeError(f"{name}: residual must be real, got {residual.dtype}")
-    return dtype
+    return torch.promote_types(input.dtype, residual.dtype)
 
 
 def _of_samples(name: str, sample_scale: Tensor, input: Tensor) -> Tensor:
@@ -122,7 +121,9 @@ def _of_samples(name: str, sample_scale: Tensor, input: Tensor) -> Tensor:
     if not isinstance(sample_scale, Tensor):
         raise TypeError(f"{name}: sample_scale must be a Tensor, got {type(sample_scale).__name__}")
     n = input.shape[:1]
-    if sample_scale.shape[:1] != n or sample_scale.numel() != n.numel() or not input.ndim:
+    if not n:
+        return sample_scale  # the input will be refused
+    if sample_scale.shape[:1] != n or sample_scale.numel() != n.numel():
         raise ValueError(
             f"{name}: sample_scale must have a number for each of input's samples, "
             f"{list(n)} or [N, 1, ...], got {list(sample_scale.shape)}"
@@ -324,6 +325,7 @@ def _fake_forward(*inputs: Any) -> tuple[Tensor, ...]:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     call = RowNormCall(*inputs)
     ctx.mark_non_differentiable(output[2])
+    ctx.keeps_sum = call.keeps_sum
     _save_for_backward(ctx, call, output[1] if call.keeps_sum else None, output[2])
 
 
@@ -331,6 +333,7 @@ def _library_gradient(
     ctx: Any, grad_output: Tensor | None, grad_sum: Tensor | None, _: Any
 ) -> tuple[Tensor | None, ...]:
     wanted, saved = ctx.needs_input_grad[1:5], _saved_from(ctx.saved_tensors)
+    grad_sum = grad_sum if ctx.keeps_sum else None
     grads: tuple[Tensor | None, ...]
     if grad_output is None or torch.is_grad_enabled():
         grads = (None,) * 4
@@ -372,15 +375,18 @@ def _library_backward(*inputs: Any) -> tuple[Tensor, ...]:
 def _fake_backward(*inputs: Any) -> tuple[Tensor, ...]:
     grad_output, _, saved, options, wanted = _backward_of(inputs)
     like = torch.empty_like(grad_output, memory_format=torch.contiguous_format)
-    none = grad_output.new_empty(0)
+
+    def none() -> Tensor:
+        return grad_output.new_empty(0)
+
     has_residual = options.residual_dtype is not None and wanted[1]
     if wanted[0] and _is_shared(saved, options):
         has_residual = False
     return (
-        like if wanted[0] else none,
-        torch.empty_like(like, dtype=options.residual_dtype) if has_residual else none,
-        torch.empty_like(saved.weight) if wanted[2] and saved.weight is not None else none,
-        torch.empty_like(saved.bias) if wanted[3] and saved.bias is not None else none,
+        like if wanted[0] else none(),
+        torch.empty_like(like, dtype=options.residual_dtype) if has_residual else none(),
+        torch.empty_like(saved.weight) if wanted[2] and saved.weight is not None else none(),
+        torch.empty_like(saved.bias) if wanted[3] and saved.bias is not None else none(),
     )
 
 

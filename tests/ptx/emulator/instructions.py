@@ -389,6 +389,18 @@ def _(op: Opcode) -> Arithmetic:
     return Arithmetic("u32", (op.type,), lambda a: bits - bit_length(a.astype(np.uint64)))
 
 
+@instruction("bfind", {"u32"})
+def _(op: Opcode) -> Arithmetic:
+    shifts = "shiftamt" in op.modifiers
+
+    def compute(a: np.ndarray) -> np.ndarray:
+        length = bit_length(a.astype(np.uint64))
+        found = np.uint32(32) - length if shifts else length - np.uint32(1)
+        return np.where(a == 0, np.uint32(0xFFFFFFFF), found)
+
+    return Arithmetic("u32", (op.type,), compute)
+
+
 @instruction("popc", {"b32", "b64"})
 def _(op: Opcode) -> Arithmetic:
     return Arithmetic("u32", (op.type,), lambda a: np.bitwise_count(a).astype(np.uint32))
