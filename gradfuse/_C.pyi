@@ -21,6 +21,8 @@ __all__: list[str] = [
     "cuda_version",
     "isa",
     "num_threads",
+    "row_norm_backward",
+    "row_norm_forward",
     "run_deferred_with",
     "scale_",
     "set_isa",
@@ -120,6 +122,16 @@ def clip_(
 def count_waiting() -> int: ...
 def isa() -> str: ...
 def num_threads() -> int: ...
+def row_norm_backward(
+    grad_output: torch.Tensor,
+    grad_sum: torch.Tensor | None,
+    saved: gradfuse._records.RowNormSaved,
+    options: gradfuse._records.RowNormOptions,
+    wanted: collections.abc.Sequence[bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]: ...
+def row_norm_forward(
+    call: gradfuse._records.RowNormCall,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]: ...
 def run_deferred_with(function: collections.abc.Callable[..., torch.Tensor]) -> None: ...
 def scale_(
     tensors: torch.Tensor | collections.abc.Iterable[torch.Tensor],

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from gradfuse import _native
-from gradfuse.bench import batch_norm, clip, fuse, history, optim
+from gradfuse.bench import batch_norm, clip, fuse, history, layer_norm, optim
 from gradfuse.bench.gpu import on_gpu, timed_on_gpu
 from gradfuse.bench.harness import Result, Workload, measure, timed_calls
 from gradfuse.bench.machine import machine
@@ -20,7 +20,10 @@ from gradfuse.bench.registry import Bench
 
 __all__ = ["BENCHES", "main"]
 
-BENCHES = {bench.op: bench for bench in (clip.BENCH, batch_norm.BENCH, fuse.BENCH, optim.BENCH)}
+BENCHES = {
+    bench.op: bench
+    for bench in (clip.BENCH, batch_norm.BENCH, layer_norm.BENCH, fuse.BENCH, optim.BENCH)
+}
 
 
 def parser_of(bench: Bench | None) -> argparse.ArgumentParser:

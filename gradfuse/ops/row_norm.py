@@ -96,7 +96,10 @@ def add_norm(
         op, input, residual, weight, bias, sample_scale, seed, _shape(op, normalized_shape), p,
         eps, weight_offset, sum_dtype, prenorm,
     )  # fmt: skip
-    return (output, total) if prenorm else output
+    if not prenorm:
+        return output
+    assert total is not None
+    return output, total
 
 
 def _shape(op: RowNorm, normalized_shape: Sequence[int]) -> Sequence[int]:
@@ -145,13 +148,13 @@ def _run(*arguments: Any) -> tuple[Tensor, Tensor | None]:
         or (scale is not None and scale.requires_grad)
     ):
         reference.check_row_norm(call)
-        output, total = reference.row_norm(call)
-        return output, total if call.keeps_sum else None
+        found = reference.row_norm(call)
+        return found if call.keeps_sum else (found[0], None)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[1:5]):
         result: tuple[Tensor, Tensor | None] = _RowNorm.apply(*arguments)
         return result
-    output, total, _ = _native.backend.row_norm_forward(call)
-    return output, input if total is None and call.keeps_sum else total
+    output, kept, _ = _native.backend.row_norm_forward(call)
+    return output, input if kept is None and call.keeps_sum else kept
 
 
 def _save_for_backward(ctx: Any, call: RowNormCall, total: Tensor | None, stats: Tensor) -> None:

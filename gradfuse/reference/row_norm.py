@@ -86,7 +86,9 @@ def check_row_norm(call: RowNormCall) -> None:
         raise ValueError(f"{op}: eps must be >= 0, got {call.eps}")
 
 
-def _sum_of(input: Tensor, residual: Tensor | None, call: RowNormCall | RowNormSaved, p: float):
+def _sum_of(
+    input: Tensor, residual: Tensor | None, call: RowNormCall | RowNormSaved, p: float
+) -> Tensor:
     total = addend(input.double(), call.seed, p, call.sample_scale)
     return total if residual is None else total + residual.double()
 

@@ -389,7 +389,7 @@ def _(op: Opcode) -> Arithmetic:
     return Arithmetic("u32", (op.type,), lambda a: bits - bit_length(a.astype(np.uint64)))
 
 
-@instruction("bfind", {"u32"})
+@instruction("bfind", {"u32"}, "shiftamt")
 def _(op: Opcode) -> Arithmetic:
     shifts = "shiftamt" in op.modifiers
 
