@@ -93,13 +93,15 @@ def _sum_of(
     return total if residual is None else total + residual.double()
 
 
-def _as_rows(t: Tensor, rows: int) -> Tensor:
-    return t.reshape(rows, -1) if rows else t.reshape(0, 1)
+def _as_rows(t: Tensor, rows: int, width: int) -> Tensor:
+    return t.reshape(rows, width) if rows else t.new_zeros(0, width)
 
 
 def _scale_of_rows(s: Tensor, eps: float) -> Tensor:
     """A power of two for each row, by which float64 squares stay in range."""
-    largest = s.abs().nan_to_num(0.0, 0.0, 0.0).amax(1, keepdim=True) if s.shape[1] else s[:, :1]
+    if not s.numel():
+        return s.new_ones(s.shape[0], 1)
+    largest = s.abs().nan_to_num(0.0, 0.0, 0.0).amax(1, keepdim=True)
     exponent = largest.clamp_min(eps**0.5).log2().floor().nan_to_num(0.0, 0.0, 0.0)
     outside = exponent.abs() > 400
     return torch.where(outside, torch.exp2(-exponent.clamp(-1022, 1022)), 1.0)
@@ -116,7 +118,7 @@ def row_norm_forward(call: RowNormCall) -> tuple[Tensor, Tensor | None, Tensor]:
     total = _sum_of(x, call.residual, call, call.p).to(call.sum_dtype)
     is_input = call.residual is None and call.sample_scale is None and call.seed is None
     is_input = is_input and call.sum_dtype == x.dtype
-    s = _as_rows(total.double(), rows)
+    s = _as_rows(total.double(), rows, width)
     scale = _scale_of_rows(s, call.eps)
     s = s * scale
     mean = torch.zeros_like(scale)
@@ -153,8 +155,10 @@ def row_norm_backward(
         assert saved.input is not None
         total = _sum_of(saved.input, saved.residual, saved, options.p).to(options.sum_dtype)
     mean, rest, deviation, scale = saved.stats.double().split(1, 1)
-    g_out = _as_rows(grad_output.double(), rows)
-    h = (_as_rows(total.double(), rows) * scale - (mean + rest)) / deviation
+    given = saved.weight if saved.weight is not None else saved.bias
+    width = grad_output.numel() // rows if rows else 0 if given is None else given.numel()
+    g_out = _as_rows(grad_output.double(), rows, width)
+    h = (_as_rows(total.double(), rows, width) * scale - (mean + rest)) / deviation
     g = g_out
     if saved.weight is not None:
         g = g * (saved.weight.double() + options.weight_offset).reshape(1, -1)
