@@ -70,17 +70,17 @@ namespace {
 template <class T, bool kCentred>
 inline RowStatistics statistics_of(const ScalarFor<T>* v, int64_t width, double first, double eps) {
   using S = ScalarFor<T>;
-  const double count = static_cast<double>(width);
-  S shift = kCentred ? static_cast<S>(first / count) : S(0);
+  const double share = 1.0 / static_cast<double>(width);
+  S shift = kCentred ? static_cast<S>(first * share) : S(0);
   RowMoments m = kCentred ? moments_about<T>(v, width, S(1), shift) : RowMoments{0.0, first};
   double scale = 1.0;
-  if (leaves_range<S>(m.sum, m.squares, count, eps)) {
+  if (leaves_range<S>(m.sum, m.squares, share, eps)) {
     scale = scale_of_row<S>(largest_of<T>(v, width), eps);
     if (kCentred)
-      shift = static_cast<S>(moments_about<T>(v, width, static_cast<S>(scale), S(0)).sum / count);
+      shift = static_cast<S>(moments_about<T>(v, width, static_cast<S>(scale), S(0)).sum * share);
     m = moments_about<T>(v, width, static_cast<S>(scale), shift);
   }
-  return row_statistics(static_cast<double>(shift), m.sum, m.squares, count, eps, scale, kCentred);
+  return row_statistics(static_cast<double>(shift), m.sum, m.squares, share, eps, scale, kCentred);
 }
 
 template <class T, class R, class S, bool kCentred>
@@ -258,6 +258,7 @@ inline void backward_of(const RowNormBackward& given, RowParameters parameters, 
   const int64_t at_once = rows_at_once(width);
   F* const partial = static_cast<F*>(scratch.partial);
   const KeptElements keep(call.addends.dropout);
+  const double share = 1.0 / static_cast<double>(width);
   const bool writes = call.grad_input || call.grad_residual;
   std::memset(partial, 0, static_cast<size_t>(2 * padded) * sizeof(F));
   for (int64_t i = 0; i < 2 * padded; ++i) sums[i] = 0.0;
@@ -278,7 +279,7 @@ inline void backward_of(const RowNormBackward& given, RowParameters parameters, 
       n[k] = row_normalisation<F>(call.stats, row + k);
       const RowMoments s = gradient_sums<T, kCentred>(call, row + k, n[k], parameters.weight,
                                                       partial, sum_of_row[k]);
-      r[k] = row_gradient<F>(s.sum, s.squares, static_cast<double>(width), kCentred);
+      r[k] = row_gradient<F>(s.sum, s.squares, share, kCentred);
     }
     for (int64_t k = 0; writes && k < rows; ++k) {
       const int64_t later = row + k + at_once;

@@ -54,14 +54,14 @@ __device__ RowMoments moments_about(const Team& team, int64_t groups, W scale, W
 // kHeld: groups that a thread keeps in registers; 0 if rows are wider.
 template <class T, int kHeld>
 __global__ void __launch_bounds__(kForwardBlock, 2)
-    row_norm_forward_rows(const __grid_constant__ RowNormForward call, int team_size) {
+    row_norm_forward_rows(const __grid_constant__ RowNormForward call, int team_size,
+                          double share) {
   using W = Wide<T>;
   constexpr int kBlock = kForwardBlock;
   const RowNormShape& shape = call.shape;
   const Team team(team_size);
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kBlock / team.size) + team.index;
   const int64_t groups = divided_up(shape.width, kGroup);
-  const double width = static_cast<double>(shape.width);
   const MixedGroups<T, kBlock> memory(shape.width);
   const RowAddends<T, kBlock> addends(call.addends, shape, memory, row);
   const auto place = [&](int64_t k) { return place_in_row(shape, row, team.lane + k * team.size); };
@@ -92,11 +92,22 @@ __global__ void __launch_bounds__(kForwardBlock, 2)
     return over_team<kBlock>(moments_about<kHeld>(team, groups, scale, shift, values, place), team,
                              AddMoments());
   };
+  const auto sum_of = [&](W scale) {
+    double mine = 0.0;
+    for_each_group<kHeld>(team, groups, [&](auto k) {
+      W v[kGroup], sum = 0;
+      values(k, v);
+#pragma unroll
+      for (int e = 0; e < kGroup; ++e) sum += e < place(k).count ? v[e] * scale : W(0);
+      mine += sum;
+    });
+    return over_team<kBlock>(mine, team, Add());
+  };
   double scale = 1.0;
   W shift = 0;
-  if (call.centred) shift = static_cast<W>(about(W(1), W(0)).sum / width);
+  if (call.centred) shift = static_cast<W>(sum_of(W(1)) * share);
   RowMoments sums = about(W(1), shift);
-  const bool leaves = leaves_range<W>(call.centred ? sums.sum : 0.0, sums.squares, width, call.eps);
+  const bool leaves = leaves_range<W>(call.centred ? sums.sum : 0.0, sums.squares, share, call.eps);
   if (any_needs(leaves, team)) {
     double largest = 0.0;
     for_each_group<kHeld>(team, groups, [&](auto k) {
@@ -109,14 +120,14 @@ __global__ void __launch_bounds__(kForwardBlock, 2)
     const double new_scale = scale_of_row<W>(over_team<kBlock>(largest, team, Larger()), call.eps);
     const W narrow_scale = static_cast<W>(new_scale);
     W new_shift = 0;
-    if (call.centred) new_shift = static_cast<W>(about(narrow_scale, W(0)).sum / width);
+    if (call.centred) new_shift = static_cast<W>(sum_of(narrow_scale) * share);
     const RowMoments again = about(narrow_scale, new_shift);
     if (leaves) sums = again, scale = new_scale, shift = new_shift;
   }
   RowNormalisation<W> n = {};
   if (row < shape.rows) {
     const RowStatistics s = row_statistics(static_cast<double>(shift), sums.sum, sums.squares,
-                                           width, call.eps, scale, call.centred);
+                                           share, call.eps, scale, call.centred);
     W kept[kKeptOfRow];
     n = keep_row<W>(kept, 0, s);
     if (team.lane < kKeptOfRow)
@@ -158,7 +169,7 @@ int backward_team(const RowNormShape& shape) {
 template <class T, int kHeld>
 __global__ void __launch_bounds__(kBackwardBlock)
     row_norm_backward_rows(const __grid_constant__ RowNormBackward call, int team_size,
-                           int64_t rows_of_block, Wide<T>* partial) {
+                           int64_t rows_of_block, double share, Wide<T>* partial) {
   using W = Wide<T>;
   constexpr int kBlock = kBackwardBlock;
   constexpr int kArray = kHeld > 0 ? kHeld : 1;
@@ -166,7 +177,6 @@ __global__ void __launch_bounds__(kBackwardBlock)
   const Team team(team_size);
   const int teams = kBlock / team.size;
   const int64_t groups = divided_up(shape.width, kGroup);
-  const double width = static_cast<double>(shape.width);
   const MixedGroups<T, kBlock> memory(shape.width);
   const bool sum_is_own = shape.sum_dtype == shape.dtype;
   const bool residual_is_own = shape.residual_dtype == shape.dtype;
@@ -276,7 +286,7 @@ __global__ void __launch_bounds__(kBackwardBlock)
       }
     }
     if (!call.grad_input && !call.grad_residual) continue;
-    const RowGradient<W> r = row_gradient<W>(sums.sum, sums.squares, width, call.centred);
+    const RowGradient<W> r = row_gradient<W>(sums.sum, sums.squares, share, call.centred);
     for_each_group<kHeld>(team, groups, [&](auto k) {
       const Place at = place(k);
       Mixed<T> more;
@@ -356,15 +366,16 @@ int64_t row_norm_scratch_bytes(const RowNormShape& shape) {
 
 void row_norm_forward(const RowNormForward& call, Stream stream) {
   const RowNormShape& shape = call.shape;
+  const double share = 1.0 / static_cast<double>(shape.width);
   with_type(shape.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     constexpr int kHeld = kForwardHeld<T>;
     const int team = team_threads(shape.width, kHeld, kForwardBlock);
     const unsigned blocks = row_blocks(divided_up(shape.rows, kForwardBlock / team));
     if (fits_team(shape.width, kHeld, team))
-      row_norm_forward_rows<T, kHeld><<<blocks, kForwardBlock, 0, stream>>>(call, team);
+      row_norm_forward_rows<T, kHeld><<<blocks, kForwardBlock, 0, stream>>>(call, team, share);
     else
-      row_norm_forward_rows<T, 0><<<blocks, kForwardBlock, 0, stream>>>(call, team);
+      row_norm_forward_rows<T, 0><<<blocks, kForwardBlock, 0, stream>>>(call, team, share);
     check_launch("row_norm_forward_rows");
   });
 }
@@ -373,6 +384,7 @@ void row_norm_backward(const RowNormBackward& call, void* scratch, Stream stream
   const RowNormShape& shape = call.shape;
   const int team = backward_team(shape);
   const BackwardRows rows(shape, team);
+  const double share = 1.0 / static_cast<double>(shape.width);
   const unsigned blocks = row_blocks(rows.blocks);
   with_type(shape.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
@@ -380,10 +392,10 @@ void row_norm_backward(const RowNormBackward& call, void* scratch, Stream stream
     W* const partial = static_cast<W*>(scratch);
     if (fits_team(shape.width, kBackwardHeld, team))
       row_norm_backward_rows<T, kBackwardHeld>
-          <<<blocks, kBackwardBlock, 0, stream>>>(call, team, rows.of_block, partial);
+          <<<blocks, kBackwardBlock, 0, stream>>>(call, team, rows.of_block, share, partial);
     else
       row_norm_backward_rows<T, 0>
-          <<<blocks, kBackwardBlock, 0, stream>>>(call, team, rows.of_block, partial);
+          <<<blocks, kBackwardBlock, 0, stream>>>(call, team, rows.of_block, share, partial);
     check_launch("row_norm_backward_rows");
     if (!call.grad_weight.data && !call.grad_bias.data) return;
     row_norm_merge<W>

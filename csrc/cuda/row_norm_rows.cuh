@@ -33,8 +33,7 @@ struct RowMoments {
 template <int kBlock, class V, class Op>
 __device__ V over_team(V mine, const Team& team, Op op) {
   __shared__ V of_warps[kBlock / kWarp];
-#pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) mine = op(mine, step);
+  mine = op.over_warp(mine);
   if (team.size == kWarp) return mine;
   __syncthreads();
   if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = mine;
@@ -44,23 +43,38 @@ __device__ V over_team(V mine, const Team& team, Op op) {
   for (int w = 1; w < warps; ++w) all = op(all, of_warps[team.index * warps + w]);
   return all;
 }
+template <class Op>
+__device__ double over_warp_by(double mine, Op op, int first_step = kWarp / 2) {
+#pragma unroll
+  for (int step = first_step; step > 0; step /= 2)
+    mine = op(mine, __shfl_xor_sync(kWholeWarp, mine, step));
+  return mine;
+}
+struct Add {
+  __device__ double operator()(double a, double b) const { return a + b; }
+  __device__ double over_warp(double mine) const { return over_warp_by(mine, *this); }
+};
+struct Larger {
+  __device__ double operator()(double a, double b) const { return fmax(a, b); }
+  __device__ double over_warp(double mine) const { return over_warp_by(mine, *this); }
+};
 struct AddMoments {
   __device__ RowMoments operator()(RowMoments a, const RowMoments& b) const {
     a.sum += b.sum;
     a.squares += b.squares;
     return a;
   }
-  __device__ RowMoments operator()(const RowMoments& a, int step) const {
-    RowMoments b;
-    b.sum = __shfl_xor_sync(kWholeWarp, a.sum, step);
-    b.squares = __shfl_xor_sync(kWholeWarp, a.squares, step);
-    return (*this)(a, b);
-  }
-};
-struct Larger {
-  __device__ double operator()(double a, double b) const { return fmax(a, b); }
-  __device__ double operator()(double a, int step) const {
-    return fmax(a, __shfl_xor_sync(kWholeWarp, a, step));
+  // Half of the lanes add the one sum, half the other: float64 is slow.
+  __device__ RowMoments over_warp(const RowMoments& mine) const {
+    constexpr int kHalf = kWarp / 2;
+    const bool upper = (threadIdx.x % kWarp) >= kHalf;
+    const double sent = upper ? mine.sum : mine.squares;
+    const double got = __shfl_xor_sync(kWholeWarp, sent, kHalf);
+    const double total = over_warp_by((upper ? mine.squares : mine.sum) + got, Add(), kHalf / 2);
+    RowMoments all;
+    all.sum = __shfl_sync(kWholeWarp, total, 0);
+    all.squares = __shfl_sync(kWholeWarp, total, kHalf);
+    return all;
   }
 };
 // Whether any thread's team needs something; for each team alone if it is a warp.

@@ -18,8 +18,15 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from gradfuse._codes import Activation, NonFinite
-from gradfuse._records import BatchNormCall, BatchNormOptions, BatchNormSaved
+from gradfuse._codes import Activation, NonFinite, RowNorm
+from gradfuse._records import (
+    BatchNormCall,
+    BatchNormOptions,
+    BatchNormSaved,
+    RowNormCall,
+    RowNormOptions,
+    RowNormSaved,
+)
 from gradfuse.optim import SGD, AdamW
 from ptx.emulator import emulated
 from ptx.emulator.counts import Launch, Traffic
@@ -28,6 +35,7 @@ from ptx.emulator.toolchain import Resources, demangled, ptxas, resources, setup
 
 SIZES = (100_003, 4_097, 33)
 ROWS, COLUMNS = 40, 2_500
+ROW_SHAPE = (256, 768)
 # Name, shape, whether channels are contiguous.
 MAPS = (
     ("NCHW", (4, 8, 56, 56), False),
@@ -42,13 +50,15 @@ MAPS = (
 
 class Case(NamedTuple):
     """A call and the fewest bytes that it must move: `least` passes over `elements`, and
-    `mask_bits` bits of a mask for each."""
+    `mask_bits` bits of a mask for each. `by_size`: what counts are all buffers with at least one
+    bit per element, results among them; else the tensors given."""
 
     name: str
     call: Callable[[emulated.Emulated, list[Tensor]], object]
     least: float
     elements: int = sum(SIZES)
     mask_bits: int = 0
+    by_size: bool = False
 
     def least_bytes(self, itemsize: int) -> float:
         return self.elements * (self.least * itemsize + self.mask_bits / 8)
@@ -131,6 +141,48 @@ def batch_norm_cases() -> Iterator[Case]:
                 (4 if once else 6) if backward else (3 if once else 4),
                 torch.Size(shape).numel(),
                 2 if backward and not once else 1,
+                by_size=True,
+            )
+
+
+def row_norm(backward: bool, prenorm: bool, p: float) -> Callable:
+    """Layer norm of a sum. Only the traffic of the last call counts."""
+
+    def call(ptx: emulated.Emulated, grads: list[Tensor]) -> None:
+        dtype = grads[0].dtype
+        x, r, g, more = (
+            torch.randn(ROW_SHAPE, generator=torch.Generator().manual_seed(i)).to(dtype)
+            for i in range(4)
+        )
+        weight, bias = torch.ones(2, ROW_SHAPE[1]).unbind()
+        seed = torch.tensor([1, 2]) if p else None
+        given = (weight, bias, None, seed)
+        op, width = RowNorm.ADD_LAYER_NORM, ROW_SHAPE[1:]
+        forward = RowNormCall(op, x, r, *given, width, p, 1e-5, 0.0, dtype, prenorm)
+        _, total, stats = ptx.row_norm_forward(forward)
+        if backward:
+            saved = RowNormSaved(total, *((None, None) if prenorm else (x, r)), *given, stats)
+            options = RowNormOptions(op, p, 1e-5, 0.0, 1, dtype, dtype, dtype)
+            ptx.row_norm_backward(g, more if prenorm else None, saved, options, (True,) * 4)
+
+    return call
+
+
+def row_norm_cases() -> Iterator[Case]:
+    """Forward: reads the addends and writes sum and norm. Backward: reads the sum and both
+    gradients and writes that of the addends; two with a dropout."""
+    for name, prenorm, p, forward, backward in (
+        ("and sum", True, 0.0, 4, 4),
+        ("and sum, dropout", True, 0.1, 4, 5),
+        ("of a sum", False, 0.0, 3, 4),
+    ):
+        for is_backward, least in ((False, forward), (True, backward)):
+            yield Case(
+                f"layer norm {name}, {'backward' if is_backward else 'forward'}",
+                row_norm(is_backward, prenorm, p),
+                least,
+                torch.Size(ROW_SHAPE).numel(),
+                by_size=True,
             )
 
 
@@ -147,6 +199,7 @@ CASES = [
     Case("clip and AdamW, skipped", step(AdamW, nan=True), 1),
     Case("clip and SGD, momentum", step(SGD, momentum=0.9), 6),
     *batch_norm_cases(),
+    *row_norm_cases(),
 ]
 
 
@@ -163,8 +216,7 @@ class Data(NamedTuple):
 
 
 def data_moved(traffic: Traffic, case: Case) -> Data:
-    """The callers pass all tensors of clipping and optimizers. For batch norm, every buffer with at
-    least one bit per element counts."""
+    """The callers pass all tensors of clipping and optimizers. Norms allocate their results."""
     by_width: Counter[int] = Counter()
     sectors = {}
     for stores, moved, distinct in (
@@ -175,7 +227,7 @@ def data_moved(traffic: Traffic, case: Case) -> Data:
             name
             for name, _ in moved
             if name.startswith(("tensor", "grad"))
-            or (case.mask_bits and distinct[name] >= case.elements // 8)
+            or (case.by_size and distinct[name] >= case.elements // 8)
         }
         here: Counter[int] = Counter()
         for (name, width), n in moved.items():
