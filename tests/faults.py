@@ -20,6 +20,8 @@ class Fault(NamedTuple):
 MATH, CPU, CUDA, CSRC = "csrc/math", "csrc/cpu", "csrc/cuda", "csrc"
 CLIP = "tests/test_ops.py tests/test_clip.py tests/test_range.py"
 NORM = "tests/test_ops.py tests/test_batch_norm.py tests/test_batch_norm_hypothesis.py"
+ROWS = "tests/test_layer_norm.py tests/test_ops.py"
+DROPOUT = "tests/test_dropout.py"
 STEP = "tests/test_ops.py tests/test_optim.py"
 
 FAULTS = [
@@ -924,5 +926,78 @@ FAULTS = [
         "in_place[i]",
         "another name of a sum sees it activated",
         "tests/test_fuse_graph.py",
+    ),
+    # Layer norm, RMS norm and their dropout.
+    Fault(
+        "a row's mean is the first one",
+        MATH,
+        "return {shift + rest, ",
+        "return {shift, ",
+        "a sum in float32 loses the digits of a mean far from zero",
+        ROWS,
+    ),
+    Fault(
+        "what rounding a row's mean lost is forgotten",
+        MATH,
+        "-kept[kRowMeanRest] * inverse",
+        "F(0)",
+        "rows about 1e6 are off by a hundredth",
+        ROWS,
+    ),
+    Fault(
+        "squares of a row may vanish",
+        MATH,
+        "(squares * share < tiny && eps < 1e8 * tiny)",
+        "false",
+        "rows of 1e-25 become infinite where eps is 0",
+        ROWS,
+    ),
+    Fault(
+        "sums over rows stay in the order of lanes",
+        CPU,
+        "row_norm_kernels().into_element_order(shape.dtype, total, n);",
+        "",
+        "weights of bfloat16 rows get each other's gradient",
+        ROWS,
+    ),
+    Fault(
+        "a row's float32 gradient sums may overflow",
+        CPU,
+        "if (std::isfinite(s.sum) && std::isfinite(s.squares)) return s;",
+        "return s;",
+        "gradients of 1e37 make a row NaN",
+        ROWS,
+    ),
+    Fault(
+        "half of a random number decides",
+        CPU,
+        "if (found.equals && lower_half(threshold_))",
+        "if (false)",
+        "one element in 65,536 stays against p",
+        DROPOUT,
+    ),
+    Fault(
+        "rows begin with a block of random numbers",
+        CPU,
+        "(p[0] | (p + 1 < out ? p[1] : 0) << 8) >> before",
+        "p[0]",
+        "rows of no multiple of eight drop elements of others",
+        DROPOUT,
+    ),
+    Fault(
+        "what stays is not scaled",
+        MATH,
+        "1.0 / (1.0 - p)",
+        "1.0",
+        "a dropout shrinks the mean",
+        ROWS,
+    ),
+    Fault(
+        "the first warp speaks for its team",
+        CUDA,
+        "for (int w = 1; w < warps; ++w) all = op(all, of_warps[team.index * warps + w]);",
+        "",
+        "rows of more than a warp's elements have the statistics of a part",
+        ROWS,
     ),
 ]

@@ -26,7 +26,7 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
-STEMS = ("clip", "adaptive_clip", "batch_norm", "optim")
+STEMS = ("clip", "adaptive_clip", "batch_norm", "row_norm", "optim")
 
 
 def surroundings() -> dict[str, Any]:

@@ -15,6 +15,7 @@ EXAMPLES = {
     "lightning_manual_and_automatic": ("lightning", "Manual after 24 steps: gradient norm (L2)"),
     "hf_trainer": ("transformers", "40 steps, mean loss "),
     "accelerate_loop": ("accelerate", "skipped steps: 0"),
+    "bfloat16_layer_norm": (None, "gradient of bias, from 65,536 ones"),
 }
 
 
