@@ -19,6 +19,7 @@ from gradfuse.ops.clip import (
     clip_grads_with_norm_,
     get_total_norm,
 )
+from gradfuse.ops.dropout_add import dropout_add
 from gradfuse.ops.layer_norm import add_layer_norm, layer_norm
 from gradfuse.ops.rms_norm import add_rms_norm, rms_norm
 
@@ -38,6 +39,7 @@ __all__ = [
     "clip_grad_value_",
     "clip_grads_with_norm_",
     "compile_backend",
+    "dropout_add",
     "fuse",
     "fuse_graph",
     "fuse_report",

@@ -49,12 +49,14 @@ class Activation(IntEnum):
 
 
 class RowNorm(IntEnum):
-    """A norm over the rows of its input; those that add take a residual and a dropout."""
+    """A norm over the rows of its input; those that add take a residual and a dropout, and the last
+    is that sum alone."""
 
     LAYER_NORM = 0
     ADD_LAYER_NORM = 1
     RMS_NORM = 2
     ADD_RMS_NORM = 3
+    DROPOUT_ADD = 4
 
     @property
     def is_centred(self) -> bool:

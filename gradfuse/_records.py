@@ -157,7 +157,8 @@ class RowNormSaved(NamedTuple):
     bias: Tensor | None
     sample_scale: Tensor | None
     seed: Tensor | None
-    stats: Tensor  # [rows, 4] float32 (float64 if input is): mean, its rest, deviation, scale
+    # [rows, 4] float32 (float64 if input is): mean, its rest, deviation, scale. None for a sum.
+    stats: Tensor | None
 
 
 class RowNormOptions(NamedTuple):

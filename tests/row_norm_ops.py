@@ -200,6 +200,7 @@ def library_forward(dtype: torch.dtype) -> Iterable[tuple]:
     yield (op.ADD_LAYER_NORM, x, r, w, b, None, seed, (8,), 0.3, 1e-5, 0.0, dtype, True)
     yield (op.ADD_RMS_NORM, x, r, w, None, scale, None, (8,), 0.0, 1e-5, 1.0, wide, True)
     yield (op.ADD_RMS_NORM, x, r, None, None, None, seed, (3, 8), 0.3, 1e-5, 0.0, dtype, False)
+    yield (op.DROPOUT_ADD, x, r, None, None, scale, seed, (8,), 0.3, 0.0, 0.0, dtype, True)
 
 
 def library_backward(dtype: torch.dtype) -> Iterable[tuple]:
@@ -207,12 +208,15 @@ def library_backward(dtype: torch.dtype) -> Iterable[tuple]:
         op, x, r, w, b, scale, seed, shape, p, eps, offset, sum_dtype, keeps = call
         x = x.detach()
         y, s, stats = torch.ops.gradfuse.row_norm(op, x, *call[2:])
+        is_norm = op != RowNorm.DROPOUT_ADD
         kept = s if keeps else x if r is None else None
         again = (None, None) if kept is not None else (x, r)
+        kept, stats = (kept, stats) if is_norm else (None, None)
         saved = (kept, *again, w, b, scale, seed, stats)
         residual_dtype = None if r is None else r.dtype
         options = (op, p, eps, offset, len(shape), dtype, residual_dtype, sum_dtype)
-        yield (y.cos(), s.sin() if keeps else None, *saved, *options, [True] * 4)
+        grads = (y.cos() if is_norm else None, s.sin() if keeps else None)
+        yield (*grads, *saved, *options, [True] * 4)
 
 
 ALONE: list[Bad] = [
@@ -315,7 +319,89 @@ def entry(name: str, op: Callable[..., Any], is_layer_norm: bool) -> list[Op]:
     return [alone, of_sum]
 
 
+# The sum alone.
+
+
+def ours_dropout(sample: Sample, leaf: dict[str, Tensor]) -> Tensor:
+    scale = sample.tensors.get("scale")
+    return gradfuse.dropout_add(leaf["x"], leaf["r"], sample_scale=scale, **sample.options)
+
+
+def stock_dropout(sample: Sample, leaf: dict[str, Tensor]) -> Tensor:
+    """With our mask."""
+    x, o, scale = leaf["x"], sample.options, sample.tensors.get("scale")
+    if o["training"]:
+        keep = reference.stays(draw_seed(x.device, None), x.shape, o["p"])
+        x = torch.where(keep, x / (1 - o["p"]), 0.0)
+    if scale is not None:
+        x = x * scale.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+    s = x + leaf["r"]
+    narrow = o.get("residual_dtype") is None or s.dtype == torch.float64
+    return s if narrow else s.to(o["residual_dtype"])
+
+
+def dropout_sample(shape: Sequence[int], dtype: torch.dtype = torch.float32, **more: Any) -> Sample:
+    options = {"p": 0.3, "training": True} | more
+    sample = row_norm_sample(shape, 1, dtype, **options)
+    kept = {n: t for n, t in sample.tensors.items() if n in ("x", "r", "grad of y", "scale")}
+    wanted = options.get("residual_dtype") or torch.promote_types(dtype, kept["r"].dtype)
+    kept["grad of y"] = kept["grad of y"].to(wanted)
+    del sample.options["normalized_shape"]
+    return Sample(kept, sample.options)
+
+
+def dropout_samples(dtype: torch.dtype, device: torch.device | str) -> Iterable[Sample]:
+    wide = torch.promote_types(dtype, torch.float32)
+    make = partial(dropout_sample, dtype=dtype, device=device)
+    yield make((4, 3, 40), residual=dtype)
+    yield make((4, 33), residual=wide, scale=True)
+    yield make((4, 40), residual=dtype, scale=True, training=False)
+    yield make((4, 40), residual=dtype, residual_dtype=wide)
+    yield make((70,), residual=dtype)
+
+
+def dropout_derivatives() -> tuple[Callable, Sequence[Tensor]]:
+    t = dropout_sample((3, 5), torch.float64, residual=torch.float64, scale=True).tensors
+
+    def call(x: Tensor, r: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(3)
+        return gradfuse.dropout_add(x, r, 0.4, sample_scale=t["scale"], generator=generator)
+
+    return call, [t[n].requires_grad_() for n in ("x", "r")]
+
+
+dropout_add = Op(
+    "dropout_add",
+    through_backward(ours_dropout),
+    through_backward(stock_dropout),
+    dropout_samples,
+    REAL,
+    [
+        bad_call("input must be a Tensor, got list", TypeError, x=[1.0]),
+        bad_call("input must be float16", TypeError, kernel=True, x=ONES(4, 6, dtype=torch.int32)),
+        bad_call(r"residual must have shape \[4, 6\], got \[6\]", kernel=True, r=ONES(6)),
+        bad_call("residual must be a Tensor, got NoneType", TypeError, r=None),
+        bad_call("p must lie between 0 and 1, got -0.5", p=-0.5),
+        bad_call("sample_scale must have a number for each", scale=ONES(3)),
+    ],
+    lambda: dropout_sample((4, 6), residual=torch.float32, scale=True),
+    lambda dtype: [dropout_sample((700, 768), dtype, residual=torch.float32)],
+    derivatives={"all": dropout_derivatives},
+    traffic=[
+        # grad_output is the gradient of the sum.
+        Traffic(
+            "backward",
+            lambda dtype: dropout_sample((48, 64), dtype, residual=dtype),
+            {"argument 1": 1},
+            {"argument 1": 0},
+        ),
+    ],
+    compiles="close",
+    tolerance=(5e-5, 1e-10),
+)
+
 ROW_NORMS = [
     *entry("layer_norm", gradfuse.layer_norm, True),
     *entry("rms_norm", gradfuse.rms_norm, False),
+    dropout_add,
 ]

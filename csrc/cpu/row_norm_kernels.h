@@ -106,6 +106,7 @@ inline void forward_of(const RowNormForward& given, RowParameters parameters, Ro
           [&] { of_row.fold(); });
       first[k] = of_row.result();
     }
+    if (!call.output) continue;
     RowNormalisation<F> n[kMostRowsAtOnce];
     for (int64_t k = 0; k < rows; ++k)
       n[k] =
@@ -246,6 +247,32 @@ inline void write_gradients(const RowNormBackward& call, int64_t row,
   });
 }
 
+// The same where only the sum has a gradient.
+template <class T, class R, class S>
+inline void write_sum_gradients(const RowNormBackward& call, int64_t row, const KeptElements& keep,
+                                uint8_t* kept, bool past_caches) {
+  using F = ScalarFor<T>;
+  using V = VecFor<T>;
+  const int64_t width = call.shape.width, at = row * width;
+  const S* const grad_sum = static_cast<const S*>(call.grad_sum) + at;
+  R* const grad_residual = call.grad_residual ? static_cast<R*>(call.grad_residual) + at : nullptr;
+  T* const grad_input = call.grad_input ? static_cast<T*>(call.grad_input) + at : nullptr;
+  const F factor = factor_of<F>(call.addends, row);
+  const bool left_out = factor == F(0);
+  const bool drops = call.addends.dropout.seed && !left_out && grad_input;
+  for_each_strip(width, [&](int64_t begin, int64_t end) {
+    if (drops) keep(at + begin, end - begin, kept);
+    for_each_block<T>(begin, end, [&](int64_t i, auto count) {
+      Pair<V> d = load_as<T>(grad_sum + i, count);
+      if (grad_residual) store_as<T>(grad_residual + i, d, count, past_caches);
+      if (!grad_input) return;
+      d = left_out ? Pair<V>{} : d * factor;
+      if (drops) d = only_kept<T>(kept, i - begin, d);
+      store_block(grad_input + i, d, count, past_caches);
+    });
+  });
+}
+
 // Rows whose gradients of bias and weight are added in the compute type.
 constexpr int64_t kPartialRows = 64;
 
@@ -268,7 +295,7 @@ inline void backward_of(const RowNormBackward& given, RowParameters parameters, 
     SumOfRow<T, S> sum_of_row[kMostRowsAtOnce];
     RowNormalisation<F> n[kMostRowsAtOnce];
     RowGradient<F> r[kMostRowsAtOnce];
-    for (int64_t k = 0; k < rows; ++k) {
+    for (int64_t k = 0; call.grad_output && k < rows; ++k) {
       F* const values = static_cast<F*>(scratch.rows) + k * padded;
       sum_of_row[k] = {call.sum ? static_cast<const S*>(call.sum) + (row + k) * width : nullptr,
                        values};
@@ -283,6 +310,10 @@ inline void backward_of(const RowNormBackward& given, RowParameters parameters, 
     }
     for (int64_t k = 0; writes && k < rows; ++k) {
       const int64_t later = row + k + at_once;
+      if (!call.grad_output) {
+        write_sum_gradients<T, R, S>(call, row + k, keep, scratch.kept, past_caches);
+        continue;
+      }
       write_gradients<T, R, S, kCentred>(call, row + k, n[k], parameters.weight, r[k],
                                          sum_of_row[k], keep, scratch.kept,
                                          later < end ? later : -1, past_caches);

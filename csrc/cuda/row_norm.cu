@@ -88,6 +88,8 @@ __global__ void __launch_bounds__(kForwardBlock, 2)
       memory.store(call.sum, addends.sum_is_own, place(k), v);
     });
 
+  if (!call.output) return;
+
   const auto about = [&](W scale, W shift) {
     return over_team<kBlock>(moments_about<kHeld>(team, groups, scale, shift, values, place), team,
                              AddMoments());
@@ -218,6 +220,28 @@ __global__ void __launch_bounds__(kBackwardBlock)
     const auto load_kept = [&](auto k) {
       return call.sum ? memory.load(call.sum, sum_is_own, place(k)) : Mixed<T>();
     };
+    // The second sweep of a group: adds the gradient of the sum to d, writes those of the addends.
+    const auto write = [&](const Place& at, const Mixed<T>& more, W(&d)[kGroup]) {
+#pragma unroll
+      for (int e = 0; e < kGroup; ++e)
+        if (call.grad_sum) d[e] += more.get(e, sum_is_own);
+      if (call.grad_residual) memory.store(call.grad_residual, residual_is_own, at, d);
+      if (!call.grad_input) return;
+      const unsigned stays = addends.kept(at);
+#pragma unroll
+      for (int e = 0; e < kGroup; ++e) {
+        const W f = addends.factor_of_element(stays, e);
+        d[e] = f == W(0) ? W(0) : d[e] * f;
+      }
+      memory.own.store(call.grad_input, at, d);
+    };
+    if (!call.grad_output) {
+      for_each_group<kHeld>(team, groups, [&](auto k) {
+        W d[kGroup] = {};
+        write(place(k), memory.load(call.grad_sum, sum_is_own, place(k)), d);
+      });
+      continue;
+    }
     W held_g[kArray][kGroup], held_h[kArray][kGroup];
     if constexpr (kHeld > 0) {
       Packed<T> g_out[kHeld];
@@ -295,19 +319,9 @@ __global__ void __launch_bounds__(kBackwardBlock)
       values(k, g, h);
       weighted(k, g);
 #pragma unroll
-      for (int e = 0; e < kGroup; ++e) {
+      for (int e = 0; e < kGroup; ++e)
         d[e] = (g[e] - (h[e] * r.slope + r.mean_gradient)) * n.inverse * n.scale;
-        if (call.grad_sum) d[e] += more.get(e, sum_is_own);
-      }
-      if (call.grad_residual) memory.store(call.grad_residual, residual_is_own, at, d);
-      if (!call.grad_input) return;
-      const unsigned stays = addends.kept(at);
-#pragma unroll
-      for (int e = 0; e < kGroup; ++e) {
-        const W f = addends.factor_of_element(stays, e);
-        d[e] = f == W(0) ? W(0) : d[e] * f;
-      }
-      memory.own.store(call.grad_input, at, d);
+      write(at, more, d);
     });
   }
 

@@ -14,10 +14,10 @@ namespace gradfuse {
 namespace {
 
 // Which function is meant. gradfuse/_codes.py has the same numbers.
-enum class RowNorm : int { LayerNorm, AddLayerNorm, RmsNorm, AddRmsNorm };
-constexpr const char* kRowNormNames[] = {"layer_norm", "add_layer_norm", "rms_norm",
-                                         "add_rms_norm"};
-constexpr int kRowNorms = 4;
+enum class RowNorm : int { LayerNorm, AddLayerNorm, RmsNorm, AddRmsNorm, DropoutAdd };
+constexpr const char* kRowNormNames[] = {"layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm",
+                                         "dropout_add"};
+constexpr int kRowNorms = 5;
 
 using Sizes = c10::SmallVector<int64_t, 6>;
 
@@ -29,7 +29,7 @@ struct RowNormForwardCall {
   MaybeTensor sample_scale;  // [input.size(0)]
   MaybeTensor seed;  // int64 [2], of a dropout
   const char* op;
-  bool centred;
+  bool normalises, centred;
   Sizes normalized;
   double p;
   double eps;
@@ -40,24 +40,25 @@ struct RowNormForwardCall {
 
 // A backward call: what the forward saved, and its options.
 struct RowNormBackwardCall {
-  at::Tensor grad_output;
-  MaybeTensor grad_sum;
+  MaybeTensor grad_output, grad_sum;  // at least one of them
   MaybeTensor sum;  // none if it is computed again from input and residual
   MaybeTensor input, residual, weight, bias, sample_scale, seed;
-  at::Tensor stats;  // [rows, kKeptOfRow]
+  MaybeTensor stats;  // [rows, kKeptOfRow]; none without a norm
   const char* op;
   bool centred;
   double p;
   double weight_offset;
+  int64_t dims;         // normalized dimensions
+  at::ScalarType type;  // of the input
   at::ScalarType residual_type;
   bool has_residual;
   at::ScalarType sum_type;
 };
 
 struct RowNormResult {
-  at::Tensor output;
+  MaybeTensor output;
   MaybeTensor sum;  // none if it is not kept, or is the input itself
-  at::Tensor stats;
+  MaybeTensor stats;
 };
 
 struct RowNormGradients {
@@ -130,7 +131,7 @@ struct RowAddends {
   RowSum sum = {};
   DType residual_dtype;
 
-  RowAddends(const at::Tensor& like, const MaybeTensor& given_input, const MaybeTensor& given,
+  RowAddends(at::ScalarType type, const MaybeTensor& given_input, const MaybeTensor& given,
              const MaybeTensor& scale, const MaybeTensor& seed, double p, int64_t rows,
              at::ScalarType sum_type) {
     if (given_input) {
@@ -139,8 +140,8 @@ struct RowAddends {
     }
     residual_dtype = row_type(sum_type);
     if (given) {
-      const bool taken = given->scalar_type() == like.scalar_type() ||
-                         (has_16_bits(like.scalar_type()) && given->scalar_type() == at::kFloat);
+      const bool taken =
+          given->scalar_type() == type || (has_16_bits(type) && given->scalar_type() == at::kFloat);
       residual = taken ? contiguous(*given) : converted(*given, sum_type);
       residual_dtype = row_type(residual.scalar_type());
       sum.residual = residual.const_data_ptr();
@@ -179,21 +180,25 @@ RowNormResult row_norm_forward(const RowNormForwardCall& given) {
       !given.residual && !given.sample_scale && !given.seed && given.sum_type == x.scalar_type();
   RowNormResult result;
   if (x.numel() == 0) {
-    result.output = at::empty(x.sizes(), options);
+    if (given.normalises) {
+      result.output = at::empty(x.sizes(), options);
+      result.stats = at::empty(stats, stats_options);
+    }
     if (given.keeps_sum && !is_input)
       result.sum = at::empty(x.sizes(), options.dtype(given.sum_type));
-    result.stats = at::empty(stats, stats_options);
     return result;
   }
   const at::Tensor like = contiguous(x);
-  result.output = empty_strided_on_device(like.sizes(), like.strides(), options);
+  if (given.normalises) {
+    result.output = empty_strided_on_device(like.sizes(), like.strides(), options);
+    result.stats = empty_on_device(stats, stats_options);
+  }
   if (given.keeps_sum && !is_input)
     result.sum =
         empty_strided_on_device(like.sizes(), like.strides(), options.dtype(given.sum_type));
-  result.stats = empty_on_device(stats, stats_options);
 
-  const RowAddends addends(x, like, given.residual, given.sample_scale, given.seed, given.p, rows,
-                           given.sum_type);
+  const RowAddends addends(x.scalar_type(), like, given.residual, given.sample_scale, given.seed,
+                           given.p, rows, given.sum_type);
   HeldVector weight, bias;
   RowNormForward call;
   call.shape = {rows, width, row_type(x.scalar_type()), addends.residual_dtype,
@@ -205,93 +210,119 @@ RowNormResult row_norm_forward(const RowNormForwardCall& given) {
   call.weight_offset = given.weight_offset;
   call.bias = bias.get(given.bias);
   call.sum = data_or_null(result.sum);
-  call.output = result.output.mutable_data_ptr();
-  call.stats = result.stats.mutable_data_ptr();
+  call.output = data_or_null(result.output);
+  call.stats = data_or_null(result.stats);
   run_on(
       x.device(), [&] { cpu::row_norm_forward(call); },
       [&](Stream stream) { cuda::row_norm_forward(call, stream); });
   return result;
 }
 
+// The tensor that has the shape of all gradients but those of weight and bias.
+const at::Tensor& given_gradient(const RowNormBackwardCall& call) {
+  return call.grad_output ? *call.grad_output : *call.grad_sum;
+}
+
+int64_t row_width(const RowNormBackwardCall& call) {
+  const at::IntArrayRef sizes = given_gradient(call).sizes();
+  int64_t width = 1;
+  for (int64_t size : sizes.slice(sizes.size() - static_cast<size_t>(call.dims))) width *= size;
+  return width;
+}
+
+void check_row_stats(const RowNormBackwardCall& call, int64_t rows) {
+  const char* const op = call.op;
+  if (!call.stats)
+    fail<std::invalid_argument>(op, ": stats must be kept for grad_output, got None");
+  const at::Tensor& stats = *call.stats;
+  check_memory(op, "stats", stats);
+  check_device(op, "stats", stats, *call.grad_output);
+  if (stats.dim() != 2 || stats.size(0) != rows || stats.size(1) != kKeptOfRow ||
+      !stats.is_contiguous() || stats.scalar_type() != row_compute_type(call.type))
+    fail<std::invalid_argument>(op, ": stats must be [", rows, ", ", static_cast<int>(kKeptOfRow),
+                                "] of the forward, got ", stats.sizes(), " of ",
+                                stats.scalar_type());
+}
+
 void check_row_norm_backward(const RowNormBackwardCall& call) {
   const char* const op = call.op;
-  const at::Tensor& g = call.grad_output;
-  check_memory(op, "grad_output", g);
+  if (!call.grad_output && !call.grad_sum)
+    fail<std::invalid_argument>(op, ": grad_output or grad_sum must be given, got None");
+  const at::Tensor& g = given_gradient(call);
+  check_like(op, "grad_output", call.grad_output, g, g.sizes());
   check_like(op, "grad_sum", call.grad_sum, g, g.sizes());
+  if (call.dims < 1 || call.dims > g.dim())
+    fail<std::invalid_argument>(op, ": dims must lie between 1 and ", g.dim(), ", got ", call.dims);
+  const int64_t width = row_width(call), rows = width ? g.numel() / width : 0;
   check_like(op, "sum", call.sum, g, g.sizes());
   check_like(op, "input", call.input, g, g.sizes());
   check_like(op, "residual", call.residual, g, g.sizes());
-  if (!call.sum && !call.input)
-    fail<std::invalid_argument>(op, ": input must be kept where the sum is not, got None");
-  check_memory(op, "stats", call.stats);
-  check_device(op, "stats", call.stats, g);
-  if (call.stats.dim() != 2 || call.stats.size(1) != kKeptOfRow || !call.stats.is_contiguous() ||
-      call.stats.scalar_type() != row_compute_type(g.scalar_type()) ||
-      (call.stats.size(0) == 0 ? g.numel() : g.numel() % call.stats.size(0)) != 0)
-    fail<std::invalid_argument>(op, ": stats must be [rows, ", static_cast<int>(kKeptOfRow),
-                                "] of the forward, got ", call.stats.sizes(), " of ",
-                                call.stats.scalar_type());
-  for (const MaybeTensor& t : {call.weight, call.bias})
-    if (t && call.stats.size(0) && t->numel() != g.numel() / call.stats.size(0))
-      fail<std::invalid_argument>(op, ": weight and bias must have a row's elements, got ",
-                                  t->sizes());
-  check_like(op, "weight", call.weight, g, call.weight ? call.weight->sizes() : at::IntArrayRef());
-  check_like(op, "bias", call.bias, g, call.bias ? call.bias->sizes() : at::IntArrayRef());
-  check_sample_scale(op, call.sample_scale, g, g.dim());
-  if (call.sample_scale && call.stats.size(0) % std::max<int64_t>(1, call.sample_scale->numel()))
-    fail<std::invalid_argument>(op, ": sample_scale must divide the rows ", call.stats.size(0),
-                                ", got ", call.sample_scale->sizes());
+  if (call.grad_output) {
+    if (call.grad_output->scalar_type() != call.type)
+      fail<TypeError>(op, ": grad_output must be of input's dtype ", call.type, ", got ",
+                      call.grad_output->scalar_type());
+    if (!call.sum && !call.input)
+      fail<std::invalid_argument>(op, ": input must be kept where the sum is not, got None");
+    check_row_stats(call, rows);
+  }
+  const at::IntArrayRef normalized = g.sizes().slice(g.sizes().size() - call.dims);
+  check_like(op, "weight", call.weight, g, normalized);
+  check_like(op, "bias", call.bias, g, normalized);
+  check_sample_scale(op, call.sample_scale, g, g.dim() - call.dims);
   check_seed(op, call.seed, g, call.p);
-  check_sum_type(op, g.scalar_type(), call.sum_type);
-  if (call.sum && call.sum->scalar_type() != call.sum_type)
-    fail<std::invalid_argument>(op, ": sum must be of ", call.sum_type, ", got ",
-                                call.sum->scalar_type());
+  check_sum_type(op, call.type, call.sum_type);
+  for (const MaybeTensor& t : {call.sum, call.grad_sum})
+    if (t && t->scalar_type() != call.sum_type)
+      fail<TypeError>(op, ": sum and its gradient must be of ", call.sum_type, ", got ",
+                      t->scalar_type());
 }
 
 // The gradients that are wanted.
 RowNormGradients row_norm_backward(const RowNormBackwardCall& given, std::array<bool, 4> wanted) {
   check_row_norm_backward(given);
-  const at::Tensor& g = given.grad_output;
-  const at::TensorOptions options = g.options();
-  const int64_t rows = given.stats.size(0);
-  const auto like = [&](const MaybeTensor& t) { return t ? t->options() : options; };
+  const at::Tensor& g = given_gradient(given);
+  const at::TensorOptions options = g.options().dtype(given.type);
+  if (!given.grad_output) wanted[2] = wanted[3] = false;
   RowNormGradients grads;
   if (g.numel() == 0) {
     if (wanted[0]) grads.input = at::empty(g.sizes(), options);
-    if (wanted[1]) grads.residual = at::empty(g.sizes(), options.dtype(given.residual_type));
+    if (wanted[1] && given.has_residual)
+      grads.residual = at::empty(g.sizes(), options.dtype(given.residual_type));
     if (wanted[2] && given.weight)
-      grads.weight = at::zeros(given.weight->sizes(), like(given.weight));
-    if (wanted[3] && given.bias) grads.bias = at::zeros(given.bias->sizes(), like(given.bias));
+      grads.weight = at::zeros(given.weight->sizes(), given.weight->options());
+    if (wanted[3] && given.bias) grads.bias = at::zeros(given.bias->sizes(), given.bias->options());
     return grads;
   }
-  const at::Tensor grad_output = contiguous(g);
-  at::Tensor grad_sum, sum;
-  if (given.grad_sum) grad_sum = contiguous(given.grad_sum->to(given.sum_type));
-  if (given.sum) sum = contiguous(*given.sum);
-  const RowAddends addends(g, given.input, given.residual, given.sample_scale, given.seed, given.p,
-                           rows, given.sum_type);
+  const int64_t width = row_width(given), rows = g.numel() / width;
+  at::Tensor grad_output, grad_sum, sum;
+  if (given.grad_output) grad_output = contiguous(*given.grad_output);
+  if (given.grad_sum) grad_sum = contiguous(*given.grad_sum);
+  if (given.sum && given.grad_output) sum = contiguous(*given.sum);
+  const RowAddends addends(given.type, given.input, given.residual, given.sample_scale, given.seed,
+                           given.p, rows, given.sum_type);
   HeldVector weight;
   RowNormBackward call;
-  const bool taken = given.residual_type == g.scalar_type() ||
-                     (has_16_bits(g.scalar_type()) && given.residual_type == at::kFloat);
+  const bool taken = given.residual_type == given.type ||
+                     (has_16_bits(given.type) && given.residual_type == at::kFloat);
   const at::ScalarType residual_type = taken ? given.residual_type : given.sum_type;
-  call.shape = {rows, g.numel() / rows, row_type(g.scalar_type()), row_type(residual_type),
+  call.shape = {rows, width, row_type(given.type), row_type(residual_type),
                 row_type(given.sum_type)};
   call.addends = addends.sum;
   call.centred = given.centred;
   call.weight = weight.get(given.weight);
   call.weight_offset = given.weight_offset;
   call.sum = sum.defined() ? sum.const_data_ptr() : nullptr;
-  call.stats = given.stats.const_data_ptr();
-  call.grad_output = grad_output.const_data_ptr();
+  call.stats = given.stats ? given.stats->const_data_ptr() : nullptr;
+  call.grad_output = grad_output.defined() ? grad_output.const_data_ptr() : nullptr;
   call.grad_sum = grad_sum.defined() ? grad_sum.const_data_ptr() : nullptr;
 
-  const bool passes = !given.sample_scale && !given.seed &&
-                      (!given.has_residual || residual_type == g.scalar_type());
+  const bool passes =
+      !given.sample_scale && !given.seed && (!given.has_residual || residual_type == given.type);
   const auto empty = [&](at::ScalarType type) {
-    return empty_strided_on_device(grad_output.sizes(), grad_output.strides(), options.dtype(type));
+    const at::Tensor& like = grad_output.defined() ? grad_output : grad_sum;
+    return empty_strided_on_device(like.sizes(), like.strides(), options.dtype(type));
   };
-  if (wanted[0]) grads.input = empty(g.scalar_type());
+  if (wanted[0]) grads.input = empty(given.type);
   if (wanted[1] && given.has_residual) {
     if (passes && grads.input)
       grads.residual = grads.input;
@@ -328,12 +359,14 @@ void read_op(Call& call, int code) {
   call.centred = code <= static_cast<int>(RowNorm::AddLayerNorm);
 }
 
-// (output, sum or None, stats).
-std::tuple<at::Tensor, MaybeTensor, at::Tensor> row_norm_forward_(RowNormCallArg given) {
+// (output, sum, stats); None for a sum that is not kept or is the input, and without a norm.
+std::tuple<MaybeTensor, MaybeTensor, MaybeTensor> row_norm_forward_(RowNormCallArg given) {
   GRADFUSE_EVENT("gradfuse::row_norm");
   Fields fields("RowNormCall", given.object, 13);
   RowNormForwardCall call = {};
-  read_op(call, fields.next_as<int>());
+  const int code = fields.next_as<int>();
+  read_op(call, code);
+  call.normalises = code != static_cast<int>(RowNorm::DropoutAdd);
   const char* const op = call.op;
   call.input = tensor_of(op, "input", fields.next());
   call.residual = maybe_tensor(op, "residual", fields.next());
@@ -356,7 +389,7 @@ std::tuple<at::Tensor, MaybeTensor, at::Tensor> row_norm_forward_(RowNormCallArg
 // grad_input, grad_residual, grad_weight, grad_bias; None where not wanted. The first two may be
 // one tensor.
 std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor> row_norm_backward_(
-    TensorArg grad_output, OptionalTensorArg grad_sum, RowNormSavedArg saved,
+    OptionalTensorArg grad_output, OptionalTensorArg grad_sum, RowNormSavedArg saved,
     RowNormOptionsArg options, WantedArg wants) {
   GRADFUSE_EVENT("gradfuse::row_norm_backward");
   RowNormBackwardCall call = {};
@@ -365,14 +398,14 @@ std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor> row_norm_backward
   call.p = fields.next_as<double>();
   fields.next();  // eps, which the statistics hold
   call.weight_offset = fields.next_as<double>();
-  fields.next();  // the number of dimensions, which are those of the weight
-  fields.next();  // input's type, which is that of its gradient
+  call.dims = fields.next_as<int64_t>();
+  call.type = fields.next_as<at::ScalarType>();
   const py::handle residual_type = fields.next();
   call.sum_type = fields.next_as<at::ScalarType>();
   call.has_residual = !residual_type.is_none();
   call.residual_type = call.has_residual ? residual_type.cast<at::ScalarType>() : call.sum_type;
   const char* const op = call.op;
-  call.grad_output = tensor_of(op, "grad_output", grad_output.object);
+  call.grad_output = maybe_tensor(op, "grad_output", grad_output.object);
   call.grad_sum = maybe_tensor(op, "grad_sum", grad_sum.object);
   Fields tensors("RowNormSaved", saved.object, 8);
   call.sum = maybe_tensor(op, "sum", tensors.next());
@@ -382,7 +415,7 @@ std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor> row_norm_backward
   call.bias = maybe_tensor(op, "bias", tensors.next());
   call.sample_scale = maybe_tensor(op, "sample_scale", tensors.next());
   call.seed = maybe_tensor(op, "seed", tensors.next());
-  call.stats = tensor_of(op, "stats", tensors.next());
+  call.stats = maybe_tensor(op, "stats", tensors.next());
   const auto wanted = wants.object.cast<std::array<bool, 4>>();
   const py::gil_scoped_release release;
   RowNormGradients grads = row_norm_backward(call, wanted);
@@ -397,7 +430,8 @@ void bind_row_norm(py::module_& m) {
             {{"LAYER_NORM", static_cast<int>(RowNorm::LayerNorm)},
              {"ADD_LAYER_NORM", static_cast<int>(RowNorm::AddLayerNorm)},
              {"RMS_NORM", static_cast<int>(RowNorm::RmsNorm)},
-             {"ADD_RMS_NORM", static_cast<int>(RowNorm::AddRmsNorm)}});
+             {"ADD_RMS_NORM", static_cast<int>(RowNorm::AddRmsNorm)},
+             {"DROPOUT_ADD", static_cast<int>(RowNorm::DropoutAdd)}});
   m.def("row_norm_forward", &row_norm_forward_, py::arg("call"));
   m.def("row_norm_backward", &row_norm_backward_, py::arg("grad_output"), py::arg("grad_sum"),
         py::arg("saved"), py::arg("options"), py::arg("wanted"));

@@ -43,7 +43,8 @@ struct RowVector {
   DType dtype;
 };
 
-// output = normalised(sum) * (weight + weight_offset) + bias
+// output = normalised(sum) * (weight + weight_offset) + bias. Without an output, for the sum alone,
+// what belongs to the norm is not read.
 struct RowNormForward {
   RowNormShape shape;
   RowSum addends;
@@ -53,7 +54,7 @@ struct RowNormForward {
   double weight_offset;  // of a weight that is given
   RowVector bias;
   void* sum;  // null if it is not kept, or is the input
-  void* output;
+  void* output;  // or null
   void* stats;  // [rows, kKeptOfRow] of the compute type, see math/row_norm.h
 };
 
@@ -66,7 +67,7 @@ struct RowNormBackward {
   double weight_offset;
   const void* sum;  // null if it was not kept: input and residual then are
   const void* stats;
-  const void* grad_output;
+  const void* grad_output;  // null for that of the sum alone: then grad_sum is not
   const void* grad_sum;  // or null
   void* grad_input;
   void* grad_residual;

@@ -18,7 +18,7 @@ from gradfuse._native import define_op
 from gradfuse._records import RowNormCall, RowNormOptions, RowNormSaved
 from gradfuse.ops.checks import is_batched, is_transformed
 
-__all__ = ["add_norm", "draw_seed", "norm"]
+__all__ = ["add_norm", "addends", "draw_seed", "dropout", "norm", "run"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _NAMES = tuple(op.name.lower() for op in RowNorm)
@@ -48,7 +48,7 @@ def norm(
     """The norm alone."""
     if not isinstance(input, Tensor):
         raise TypeError(f"{_NAMES[op]}: input must be a Tensor, got {type(input).__name__}")
-    output: Tensor = _run(
+    output: Tensor = run(
         op, input, None, weight, bias, None, None, _shape(op, normalized_shape), 0.0, eps, 0.0,
         input.dtype, False,
     )[0]  # fmt: skip
@@ -74,32 +74,13 @@ def add_norm(
 ) -> tuple[Tensor, Tensor] | Tensor:
     """norm(residual + sample_scale * dropout(input)), and the sum itself if prenorm."""
     name = _NAMES[op]
-    for argument, value in (("input", input), ("residual", residual)):
-        if not isinstance(value, Tensor) and (value is not None or argument == "input"):
-            raise TypeError(f"{name}: {argument} must be a Tensor, got {type(value).__name__}")
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"{name}: p must lie between 0 and 1, got {p}")
-    sum_dtype = residual_dtype
-    if sum_dtype is None:
-        sum_dtype = input.dtype if residual is None else _promoted(name, input, residual)
-    if torch.promote_types(input.dtype, sum_dtype) == torch.float64:
-        input = input.double()
-    if sample_scale is not None:
-        sample_scale = _of_samples(name, sample_scale, input)
-    seed = None
-    if p > 0.0 and training:
-        if p < 1.0:
-            seed = draw_seed(input.device, generator)
-        else:  # every sample is left out
-            sample_scale = input.new_zeros(input.shape[0] if input.ndim else 1)
-    output, total = _run(
+    input, sum_dtype = addends(name, input, residual, residual_dtype)
+    sample_scale, seed = dropout(name, input, p, training, sample_scale, generator)
+    results: tuple[Tensor, Tensor] = run(
         op, input, residual, weight, bias, sample_scale, seed, _shape(op, normalized_shape), p,
         eps, weight_offset, sum_dtype, prenorm,
     )  # fmt: skip
-    if not prenorm:
-        return output
-    assert total is not None
-    return output, total
+    return results if prenorm else results[0]
 
 
 def _shape(op: RowNorm, normalized_shape: Sequence[int]) -> Sequence[int]:
@@ -113,10 +94,42 @@ def _shape(op: RowNorm, normalized_shape: Sequence[int]) -> Sequence[int]:
     return normalized_shape
 
 
-def _promoted(name: str, input: Tensor, residual: Tensor) -> torch.dtype:
-    if residual.dtype.is_complex:
+def addends(
+    name: str, input: Tensor, residual: Tensor | None, sum_dtype: torch.dtype | None
+) -> tuple[Tensor, torch.dtype]:
+    """The input, widened if the sum is in float64, and the dtype of the sum."""
+    for argument, value in (("input", input), ("residual", residual)):
+        if not isinstance(value, Tensor) and (value is not None or argument == "input"):
+            raise TypeError(f"{name}: {argument} must be a Tensor, got {type(value).__name__}")
+    if residual is not None and residual.dtype.is_complex:
         raise TypeError(f"{name}: residual must be real, got {residual.dtype}")
-    return torch.promote_types(input.dtype, residual.dtype)
+    if sum_dtype is None:
+        sum_dtype = input.dtype
+        if residual is not None:
+            sum_dtype = torch.promote_types(sum_dtype, residual.dtype)
+    if torch.promote_types(input.dtype, sum_dtype) == torch.float64:
+        input = input.double()
+    return input, sum_dtype
+
+
+def dropout(
+    name: str,
+    input: Tensor,
+    p: float,
+    training: bool,
+    sample_scale: Tensor | None,
+    generator: torch.Generator | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The scale of each sample and the seed of the dropout; None where there is none."""
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{name}: p must lie between 0 and 1, got {p}")
+    if sample_scale is not None:
+        sample_scale = _of_samples(name, sample_scale, input)
+    if p == 0.0 or not training:
+        return sample_scale, None
+    if p == 1.0:  # every sample is left out
+        return input.new_zeros(input.shape[0] if input.ndim else 1), None
+    return sample_scale, draw_seed(input.device, generator)
 
 
 def _of_samples(name: str, sample_scale: Tensor, input: Tensor) -> Tensor:
@@ -134,8 +147,9 @@ def _of_samples(name: str, sample_scale: Tensor, input: Tensor) -> Tensor:
     return sample_scale.reshape(-1)
 
 
-def _run(*arguments: Any) -> tuple[Tensor, Tensor | None]:
-    """(output, sum) of the call of these fields; no sum if it is not kept."""
+def run(*arguments: Any) -> tuple[Any, Any]:
+    """(output, sum) of the call of these fields; None for a sum that is not kept, or without a
+    norm."""
     call = _call_from(arguments)
     input = call.input
     if _native.is_traced():
@@ -157,8 +171,11 @@ def _run(*arguments: Any) -> tuple[Tensor, Tensor | None]:
     return output, input if kept is None and call.keeps_sum else kept
 
 
-def _save_for_backward(ctx: Any, call: RowNormCall, total: Tensor | None, stats: Tensor) -> None:
+def _save_for_backward(
+    ctx: Any, call: RowNormCall, total: Tensor | None, stats: Tensor | None
+) -> None:
     """Keeps what the backward reads, of the Function's call and of the registered op's alike."""
+    is_norm = call.op != RowNorm.DROPOUT_ADD
     is_input = total is None and _is_input(call)
     again = total is None and not is_input  # the backward adds input and residual again
     ctx.set_materialize_grads(False)
@@ -173,14 +190,14 @@ def _save_for_backward(ctx: Any, call: RowNormCall, total: Tensor | None, stats:
         call.sum_dtype,
     )
     ctx.save_for_backward(  # the fields of a RowNormSaved
-        call.input if is_input else total,
+        (call.input if is_input else total) if is_norm else None,
         call.input if again else None,
         call.residual if again else None,
         call.weight,
         call.bias,
         call.sample_scale,
         call.seed,
-        stats,
+        stats if is_norm else None,
     )
 
 
@@ -194,7 +211,7 @@ class _RowNorm(torch.autograd.Function):
     """The eager call. Its arguments are the fields of a RowNormCall, for autograd's eyes."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, Tensor | None]:
         call = _call_from(arguments)
         output, total, stats = _native.backend.row_norm_forward(call)
         _save_for_backward(ctx, call, total, stats)
@@ -218,13 +235,12 @@ def _gradients(
     options: RowNormOptions,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    given = grad_sum if grad_output is None else grad_output
-    if given is None:
+    if grad_output is None and grad_sum is None:
         return None, None, None, None
     in_torch = torch.is_grad_enabled() or any(
         g is not None and (type(g) not in _PLAIN or is_batched(g)) for g in (grad_output, grad_sum)
     )
-    if in_torch or grad_output is None:
+    if in_torch:
         return _differentiable_backward(grad_output, grad_sum, saved, options, wanted)
     grads: tuple[Tensor | None, ...] = _native.backend.row_norm_backward(
         grad_output, grad_sum, saved, options, wanted
@@ -241,18 +257,11 @@ def _differentiable_backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradients by torch's own ops, so that they can be differentiated again."""
     wide = torch.promote_types(options.dtype, torch.float32)
-    total = saved.sum
-    if total is None:
-        assert saved.input is not None
-        total = reference.addend(saved.input.to(wide), saved.seed, options.p, saved.sample_scale)
-        if saved.residual is not None:
-            total = total + saved.residual.to(wide)
-        total = total.to(options.sum_dtype)
     grad = None if grad_sum is None else grad_sum.to(wide)
     of_weight = of_bias = None
     if grad_output is not None:
         through_norm, of_weight, of_bias = _norm_backward(
-            grad_output.to(wide), total.to(wide), saved, options
+            grad_output.to(wide), _sum_of(saved, options).to(wide), saved, options
         )
         grad = through_norm if grad is None else grad + through_norm
     assert grad is not None
@@ -264,12 +273,25 @@ def _differentiable_backward(
     return tuple(g if asked else None for g, asked in zip(grads, wanted, strict=True))
 
 
+def _sum_of(saved: RowNormSaved, options: RowNormOptions) -> Tensor:
+    """The sum that the forward kept, or computed again as a function of the addends."""
+    if saved.sum is not None:
+        return saved.sum
+    assert saved.input is not None
+    wide = torch.promote_types(options.dtype, torch.float32)
+    total = reference.addend(saved.input.to(wide), saved.seed, options.p, saved.sample_scale)
+    if saved.residual is not None:
+        total = total + saved.residual.to(wide)
+    return total.to(options.sum_dtype)
+
+
 def _norm_backward(
     g_out: Tensor, s: Tensor, saved: RowNormSaved, options: RowNormOptions
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradients of the sum, weight and bias, whose statistics are functions of the sum."""
     dims = list(range(-options.dims, 0))
     rows = list(range(s.ndim - options.dims))
+    assert saved.stats is not None
     scale = saved.stats[:, 3].to(s.dtype).reshape([*s.shape[: len(rows)], *[1] * len(dims)])
     s = s * scale
     is_centred = RowNorm(options.op).is_centred
@@ -294,8 +316,10 @@ def _norm_backward(
     )
 
 
-def _through_library(call: RowNormCall) -> tuple[Tensor, Tensor | None]:
+def _through_library(call: RowNormCall) -> tuple[Tensor | None, Tensor | None]:
     """The registered op. An op's results must not be its arguments, as a sum that is the input."""
+    if call.op == RowNorm.DROPOUT_ADD:
+        return None, torch.ops.gradfuse.row_norm(*call)[1]
     is_input = _is_input(call)
     kept = call._replace(keeps_sum=call.keeps_sum and not is_input)
     output, total, _ = torch.ops.gradfuse.row_norm(*kept)
@@ -306,8 +330,8 @@ def _through_library(call: RowNormCall) -> tuple[Tensor, Tensor | None]:
 
 def _library_forward(*inputs: Any) -> tuple[Tensor, ...]:
     call = RowNormCall(*inputs)
-    output, total, stats = _native.backend.row_norm_forward(call)
-    return output, call.input.new_empty(0) if total is None else total, stats
+    results = _native.backend.row_norm_forward(call)
+    return tuple(call.input.new_empty(0) if t is None else t for t in results)
 
 
 def _fake_forward(*inputs: Any) -> tuple[Tensor, ...]:
@@ -316,19 +340,19 @@ def _fake_forward(*inputs: Any) -> tuple[Tensor, ...]:
     reference.check_row_norm(call)
     for size in call.normalized_shape:
         width = width * size
-    output = torch.empty_like(input, memory_format=torch.contiguous_format)
+    like = torch.empty_like(input, memory_format=torch.contiguous_format)
+    total = torch.empty_like(like, dtype=call.sum_dtype) if call.keeps_sum else like.new_empty(0)
+    if call.op == RowNorm.DROPOUT_ADD:
+        return like.new_empty(0), total, like.new_empty(0)
     rows = 0 if isinstance(width, int) and width == 0 else input.numel() // width
     stats = input.new_empty(rows, 4, dtype=torch.promote_types(input.dtype, torch.float32))
-    total = (
-        torch.empty_like(output, dtype=call.sum_dtype) if call.keeps_sum else output.new_empty(0)
-    )
-    return output, total, stats
+    return like, total, stats
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     call = RowNormCall(*inputs)
     ctx.mark_non_differentiable(output[2])
-    ctx.keeps_sum = call.keeps_sum
+    ctx.returned = call.op != RowNorm.DROPOUT_ADD, call.keeps_sum
     _save_for_backward(ctx, call, output[1] if call.keeps_sum else None, output[2])
 
 
@@ -336,13 +360,14 @@ def _library_gradient(
     ctx: Any, grad_output: Tensor | None, grad_sum: Tensor | None, _: Any
 ) -> tuple[Tensor | None, ...]:
     wanted, saved = ctx.needs_input_grad[1:5], _saved_from(ctx.saved_tensors)
-    grad_sum = grad_sum if ctx.keeps_sum else None
-    grads: tuple[Tensor | None, ...]
-    if grad_output is None or torch.is_grad_enabled():
-        grads = (None,) * 4
-        if grad_output is not None or grad_sum is not None:
-            grads = _differentiable_backward(grad_output, grad_sum, saved, ctx.options, wanted)
-    else:
+    grad_output, grad_sum = (
+        g if is_returned else None
+        for g, is_returned in zip((grad_output, grad_sum), ctx.returned, strict=True)
+    )
+    grads: tuple[Tensor | None, ...] = (None,) * 4
+    if torch.is_grad_enabled():
+        grads = _gradients(grad_output, grad_sum, saved, ctx.options, wanted)
+    elif grad_output is not None or grad_sum is not None:
         found = torch.ops.gradfuse.row_norm_backward(
             grad_output, grad_sum, *saved, *ctx.options, list(wanted)
         )
@@ -360,7 +385,7 @@ def _is_shared(saved: RowNormSaved, options: RowNormOptions) -> bool:
 
 def _backward_of(
     inputs: Sequence[Any],
-) -> tuple[Tensor, Tensor | None, RowNormSaved, RowNormOptions, list[bool]]:
+) -> tuple[Tensor | None, Tensor | None, RowNormSaved, RowNormOptions, list[bool]]:
     """The registered backward's inputs."""
     grad_output, grad_sum, *rest, wanted = inputs
     n = len(RowNormSaved._fields)
@@ -372,24 +397,34 @@ def _library_backward(*inputs: Any) -> tuple[Tensor, ...]:
     if wanted[0] and _is_shared(saved, options):
         wanted = [True, False, *wanted[2:]]
     grads = _native.backend.row_norm_backward(grad_output, grad_sum, saved, options, wanted)
-    return tuple(grad_output.new_empty(0) if g is None else g for g in grads)
+    like = _either(grad_output, grad_sum)
+    return tuple(like.new_empty(0, dtype=options.dtype) if g is None else g for g in grads)
+
+
+def _either(a: Tensor | None, b: Tensor | None) -> Tensor:
+    given = a if a is not None else b
+    assert given is not None
+    return given
 
 
 def _fake_backward(*inputs: Any) -> tuple[Tensor, ...]:
-    grad_output, _, saved, options, wanted = _backward_of(inputs)
-    like = torch.empty_like(grad_output, memory_format=torch.contiguous_format)
-
-    def none() -> Tensor:
-        return grad_output.new_empty(0)
-
+    grad_output, grad_sum, saved, options, wanted = _backward_of(inputs)
+    like = torch.empty_like(
+        _either(grad_output, grad_sum), dtype=options.dtype, memory_format=torch.contiguous_format
+    )
+    weight, bias = saved.weight, saved.bias
     has_residual = options.residual_dtype is not None and wanted[1]
     if wanted[0] and _is_shared(saved, options):
         has_residual = False
-    return (
-        like if wanted[0] else none(),
-        torch.empty_like(like, dtype=options.residual_dtype) if has_residual else none(),
-        torch.empty_like(saved.weight) if wanted[2] and saved.weight is not None else none(),
-        torch.empty_like(saved.bias) if wanted[3] and saved.bias is not None else none(),
+    through_norm = grad_output is not None
+    return tuple(
+        like.new_empty(0) if of is None else torch.empty_like(of, dtype=dtype)
+        for of, dtype in (
+            (like if wanted[0] else None, options.dtype),
+            (like if has_residual else None, options.residual_dtype),
+            (weight if wanted[2] and through_norm else None, None),
+            (bias if wanted[3] and through_norm else None, None),
+        )
     )
 
 
@@ -403,9 +438,9 @@ define_op(
     setup_context=_setup_context,
 )
 define_op(
-    "row_norm_backward(Tensor grad_output, Tensor? grad_sum, Tensor? sum, Tensor? input,"
+    "row_norm_backward(Tensor? grad_output, Tensor? grad_sum, Tensor? sum, Tensor? input,"
     " Tensor? residual, Tensor? weight, Tensor? bias, Tensor? sample_scale, Tensor? seed,"
-    " Tensor stats, int op, float p, float eps, float weight_offset, int dims, ScalarType dtype,"
+    " Tensor? stats, int op, float p, float eps, float weight_offset, int dims, ScalarType dtype,"
     " ScalarType? residual_dtype, ScalarType sum_dtype, bool[4] wanted)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _library_backward,

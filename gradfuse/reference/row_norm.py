@@ -15,8 +15,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 KEPT_OF_ROW = 4
 
 
-def row_norm(call: RowNormCall) -> tuple[Tensor, Tensor]:
-    """(output, sum), differentiable any number of times.
+def row_norm(call: RowNormCall) -> tuple[Tensor | None, Tensor]:
+    """(output, sum), differentiable any number of times; no output where there is no norm.
 
     16-bit inputs are computed in float32; sum and output are rounded once.
     """
@@ -25,6 +25,8 @@ def row_norm(call: RowNormCall) -> tuple[Tensor, Tensor]:
     if call.residual is not None:
         total = total + call.residual.to(wide)
     total = total.to(call.sum_dtype)
+    if call.op == RowNorm.DROPOUT_ADD:
+        return None, total
     s = total.to(wide)
     dims = list(range(-len(call.normalized_shape), 0))
     if RowNorm(call.op).is_centred:
@@ -108,8 +110,9 @@ def _scale_of_rows(s: Tensor, eps: float) -> Tensor:
 
 
 @torch.no_grad()
-def row_norm_forward(call: RowNormCall) -> tuple[Tensor, Tensor | None, Tensor]:
-    """(output, sum, stats); no sum where it is not kept, or is the input itself."""
+def row_norm_forward(call: RowNormCall) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(output, sum, stats); no sum where it is not kept, or is the input itself; that alone where
+    there is no norm."""
     check_row_norm(call)
     x = call.input
     kept = torch.promote_types(x.dtype, torch.float32)
@@ -118,6 +121,8 @@ def row_norm_forward(call: RowNormCall) -> tuple[Tensor, Tensor | None, Tensor]:
     total = _sum_of(x, call.residual, call, call.p).to(call.sum_dtype)
     is_input = call.residual is None and call.sample_scale is None and call.seed is None
     is_input = is_input and call.sum_dtype == x.dtype
+    if call.op == RowNorm.DROPOUT_ADD:
+        return None, total.contiguous(), None
     s = _as_rows(total.double(), rows, width)
     scale = _scale_of_rows(s, call.eps)
     s = s * scale
@@ -141,14 +146,40 @@ def row_norm_forward(call: RowNormCall) -> tuple[Tensor, Tensor | None, Tensor]:
 
 @torch.no_grad()
 def row_norm_backward(
-    grad_output: Tensor,
+    grad_output: Tensor | None,
     grad_sum: Tensor | None,
     saved: RowNormSaved,
     options: RowNormOptions,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of input, residual, weight and bias; None for those not wanted."""
-    shape, dtype, rows = grad_output.shape, grad_output.dtype, saved.stats.shape[0]
+    dtype = options.dtype
+    grad = None if grad_sum is None else grad_sum.double()
+    of_weight = of_bias = None
+    if grad_output is not None:
+        through_norm, of_weight, of_bias = _norm_backward(grad_output, saved, options)
+        grad = through_norm if grad is None else grad + through_norm
+    assert grad is not None
+    of_input = addend(grad, saved.seed, options.p, saved.sample_scale).to(dtype)
+    of_residual = None
+    if wanted[1] and options.residual_dtype is not None:
+        is_same = saved.seed is None and saved.sample_scale is None
+        is_same = is_same and options.residual_dtype == dtype and wanted[0]
+        of_residual = of_input if is_same else grad.to(options.residual_dtype)
+    return (
+        of_input if wanted[0] else None,
+        of_residual,
+        of_weight if wanted[2] else None,
+        of_bias if wanted[3] else None,
+    )
+
+
+def _norm_backward(
+    grad_output: Tensor, saved: RowNormSaved, options: RowNormOptions
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of the sum, weight and bias through the norm."""
+    assert saved.stats is not None
+    shape, rows = grad_output.shape, saved.stats.shape[0]
     if saved.sum is not None:
         total = saved.sum
     else:
@@ -164,21 +195,9 @@ def row_norm_backward(
         g = g * (saved.weight.double() + options.weight_offset).reshape(1, -1)
     slope = (g * h).mean(1, keepdim=True)
     shift = g.mean(1, keepdim=True) if RowNorm(options.op).is_centred else torch.zeros_like(slope)
-    grad = ((g - (h * slope + shift)) / deviation * scale).reshape(shape)
-    if grad_sum is not None:
-        grad = grad + grad_sum.double()
-    of_input = addend(grad, saved.seed, options.p, saved.sample_scale).to(dtype)
-    of_residual = None
-    if wanted[1] and options.residual_dtype is not None:
-        is_same = saved.seed is None and saved.sample_scale is None
-        is_same = is_same and options.residual_dtype == dtype and wanted[0]
-        of_residual = of_input if is_same else grad.to(options.residual_dtype)
     weight, bias = saved.weight, saved.bias
     return (
-        of_input if wanted[0] else None,
-        of_residual,
-        (g_out * h).sum(0).reshape(weight.shape).to(weight.dtype)
-        if wanted[2] and weight is not None
-        else None,
-        g_out.sum(0).reshape(bias.shape).to(bias.dtype) if wanted[3] and bias is not None else None,
+        ((g - (h * slope + shift)) / deviation * scale).reshape(shape),
+        None if weight is None else (g_out * h).sum(0).reshape(weight.shape).to(weight.dtype),
+        None if bias is None else g_out.sum(0).reshape(bias.shape).to(bias.dtype),
     )
