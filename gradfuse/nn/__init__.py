@@ -1,5 +1,15 @@
-"""Batch normalisation with a residual and an activation, as modules."""
+"""The norms with what belongs to them in a residual block, as modules."""
 
 from gradfuse.nn.batch_norm import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
+from gradfuse.nn.layer_norm import AddLayerNorm, AddRMSNorm, DropPath, LayerNorm, RMSNorm
 
-__all__ = ["BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d"]
+__all__ = [
+    "AddLayerNorm",
+    "AddRMSNorm",
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
+    "DropPath",
+    "LayerNorm",
+    "RMSNorm",
+]

@@ -18,7 +18,7 @@ from gradfuse._native import define_op
 from gradfuse._records import RowNormCall, RowNormOptions, RowNormSaved
 from gradfuse.ops.checks import is_batched, is_transformed
 
-__all__ = ["add_norm", "addends", "draw_seed", "dropout", "norm", "run"]
+__all__ = ["add_norm", "addends", "check_probability", "draw_seed", "dropout", "norm", "run"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _NAMES = tuple(op.name.lower() for op in RowNorm)
@@ -112,6 +112,12 @@ def addends(
     return input, sum_dtype
 
 
+def check_probability(op: str, name: str, value: float) -> float:
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{op}: {name} must lie between 0 and 1, got {value}")
+    return value
+
+
 def dropout(
     name: str,
     input: Tensor,
@@ -121,8 +127,7 @@ def dropout(
     generator: torch.Generator | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The scale of each sample and the seed of the dropout; None where there is none."""
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"{name}: p must lie between 0 and 1, got {p}")
+    check_probability(name, "p", p)
     if sample_scale is not None:
         sample_scale = _of_samples(name, sample_scale, input)
     if p == 0.0 or not training:
