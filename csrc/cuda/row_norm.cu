@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kBackwardBlock)
     const RowAddends<T, kBlock> addends(call.addends, shape, memory, row);
     const auto place = [&](auto k) { return place_in_row(shape, row, group(k)); };
     RowNormalisation<W> n = {};
-    if (row < shape.rows) n = row_normalisation<W>(call.stats, row);
+    if (call.grad_output && row < shape.rows) n = row_normalisation<W>(call.stats, row);
 
     // A group of the gradient g of the normalised elements h, and of h.
     const auto combine = [&](const Packed<T>& g_out, const Mixed<T>& kept, auto k, W(&g)[kGroup],
