@@ -173,3 +173,32 @@ def test_batch_norm_captured_in_a_graph(shape, channels_last):
     graph.replay()
     for a, b in zip(captured, normalise(*tensors), strict=True):
         assert torch.equal(a, b)
+
+
+def test_layer_norm_under_autocast_is_torchs():
+    x = torch.randn(4, 64, device="cuda", dtype=torch.float16)
+    with torch.autocast("cuda"):
+        for ours, torchs in (
+            (gradfuse.layer_norm, torch.nn.functional.layer_norm),
+            (gradfuse.rms_norm, torch.nn.functional.rms_norm),
+        ):
+            torch.testing.assert_close(ours(x, (64,)), torchs(x, (64,)))
+
+
+def test_a_dropout_is_captured_and_drawn_anew():
+    x = torch.randn(64, 256, device="cuda")
+    w = torch.ones(256, device="cuda")
+
+    def call():
+        return gradfuse.add_rms_norm(x, None, (256,), w, p=0.5, training=True)[1]
+
+    with side_stream():
+        call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        s = call()
+    seen = []
+    for _ in range(2):
+        graph.replay()
+        seen.append(s.clone())
+    assert not torch.equal(*seen)

@@ -21,6 +21,7 @@ from gradfuse.ops.checks import is_batched, is_transformed
 __all__ = ["add_norm", "addends", "check_probability", "draw_seed", "dropout", "norm", "run"]
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_NARROW = (torch.float16, torch.bfloat16)
 _NAMES = tuple(op.name.lower() for op in RowNorm)
 
 # The records from plain tuples, without a Python frame: eager calls take microseconds.
@@ -45,9 +46,11 @@ def norm(
     bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """The norm alone."""
+    """The norm alone. Under CUDA's autocast it runs in float32, as torch's."""
     if not isinstance(input, Tensor):
         raise TypeError(f"{_NAMES[op]}: input must be a Tensor, got {type(input).__name__}")
+    if input.is_cuda and input.dtype in _NARROW and torch.is_autocast_enabled("cuda"):
+        input = input.float()
     output: Tensor = run(
         op, input, None, weight, bias, None, None, _shape(op, normalized_shape), 0.0, eps, 0.0,
         input.dtype, False,
