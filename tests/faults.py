@@ -965,7 +965,7 @@ FAULTS = [
         CPU,
         "if (std::isfinite(s.sum) && std::isfinite(s.squares)) return s;",
         "return s;",
-        "gradients of 1e37 make a row NaN",
+        "gradients of 1e38 make a row NaN",
         ROWS,
     ),
     Fault(
