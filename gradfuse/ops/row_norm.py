@@ -26,8 +26,8 @@ _NAMES = tuple(op.name.lower() for op in RowNorm)
 
 # The records from plain tuples, without a Python frame: eager calls take microseconds.
 _call_from: Callable[[tuple[Any, ...]], RowNormCall] = partial(tuple.__new__, RowNormCall)
+_options_from: Callable[[tuple[Any, ...]], RowNormOptions] = partial(tuple.__new__, RowNormOptions)
 _saved_from: Callable[[tuple[Any, ...]], RowNormSaved] = partial(tuple.__new__, RowNormSaved)
-_TENSORS = slice(1, 7)  # of a call's fields
 
 
 def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
@@ -173,7 +173,7 @@ def run(*arguments: Any) -> tuple[Any, Any]:
         found = reference.row_norm(call)
         return found if call.keeps_sum else (found[0], None)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[1:5]):
-        result: tuple[Tensor, Tensor | None] = _RowNorm.apply(*arguments)
+        result: tuple[Tensor, Tensor | None] = _RowNorm.apply(call, *arguments[1:5])
         return result
     output, kept, _ = _native.backend.row_norm_forward(call)
     return output, input if kept is None and call.keeps_sum else kept
@@ -187,16 +187,11 @@ def _save_for_backward(
     is_input = total is None and _is_input(call)
     again = total is None and not is_input  # the backward adds input and residual again
     ctx.set_materialize_grads(False)
-    ctx.options = RowNormOptions(
-        call.op,
-        call.p,
-        call.eps,
-        call.weight_offset,
-        len(call.normalized_shape),
-        call.input.dtype,
-        None if call.residual is None else call.residual.dtype,
-        call.sum_dtype,
-    )
+    residual_dtype = None if call.residual is None else call.residual.dtype
+    ctx.options = _options_from((
+        call.op, call.p, call.eps, call.weight_offset, len(call.normalized_shape),
+        call.input.dtype, residual_dtype, call.sum_dtype,
+    ))  # fmt: skip
     ctx.save_for_backward(  # the fields of a RowNormSaved
         (call.input if is_input else total) if is_norm else None,
         call.input if again else None,
@@ -216,11 +211,13 @@ def _is_input(call: RowNormCall) -> bool:
 
 
 class _RowNorm(torch.autograd.Function):
-    """The eager call. Its arguments are the fields of a RowNormCall, for autograd's eyes."""
+    """The eager call. Autograd sees no tensors inside a record, so those that may have a gradient
+    come beside it."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, Tensor | None]:
-        call = _call_from(arguments)
+    def forward(
+        ctx: Any, call: RowNormCall, *_: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
         output, total, stats = _native.backend.row_norm_forward(call)
         _save_for_backward(ctx, call, total, stats)
         return output, call.input if total is None and call.keeps_sum else total
@@ -233,7 +230,7 @@ class _RowNorm(torch.autograd.Function):
             grad_output, grad_sum, _saved_from(ctx.saved_tensors), ctx.options,
             ctx.needs_input_grad[1:5],
         )  # fmt: skip
-        return (None, *grads, *(None,) * (len(RowNormCall._fields) - 5))
+        return (None, *grads)
 
 
 def _gradients(
@@ -245,15 +242,16 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     if grad_output is None and grad_sum is None:
         return None, None, None, None
-    in_torch = torch.is_grad_enabled() or any(
-        g is not None and (type(g) not in _PLAIN or is_batched(g)) for g in (grad_output, grad_sum)
-    )
-    if in_torch:
+    if torch.is_grad_enabled() or not (_is_plain(grad_output) and _is_plain(grad_sum)):
         return _differentiable_backward(grad_output, grad_sum, saved, options, wanted)
     grads: tuple[Tensor | None, ...] = _native.backend.row_norm_backward(
         grad_output, grad_sum, saved, options, wanted
     )
     return grads
+
+
+def _is_plain(grad: Tensor | None) -> bool:
+    return grad is None or (type(grad) in _PLAIN and not is_batched(grad))
 
 
 def _differentiable_backward(
