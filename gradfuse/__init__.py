@@ -1,4 +1,4 @@
-"""Gradient clipping and fused batch norm for PyTorch, right where gradients explode."""
+"""Gradient clipping and fused norms for PyTorch, right where gradients explode."""
 
 from gradfuse import nn, optim, policies
 from gradfuse.clipping import GradClipper, GradReport, ParameterGrad
