@@ -105,6 +105,7 @@ class BatchNormCall(NamedTuple):
     activation: int  # an Activation
     negative_slope: float
     wants_mask: bool
+    sample_scale: Tensor | None = None  # [N], of the normalised input; 0 leaves a sample out
 
 
 class BatchNormSaved(NamedTuple):
@@ -117,6 +118,7 @@ class BatchNormSaved(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
     stats: Tensor  # [3, C] float32 (float64 if input is): mean, its rest, sqrt(var + eps)
+    sample_scale: Tensor | None = None
 
 
 class BatchNormOptions(NamedTuple):

@@ -50,7 +50,9 @@ from torch import Tensor
 
 import gradfuse
 from gradfuse._codes import Activation
-from gradfuse.reference import ACTIVATIONS, activate
+from gradfuse.ops.drop_path import path_scale
+from gradfuse.ops.row_norm import draw_seed
+from gradfuse.reference import ACTIVATIONS, activate, addend
 
 # Gradients, and the errors that they may have.
 
@@ -489,6 +491,7 @@ def through_backward(
     def run(sample: Sample, wrap: Wrap = as_it_is) -> Outcome:
         t = sample.tensors
         leaves = {name: leaf_of(t[name]) for name in LEAVES if name in t}
+        torch.manual_seed(5)
         y = wrap(lambda: function(sample, leaves))()
         y.backward(t["grad of y"])
         grads = {name: leaf.grad for name, leaf in leaves.items()}
@@ -510,10 +513,32 @@ def stock_batch_norm(sample: Sample, leaf: dict[str, Tensor]) -> Tensor:
     z = F.batch_norm(
         leaf["x"], t["mean"], t["var"], leaf["w"], leaf["b"], o["training"], o["momentum"], o["eps"]
     )
+    z = dropped(z, o)
     z = z + leaf["r"] if "r" in leaf else z
     return activate(z, o["activation"], o.get("negative_slope", 0.01))
 
 
+def dropped(z: Tensor, options: dict[str, Any]) -> Tensor:
+    """With our masks, drawn in our order."""
+    if not options["training"]:
+        return z
+    scale = None
+    if options.get("drop_path"):
+        scale = path_scale("stock", z, options["drop_path"], options.get("drop_mode", "row"))
+    p = options.get("p", 0.0)
+    seed = draw_seed(z.device, None) if p else None
+    return addend(z, seed, p, scale)
+
+
+DROPS = [
+    {"drop_path": 0.5},
+    {"drop_path": 0.5, "activation": None},
+    {"drop_path": 0.4, "activation": "silu"},
+    {"drop_path": 0.4, "activation": "tanh", "training": False},
+    {"drop_path": 0.4, "drop_mode": "batch", "activation": "leaky_relu"},
+    {"p": 0.4},
+    {"p": 0.4, "drop_path": 0.4, "activation": "gelu"},
+]
 MAPS = [
     ((3, 17, 4, 5), False),
     ((3, 17, 4, 5), True),
@@ -535,13 +560,16 @@ def batch_norm_samples(dtype: torch.dtype, device: torch.device | str) -> Iterab
         yield batch_norm_sample(
             shape, last, dtype, device, i % 3 != 0, activation=activation, training=i % 4 != 0
         )
+    for i, drops in enumerate(DROPS):
+        shape, last = MAPS[(3 * i + 1) % len(MAPS)]
+        yield batch_norm_sample(shape, last, dtype, device, i != 3, **drops)
 
 
 def batch_norm_derivatives() -> dict[str, Callable[[], tuple[Callable, Sequence[Tensor]]]]:
     """Every activation, training and not, with a residual and without, from mask and output."""
 
     def make(
-        activation: str | None, training: bool, save: str, residual: bool
+        activation: str | None, training: bool, save: str, residual: bool, **drops: float
     ) -> tuple[Callable, Sequence[Tensor]]:
         sample = batch_norm_sample((3, 2, 2), dtype=torch.float64, residual=residual)
         t = sample.tensors
@@ -549,8 +577,9 @@ def batch_norm_derivatives() -> dict[str, Callable[[], tuple[Callable, Sequence[
 
         def call(x: Tensor, w: Tensor, b: Tensor, r: Tensor | None = None) -> Tensor:
             return gradfuse.batch_norm_act(
-                x, *stats, w, b, residual=r, activation=activation, training=training, save=save
-            )
+                x, *stats, w, b, residual=r, activation=activation, training=training, save=save,
+                generator=torch.Generator().manual_seed(4), **drops,
+            )  # fmt: skip
 
         return call, [t[name].requires_grad_() for name in ("x", "w", "b", "r") if name in t]
 
@@ -560,6 +589,11 @@ def batch_norm_derivatives() -> dict[str, Callable[[], tuple[Callable, Sequence[
             save, residual = ("bitmask", "output")[(i + training) % 2], i % 4 < 2
             name = f"{activation}-{'training' if training else 'inference'}-{save}"
             found[name] = partial(make, activation, training, save, residual)
+    for activation in (None, "relu", "silu"):
+        found[f"{activation}-dropped path"] = partial(
+            make, activation, True, "output", True, drop_path=0.4
+        )
+    found["dropout"] = partial(make, "relu", True, "output", True, p=0.4)
     return found
 
 
@@ -573,16 +607,17 @@ def library_forward(dtype: torch.dtype) -> Iterable[tuple]:
         stats = (None, None) if i == 1 else (t["mean"], t["var"])
         factor = torch.tensor(0.25, dtype=torch.float64) if i == 3 else None
         x = t["x"].requires_grad_()
-        rest = (bool(i % 2), 0.1, 1e-5, code, 0.01, masked, factor)
+        scale = torch.tensor([0.0, 1.5, 1.0, 2.0]) if i in (1, 3) else None
+        rest = (bool(i % 2), 0.1, 1e-5, code, 0.01, masked, factor, scale)
         yield (x, t["r"], t["w"], t["b"], *stats, *rest)
 
 
 def library_backward(dtype: torch.dtype) -> Iterable[tuple]:
     for i, call in enumerate(library_forward(dtype)):
-        x, r, w, b, _, _, training, _, eps, code, slope, masked, _ = call
+        x, r, w, b, _, _, training, _, eps, code, slope, masked, _, scale = call
         x = x.detach()
         y, mask, stats, _, _ = torch.ops.gradfuse.batch_norm_act(x, *call[1:])
-        saved = (x, r, y, mask if masked else None, w, b, stats)
+        saved = (x, r, y, mask if masked else None, w, b, stats, scale)
         wanted = [i != 1, code != Activation.NONE and i != 2, True, i != 3]
         yield (x.cos(), *saved, not y.is_contiguous(), training, eps, code, slope, wanted)
 
@@ -606,6 +641,9 @@ BATCH_NORM_ERRORS = [
         "negative_slope must be >= 0 .* got -1.0",
         save="output", activation="leaky_relu", negative_slope=-1.0,
     ),
+    bad_call("p must lie between 0 and 1, got 2.0", p=2.0),
+    bad_call("drop_path must lie between 0 and 1, got -0.1", drop_path=-0.1),
+    bad_call("drop_mode must be 'row' or 'batch', got 'col'", drop_path=0.5, drop_mode="col"),
     bad_call("eps must be >= 0, got -1", kernel=True, eps=-1.0),
     bad_call("eps must be >= 0, got nan", kernel=True, eps=math.nan),
     bad_call("eps must be > 0 when training, got 0", kernel=True, eps=0.0),

@@ -12,6 +12,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 
 import gradfuse
 from gradfuse import reference
+from gradfuse.ops.drop_path import path_scale
 
 
 @pytest.mark.parametrize("dtype", REAL, ids=short)
@@ -445,3 +446,41 @@ def test_storing_past_the_caches_changes_no_bit(native, dtype, channels_last):
         finally:
             native.set_last_level_cache(0)
         assert bits([*streamed.values()]) == expected
+
+
+def test_a_dropped_path_is_selected(backend, device):
+    """A sample of inf makes its channels NaN; where it is dropped the residual counts."""
+    x = random(8, 3, 4, 4, device=device)
+    x[2, 1] = math.inf
+    r = random(8, 3, 4, 4, device=device, seed=2)
+    dropped = path_scale("test", x, 0.5, generator=torch.Generator().manual_seed(6)) == 0
+    assert 0 < int(dropped.sum()) < 8
+    for channels_last in (False, True):
+        form = torch.channels_last if channels_last else torch.contiguous_format
+        y = gradfuse.batch_norm_act(
+            x.contiguous(memory_format=form), None, None, residual=r, training=True,
+            drop_path=0.5, generator=torch.Generator().manual_seed(6),
+        )  # fmt: skip
+        assert torch.equal(y[dropped], r[dropped].relu())
+        assert y[~dropped][:, 1].isnan().all()
+    assert torch.equal(
+        gradfuse.batch_norm_act(x, None, None, residual=r, training=True, drop_path=1.0), r.relu()
+    )
+
+
+@pytest.mark.backends("cpu", "reference", arithmetic=False)
+def test_a_dropout_depends_on_no_layout(backend):
+    x = random(4, 6, 5, 5)
+    found = [
+        gradfuse.batch_norm_act(
+            x.contiguous(memory_format=form), None, None, training=True, activation=None, p=0.5,
+            generator=torch.Generator().manual_seed(6),
+        )
+        for form in (torch.contiguous_format, torch.channels_last)
+    ]  # fmt: skip
+    assert found[1].is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(found[0] == 0, found[1] == 0)
+    evaluated = gradfuse.batch_norm_act(
+        x, torch.zeros(6), torch.ones(6), activation=None, p=0.5, drop_path=0.5, eps=1e-5
+    )
+    torch.testing.assert_close(evaluated, x, rtol=1e-4, atol=1e-4)

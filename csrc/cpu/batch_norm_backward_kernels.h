@@ -49,7 +49,7 @@ inline Pair<VecFor<T>> gradient_before(const BatchNormBackward& call, const Plac
     return g;
   } else if constexpr (needs_input(kActivation)) {
     const Pair<V> z = normalised(c, static_cast<const T*>(call.input),
-                                 static_cast<const T*>(call.residual), place);
+                                 static_cast<const T*>(call.residual), call.scale, place);
     return g * each_half(z, [](V v) { return derivative_at<kActivation, S>(v); });
   } else if constexpr (has_mask(kActivation)) {
     const S slope = static_cast<S>(call.negative_slope);
@@ -76,8 +76,9 @@ inline void sums_of(const BatchNormBackward& given, const Span& span, const void
         place.prefetch(static_cast<const T*>(call.grad_output));
         if (x) place.prefetch(x);
         if (y) place.prefetch(y);
-        const auto g =
-            only_elements<T>(gradient_before<T, kActivation>(call, place, c, mask), place.count);
+        const auto g = only_elements<T>(
+            scaled<T>(call.scale, gradient_before<T, kActivation>(call, place, c, mask), place),
+            place.count);
         Pair<VecFor<T>> h = {};
         if (x) h = difference<T>(load_block(x + place.at, place.count), c) * c(kInvstd);
         s.add(g, g, only_elements<T>(h, place.count));
@@ -113,7 +114,7 @@ inline void apply_of(const BatchNormBackward& given, const Span& span, const voi
     if (x) v = load_block(x + place.at, place.count);
     if (grad_residual) store_block(grad_residual + place.at, g, place.count, past_caches);
     if (!grad_input) return;
-    auto d = g * c(kDirect);
+    auto d = scaled<T>(call.scale, g, place) * c(kDirect);
     if (x) d = d + ((difference<T>(v, c) * c(kInvstd)) * c(kSlope) + c(kOffset));
     store_block(grad_input + place.at, d, place.count, past_caches);
   };

@@ -81,12 +81,13 @@ inline void apply_of(const BatchNormForward& call, const Span& span, const void*
   const T* residual = static_cast<const T*>(call.residual);
   T* y = static_cast<T*>(call.output);
   uint8_t* mask = call.mask;
+  const BranchScale scale = call.scale;
   const bool past_caches = span.past_caches;
   sweep<T, kForwardCoefficients>(
       call.shape, span, coefficients, stride, [=](const auto& place, const auto& c, NoState) {
         place.prefetch(x);
         if (residual) place.prefetch(residual);
-        const auto z = normalised(c, x, residual, place);
+        const auto z = normalised(c, x, residual, scale, place);
         store_block(y + place.at,
                     each_half(z, [=](auto v) { return activate<kActivation, S>(v, slope); }),
                     place.count, past_caches);

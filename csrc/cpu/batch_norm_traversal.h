@@ -21,6 +21,7 @@ struct Place {
   int64_t byte;  // index of the mask byte that holds its first bit
   int shift;  // position of that bit in the byte
   int64_t ahead;  // elements from this block to one that will soon be read
+  int64_t outer;  // index of its sample, or of its row of positions
   Count count;
 
   uint32_t load_bits(const uint8_t* mask) const {
@@ -94,11 +95,11 @@ inline void traverse_runs(const BatchNormShape& shape, const Span& span,
         const int64_t at = row * inner, byte = row * mask_row;
         int64_t i = begin;
         for (; i + kElements <= end; i += kElements)
-          body(Place<T, Whole<T>>{at + i, byte + i / 8, static_cast<int>(i % 8), kAhead, {}}, c,
+          body(Place<T, Whole<T>>{at + i, byte + i / 8, static_cast<int>(i % 8), kAhead, n, {}}, c,
                state);
         if (i < end)
-          body(Place<T, Some>{at + i, byte + i / 8, static_cast<int>(i % 8), kAhead, {end - i}}, c,
-               state);
+          body(Place<T, Some>{at + i, byte + i / 8, static_cast<int>(i % 8), kAhead, n, {end - i}},
+               c, state);
       }
       state.fold();
       done(j, state);
@@ -141,7 +142,7 @@ inline void traverse_columns(const BatchNormShape& shape, const Span& span,
       const int64_t column = span.channel + j;
       for (int64_t row = first; row < last; ++row)
         body(Place<T, decltype(count)>{row * all + column, row * mask_row + column / 8,
-                                       static_cast<int>(column % 8), ahead, count},
+                                       static_cast<int>(column % 8), ahead, row, count},
              c, state);
       state.fold();
       done(j, state);
@@ -184,11 +185,19 @@ inline Pair<VecFor<T>> difference(Pair<VecFor<T>> x, const C& c) {
   return x * static_cast<ScalarFor<T>>(kShrink) - c(kMean);
 }
 
+// A block of the branch that joins the residual, or of its gradient, times what its sample has.
+template <class T, class Count>
+inline Pair<VecFor<T>> scaled(BranchScale scale, Pair<VecFor<T>> v, const Place<T, Count>& place) {
+  if (!scale.data) return v;
+  const ScalarFor<T> factor = static_cast<const ScalarFor<T>*>(scale.data)[place.outer];
+  return factor == ScalarFor<T>(0) ? Pair<VecFor<T>>{} : v * factor;
+}
+
 template <class T, class C, class Count>
-inline Pair<VecFor<T>> normalised(const C& c, const T* x, const T* residual,
+inline Pair<VecFor<T>> normalised(const C& c, const T* x, const T* residual, BranchScale scale,
                                   const Place<T, Count>& place) {
   const Pair<VecFor<T>> d = difference<T>(load_block(x + place.at, place.count), c);
-  Pair<VecFor<T>> z = d * c(kScale) + c(kShift);
+  Pair<VecFor<T>> z = scaled<T>(scale, d * c(kScale) + c(kShift), place);
   if (residual) z = z + load_block(residual + place.at, place.count);
   return z;
 }

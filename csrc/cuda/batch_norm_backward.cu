@@ -77,6 +77,7 @@ struct Saved {
   Packed<T> grad;  // of the output
   Packed<T> other;  // the residual if z is computed again, else the output, if there is no mask
   unsigned mask;
+  Wide<T> factor;  // of the branch that joins the residual
 };
 
 template <class T, int kBlock>
@@ -88,7 +89,15 @@ __device__ Saved<T> load_saved(const BatchNormBackward& call, const Groups<T, kB
   const void* other = needs_input(call.activation) ? call.residual : call.output;
   s.mask = call.mask && place.count ? call.mask[place.byte] : 0u;
   if (other) s.other = groups.load(other, place);
+  s.factor = branch_factor<Wide<T>>(call.scale, call.shape, place);
   return s;
+}
+
+template <class W>
+__device__ void scale_branch(W (&g)[kGroup], W factor) {
+  if (factor == W(1)) return;
+#pragma unroll
+  for (int e = 0; e < kGroup; ++e) g[e] = scaled_branch(g[e], factor);
 }
 
 // g of a group.
@@ -106,7 +115,8 @@ __device__ void gradient_before(const BatchNormBackward& call, const Saved<T>& s
       const auto z = normalised();
 #pragma unroll
       for (int e = 0; e < kGroup; ++e)
-        g[e] *= derivative_at<kActivation, W>(z(e) + saved.other[e]);  // 0 without a residual
+        g[e] *= derivative_at<kActivation, W>(scaled_branch(z(e), saved.factor) +
+                                              saved.other[e]);  // 0 without a residual
     } else {
       const W slope =
           kActivation == Activation::LeakyRelu ? static_cast<W>(call.negative_slope) : W(0);
@@ -143,6 +153,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : kBlocks)
   const auto add = [&](const Saved<T>& saved, int count, TwoSums& sums, auto) {
     W h[kGroup], g[kGroup];
     gradient_before<T>(call, saved, count, g, normalised(n, saved.input));
+    scale_branch(g, saved.factor);
 #pragma unroll
     for (int e = 0; e < kGroup; ++e)
       h[e] = call.input && e < count ? difference(saved.input[e], n.mean) * invstd : W(0);
@@ -177,6 +188,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
   };
   const auto terms = [&](const Saved<T>& saved, W(&x)[kGroup], W(&y)[kGroup], W(&z)[kGroup]) {
     gradient_before<T>(call, saved, count, x, normalised(of_group, saved.input));
+    scale_branch(x, saved.factor);
 #pragma unroll
     for (int e = 0; e < kGroup; ++e) y[e] = x[e], z[e] = W(0);
     if (!call.input) return;
@@ -220,6 +232,7 @@ __device__ void write_gradients(const BatchNormBackward& call, const Groups<T, k
   using W = Wide<T>;
   if (call.grad_residual) groups.store(call.grad_residual, place, g);
   if (!call.grad_input) return;
+  scale_branch(g, branch_factor<W>(call.scale, call.shape, place));
   W v[kGroup];
   coefficients(kDirect, v);
 #pragma unroll
@@ -287,7 +300,11 @@ __global__ void __launch_bounds__(kBlock)
 #pragma unroll
     for (int e = 0; e < kGroup; ++e)
       h[e] = call.input && e < place.count ? difference(x[k][e], n.mean) * invstd : W(0);
-    mine.add(g[k], g[k], h);
+    W branch[kGroup];
+#pragma unroll
+    for (int e = 0; e < kGroup; ++e) branch[e] = g[k][e];
+    scale_branch(branch, saved.factor);
+    mine.add(branch, branch, h);
   }
   const TwoSums sums = block_sum<kBlock>(mine);
   __shared__ InputGradient<W> shared;

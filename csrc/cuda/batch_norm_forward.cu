@@ -131,6 +131,11 @@ template <class T, int kBlock>
 __device__ void write_output(const BatchNormForward& call, const Groups<T, kBlock>& groups,
                              const Place& place, const Packed<T>& residual, Wide<T> (&z)[kGroup]) {
   using W = Wide<T>;
+  if (call.scale.data) {
+    const W factor = branch_factor<W>(call.scale, call.shape, place);
+#pragma unroll
+    for (int e = 0; e < kGroup; ++e) z[e] = scaled_branch(z[e], factor);
+  }
   if (call.residual) {
 #pragma unroll
     for (int e = 0; e < kGroup; ++e) z[e] += residual[e];

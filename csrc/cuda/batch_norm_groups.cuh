@@ -30,7 +30,7 @@ struct Runs {
 __device__ inline Place place_of(const Runs& runs, int64_t row, int64_t group) {
   const int64_t left = runs.length - group * kGroup;
   return {row * runs.length + group * kGroup, row * runs.groups + group,
-          left < kGroup ? static_cast<int>(left) : kGroup};
+          left < kGroup ? static_cast<int>(left) : kGroup, row};
 }
 // Of a channel's group q, if the channel has one before `end`.
 __device__ inline Place place_in_channel(const Runs& runs, int64_t channel, int64_t q,
@@ -91,6 +91,19 @@ __device__ inline void write_channel(ChannelRef v, int64_t i, double value) {
     using T = typename decltype(type)::type;
     static_cast<T*>(v.data)[i] = Element<T>::narrow(static_cast<Wide<T>>(value));
   });
+}
+
+// What a group of the normalised input is multiplied by.
+template <class W>
+__device__ W branch_factor(BranchScale scale, const BatchNormShape& shape, const Place& place) {
+  if (!scale.data || !place.count) return W(1);
+  const int64_t outer = shape.inner == 1 ? place.row : place.row / shape.channels;
+  return static_cast<const W*>(scale.data)[outer];
+}
+// The same, where what has 0 is left out.
+template <class W>
+__device__ W scaled_branch(W v, W factor) {
+  return factor == W(0) ? W(0) : v * factor;
 }
 
 // (x - mean) * kShrink, given mean * kShrink.

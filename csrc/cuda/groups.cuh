@@ -19,6 +19,7 @@ struct Place {
   int64_t at = 0;  // of its first element
   int64_t byte = 0;  // of its mask
   int count = 0;  // of its elements; 0 if the thread has none
+  int64_t row = 0;  // of its run
 };
 
 // A group as it lies in memory. What is loaded stays so until it is used, for loads overlap only
@@ -49,6 +50,7 @@ struct Groups {
 
   int64_t run_bytes;
 
+  // `length`: elements of a run.
   explicit __device__ Groups(int64_t length)
       : run_bytes(length * static_cast<int64_t>(sizeof(T))) {}
 

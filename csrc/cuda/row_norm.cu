@@ -11,7 +11,11 @@
 namespace gradfuse::cuda {
 namespace {
 
-constexpr int kForwardBlock = 256, kBackwardBlock = 512;
+constexpr int kForwardBlock = 256;
+// Threads of a block of the backward. In float64 they need twice the registers.
+constexpr int backward_block(DType dtype) { return dtype == DType::Double ? 256 : 512; }
+template <class T>
+constexpr int kBackwardBlock = sizeof(T) == 8 ? 256 : 512;
 // Groups of a thread.
 template <class T>
 constexpr int kForwardHeld = sizeof(T) == 8 ? 2 : 4;
@@ -155,7 +159,7 @@ struct BackwardRows {
 
   explicit BackwardRows(const RowNormShape& shape, int team_size) {
     constexpr int64_t kLeast = 8, kMost = 64, kBlocks = 512;  // rows of a team
-    const int64_t teams = kBackwardBlock / team_size;
+    const int64_t teams = backward_block(shape.dtype) / team_size;
     int64_t rows = divided_up(shape.rows, teams * kBlocks);
     rows = rows < kLeast ? kLeast : rows;
     if (rows > kMost) rows = kMost;
@@ -164,16 +168,16 @@ struct BackwardRows {
   }
 };
 int backward_team(const RowNormShape& shape) {
-  return team_threads(shape.width, kBackwardHeld, kBackwardBlock);
+  return team_threads(shape.width, kBackwardHeld, backward_block(shape.dtype));
 }
 
 // partial: [blocks][2][width], the gradients of bias and weight over a block's rows.
 template <class T, int kHeld>
-__global__ void __launch_bounds__(kBackwardBlock)
+__global__ void __launch_bounds__(kBackwardBlock<T>)
     row_norm_backward_rows(const __grid_constant__ RowNormBackward call, int team_size,
                            int64_t rows_of_block, double share, Wide<T>* partial) {
   using W = Wide<T>;
-  constexpr int kBlock = kBackwardBlock;
+  constexpr int kBlock = kBackwardBlock<T>;
   constexpr int kArray = kHeld > 0 ? kHeld : 1;
   const RowNormShape& shape = call.shape;
   const Team team(team_size);
@@ -406,10 +410,10 @@ void row_norm_backward(const RowNormBackward& call, void* scratch, Stream stream
     W* const partial = static_cast<W*>(scratch);
     if (fits_team(shape.width, kBackwardHeld, team))
       row_norm_backward_rows<T, kBackwardHeld>
-          <<<blocks, kBackwardBlock, 0, stream>>>(call, team, rows.of_block, share, partial);
+          <<<blocks, kBackwardBlock<T>, 0, stream>>>(call, team, rows.of_block, share, partial);
     else
       row_norm_backward_rows<T, 0>
-          <<<blocks, kBackwardBlock, 0, stream>>>(call, team, rows.of_block, share, partial);
+          <<<blocks, kBackwardBlock<T>, 0, stream>>>(call, team, rows.of_block, share, partial);
     check_launch("row_norm_backward_rows");
     if (!call.grad_weight.data && !call.grad_bias.data) return;
     row_norm_merge<W>

@@ -31,6 +31,7 @@ struct BackwardCall {
   at::Tensor grad_output;  // [N, C, ...], any strides
   MaybeTensor input, residual, output, mask, weight, bias;
   at::Tensor stats;  // [3, C]
+  MaybeTensor sample_scale;  // [N]
   bool channels_last;  // the forward's layout
   bool training;
   double eps;
@@ -78,13 +79,14 @@ at::Tensor dense(const at::Tensor& t, at::IntArrayRef strides) {
   return has_strides(t, strides) ? t : dense_copy(t, strides);
 }
 
-BatchNormShape shape_of(const at::Tensor& t, bool channels_last) {
+// `by_sample`: samples are told apart, also those of a single channel.
+BatchNormShape shape_of(const at::Tensor& t, bool channels_last, bool by_sample) {
   const int64_t n = t.size(0), c = t.size(1);
   int64_t s = 1;
   for (int64_t d = 2; d < t.dim(); ++d) s *= t.size(d);
   const DType dtype = *dtype_of(t.scalar_type());
-  if (c == 1) return {1, 1, n * s, dtype};
-  if (channels_last || s == 1) return {n * s, c, 1, dtype};
+  if (c == 1 && !by_sample) return {1, 1, n * s, dtype};
+  if ((channels_last && c > 1) || s == 1) return {n * s, c, 1, dtype};
   return {n, c, s, dtype};
 }
 
@@ -105,6 +107,15 @@ void check_vector(const char* name, const MaybeTensor& t, const at::Tensor& like
   if (t->dim() != 1 || t->size(0) != like.size(1))
     fail<std::invalid_argument>(kOp, ": ", name, " must have one element per channel, [",
                                 like.size(1), "], got ", t->sizes());
+}
+
+void check_sample_scale_of_norm(const MaybeTensor& scale, const at::Tensor& like) {
+  if (!scale) return;
+  check_memory(kOp, "sample_scale", *scale);
+  check_device(kOp, "sample_scale", *scale, like);
+  if (scale->dim() != 1 || scale->size(0) != like.size(0))
+    fail<std::invalid_argument>(kOp, ": sample_scale must have one element per sample, [",
+                                like.size(0), "], got ", scale->sizes());
 }
 
 void check_input(const at::Tensor& input) {
@@ -158,6 +169,17 @@ class Channels {
   std::vector<at::Tensor> held_;
 };
 
+// A scale of each sample as the kernels take it: one of each of the shape's outer rows.
+at::Tensor scale_of_rows(const MaybeTensor& scale, const BatchNormShape& shape,
+                         at::ScalarType type) {
+  if (!scale) return {};
+  const int64_t n = scale->size(0);
+  return converted(scale->unsqueeze(1).expand({n, shape.outer / n}), type);
+}
+BranchScale branch_scale(const at::Tensor& scale) {
+  return {scale.defined() ? scale.const_data_ptr() : nullptr};
+}
+
 const void* data_of(const MaybeTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
 // Finishes the update of the running statistics, which the kernels wrote to `written`.
@@ -178,6 +200,7 @@ void check_forward(const BatchNormForwardCall& call) {
   check_vector("bias", call.bias, call.input);
   check_vector("running_mean", call.running_mean, call.input);
   check_vector("running_var", call.running_var, call.input);
+  check_sample_scale_of_norm(call.sample_scale, call.input);
   check_running(call.input, call.running_mean, call.running_var, call.training);
   if (!call.momentum_value) return;
   check_memory(kOp, "momentum", *call.momentum_value);
@@ -226,7 +249,7 @@ ForwardResult forward(const BatchNormForwardCall& given) {
             at::empty({0}, input.options().dtype(at::kByte)),
             at::ones({3, input.size(1)}, input.options().dtype(computed_in(input)))};
   const at::Tensor x = dense(input, strides);
-  const BatchNormShape shape = shape_of(x, channels_last);
+  const BatchNormShape shape = shape_of(x, channels_last, given.sample_scale.has_value());
   ForwardResult result = allocate(given, x, strides, shape);
 
   MaybeTensor residual, momentum;
@@ -238,6 +261,8 @@ ForwardResult forward(const BatchNormForwardCall& given) {
   call.shape = shape;
   call.input = x.const_data_ptr();
   call.residual = data_of(residual);
+  const at::Tensor scale = scale_of_rows(given.sample_scale, shape, computed_in(input));
+  call.scale = branch_scale(scale);
   call.output = result.output.mutable_data_ptr();
   call.mask = given.wants_mask ? result.mask.mutable_data_ptr<uint8_t>() : nullptr;
   call.weight = channels(given.weight);
@@ -278,6 +303,7 @@ void check_backward(const BackwardCall& call, const OfEach<bool>& wanted) {
   if (call.output) check_twin("output", *call.output, g);
   check_vector("weight", call.weight, g);
   check_vector("bias", call.bias, g);
+  check_sample_scale_of_norm(call.sample_scale, g);
   check_memory(kOp, "stats", call.stats);
   check_device(kOp, "stats", call.stats, g);
   if (call.stats.scalar_type() != computed_in(g) || !call.stats.is_contiguous() ||
@@ -322,7 +348,8 @@ OfEach<at::Tensor> backward(const BackwardCall& given, OfEach<bool> wanted) {
     return allocate(
         given, wanted, [&](auto options) { return at::empty_strided(sizes, strides, options); },
         [&](auto options) { return at::zeros({sizes[1]}, options); });
-  const BatchNormShape shape = shape_of(grad_output, given.channels_last);
+  const BatchNormShape shape =
+      shape_of(grad_output, given.channels_last, given.sample_scale.has_value());
   if (given.mask) check_mask(*given.mask, shape, grad_output.device());
 
   const Activation act = given.activation;
@@ -357,6 +384,8 @@ OfEach<at::Tensor> backward(const BackwardCall& given, OfEach<bool> wanted) {
   call.weight = channels(given.weight);
   call.bias = channels(given.bias);
   call.stats = given.stats.const_data_ptr();
+  const at::Tensor scale = scale_of_rows(given.sample_scale, shape, computed_in(grad_output));
+  call.scale = branch_scale(scale);
   call.training = given.training;
   call.activation = act;
   call.negative_slope = given.negative_slope;
@@ -379,7 +408,7 @@ OfEach<at::Tensor> backward(const BackwardCall& given, OfEach<bool> wanted) {
 }  // namespace
 
 BatchNormForwardCall read_forward(py::handle given) {
-  Fields fields("BatchNormCall", given, 12);
+  Fields fields("BatchNormCall", given, 13);
   BatchNormForwardCall call = {};
   call.input = tensor_of(kOp, "input", fields.next());
   call.residual = maybe_tensor(kOp, "residual", fields.next());
@@ -397,6 +426,7 @@ BatchNormForwardCall read_forward(py::handle given) {
   call.activation = static_cast<Activation>(fields.next_as<int>());
   call.negative_slope = fields.next_as<double>();
   call.wants_mask = fields.next_as<bool>();
+  call.sample_scale = maybe_tensor(kOp, "sample_scale", fields.next());
   return call;
 }
 
@@ -414,7 +444,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_forward_(BatchNormCall
 std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor> batch_norm_backward_(
     TensorArg grad_output, BatchNormSavedArg saved, BatchNormOptionsArg options, WantedArg wants) {
   GRADFUSE_EVENT("gradfuse::batch_norm_act_backward");
-  Fields tensors("BatchNormSaved", saved.object, 7);
+  Fields tensors("BatchNormSaved", saved.object, 8);
   BackwardCall call = {};
   call.grad_output = tensor_of(kOp, "grad_output", grad_output.object);
   call.input = maybe_tensor(kOp, "input", tensors.next());
@@ -424,6 +454,7 @@ std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor> batch_norm_backwa
   call.weight = maybe_tensor(kOp, "weight", tensors.next());
   call.bias = maybe_tensor(kOp, "bias", tensors.next());
   call.stats = tensor_of(kOp, "stats", tensors.next());
+  call.sample_scale = maybe_tensor(kOp, "sample_scale", tensors.next());
   Fields fields("BatchNormOptions", options.object, 5);
   call.channels_last = fields.next_as<bool>();
   call.training = fields.next_as<bool>();

@@ -29,11 +29,18 @@ struct ChannelRef {
   DType dtype;
 };
 
-// output = act((input - mean) * invstd * weight + bias + residual)
+// What the normalised input is multiplied by: [outer] of the compute type, one number for each
+// sample or row of positions. What has 0 is left out, whatever it holds. Null data: ones.
+struct BranchScale {
+  const void* data;
+};
+
+// output = act(((input - mean) * invstd * weight + bias) * scale + residual)
 struct BatchNormForward {
   BatchNormShape shape;
   const void* input;
   const void* residual;  // or null; may be input
+  BranchScale scale;
   void* output;
   uint8_t* mask;  // [mask_rows, mask_bytes_per_row], or null; of relu, relu6, leaky_relu
   ChannelRef weight;
@@ -50,8 +57,9 @@ struct BatchNormForward {
 };
 
 // The gradients of a forward call; a null gradient is not wanted. With g = grad_output * act'(z):
-// grad_residual = g, grad_bias = sum of g, grad_weight = sum of g * normalised input, and
-// grad_input = weight * invstd * g, plus the terms of the batch statistics if training.
+// grad_residual = g, and with g * scale in the place of g, grad_bias = sum of g, grad_weight = sum
+// of g * normalised input, grad_input = weight * invstd * g, plus the terms of the batch statistics
+// if training.
 struct BatchNormBackward {
   BatchNormShape shape;
   const void* grad_output;
@@ -61,6 +69,7 @@ struct BatchNormBackward {
   const uint8_t* mask;  // the forward's, else null
   ChannelRef weight;
   ChannelRef bias;  // used if needs_input(activation)
+  BranchScale scale;
   const void* stats;  // [3, channels], the forward's
   bool training;
   Activation activation;

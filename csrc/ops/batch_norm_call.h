@@ -22,6 +22,7 @@ struct BatchNormForwardCall {
   Activation activation;
   double negative_slope;
   bool wants_mask;
+  MaybeTensor sample_scale;  // [N]
 };
 
 // Reads a BatchNormCall; throws TypeError.

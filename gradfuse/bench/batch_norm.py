@@ -19,7 +19,16 @@ from gradfuse.bench.floor import FLOOR, FRESH_FLOOR
 from gradfuse.bench.gradients import CACHE
 from gradfuse.bench.harness import Contender, Plan, Result, Target, Workload
 from gradfuse.bench.models import NormSite, Shape, dtype_name
-from gradfuse.bench.norms import COLD, EAGER, FUSED, SAVES_OUTPUT, Floor, Norm, Tensors
+from gradfuse.bench.norms import (
+    COLD,
+    DROPS,
+    EAGER,
+    FUSED,
+    SAVES_OUTPUT,
+    Floor,
+    Norm,
+    Tensors,
+)
 from gradfuse.bench.registry import Bench
 from gradfuse.bench.resnet_norms import model_row, model_steps
 
@@ -115,6 +124,7 @@ def setup(
         ways[COMPILED] = compiled
     norms.check(places[0].tensors, ways)
     works = {name: of(norm) for name, norm in ways.items()}
+    works[DROPS] = of(norms.fused("bitmask", drop_path=0.1))  # other numbers
     works[FLOOR] = least
     if NATIVE not in works:  # on a GPU the floor is a copy, and these are of the CPU
         works[COPY] = copy

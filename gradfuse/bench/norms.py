@@ -26,6 +26,7 @@ __all__ = [
 
 Norm = Callable[["Tensors"], Tensor]
 EAGER, FUSED, SAVES_OUTPUT = "torch eager", "gradfuse", "gradfuse, save=output"
+DROPS = "gradfuse, drop_path=0.1"
 COLD = ", cold"  # ends the names of rows whose tensors are in no cache
 
 
@@ -98,7 +99,7 @@ def native(t: Tensors) -> Tensor:
         return eager(t)
 
 
-def fused(save: str) -> Norm:
+def fused(save: str, drop_path: float = 0.0) -> Norm:
     """gradfuse's op, which saves this for the backward."""
 
     def call(t: Tensors) -> Tensor:
@@ -112,6 +113,7 @@ def fused(save: str) -> Norm:
             activation="relu" if t.site.has_activation else None,
             training=True,
             save=save,
+            drop_path=drop_path,
         )
 
     return call

@@ -124,7 +124,8 @@ def _batch_norm(node: Node) -> _Found | None:
 
 def _own_op(node: Node) -> _Found | None:
     """A batch norm of gradfuse's modules: the op, its results, and the writes of the statistics."""
-    given = arguments_of(node, (*BatchNormCall._fields, "factor"))
+    *fields, scale = BatchNormCall._fields
+    given = arguments_of(node, (*fields, "factor", scale))
     factor = given.pop("factor")
     call = _call_of(**given)
     if call.activation != Activation.NONE or factor is not None:

@@ -28,7 +28,8 @@ _TENSORS = ("weight", "bias", "running_mean", "running_var")
 _OWN = ("_site", "_same_buffers")  # attributes that the plain class lacks
 # To Dynamo before torch 2.13, __dict__["_buffers"] is the property of that name, which asks again.
 _OLD_DYNAMO = torch.__version__ < "2.13"
-_NO_ACTIVATION = (int(Activation.NONE), 0.01, False)  # the last fields of a BatchNormCall
+# The last fields of a BatchNormCall.
+_NO_ACTIVATION = (int(Activation.NONE), 0.01, False, None)
 
 
 class _Deferred(_BatchNorm):

@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 from gradfuse import _native, reference
-from gradfuse._codes import Activation
+from gradfuse._codes import Activation, RowNorm
 from gradfuse._native import define_op
 from gradfuse._records import BatchNormCall, BatchNormOptions, BatchNormSaved
 from gradfuse.ops.checks import is_batched, is_transformed
+from gradfuse.ops.drop_path import check_drop_mode, path_scale
+from gradfuse.ops.row_norm import check_probability, dropout, run
 from gradfuse.reference import MASKED, OUTPUT_SAVED
 
 __all__ = [
@@ -28,6 +31,7 @@ ACTIVATIONS = tuple(name for name in reference.ACTIVATIONS if name is not None)
 _CODES = dict(zip(reference.ACTIVATIONS, Activation, strict=True))
 _OP = "batch_norm_act"
 _PLAIN = (Tensor, torch.nn.Parameter)
+_INPUTS = len(BatchNormCall._fields) + 1  # of the registered op
 # torch's relu6 and leaky_relu keep their input, so that a later op may write to their output.
 _WITH_MASK = (Activation.RELU6, Activation.LEAKY_RELU)
 
@@ -68,8 +72,12 @@ def batch_norm_act(
     eps: float = 1e-5,
     negative_slope: float = 0.01,
     save: str = "bitmask",
+    p: float = 0.0,
+    drop_path: float = 0.0,
+    drop_mode: str = "row",
+    generator: torch.Generator | None = None,
 ) -> Tensor:
-    """act(F.batch_norm(input, ...) + residual).
+    """act(dropout(F.batch_norm(input, ...)) + residual).
 
     The batch's mean and variance come from float64 sums of differences from one element, so that a
     mean far from zero costs no digits. Elements are computed in float32 (float64 if input is) and
@@ -98,6 +106,13 @@ def batch_norm_act(
         negative_slope: of "leaky_relu".
         save: what the backward of relu, relu6 and leaky_relu reads: "bitmask", one bit per element,
             or "output", which costs no memory where the output is kept anyway.
+        p: probability that an element of the normalised input is dropped when training; those that
+            stay are divided by 1 - p. The elements drop by their index as in `dropout_add`, which
+            runs after the norm then.
+        drop_path: probability that a sample of the normalised input is dropped when training; the
+            others are divided by 1 - drop_path. What is dropped is selected, not multiplied.
+        drop_mode: "row" draws for each sample, "batch" once for all.
+        generator: of both. Default: that of input's device.
 
     Returns:
         Tensor of input's shape and memory format, of input's dtype or the wider one of
@@ -119,6 +134,20 @@ def batch_norm_act(
         _check_save(save, activation, negative_slope)
     if momentum is None:
         raise TypeError(f"{_OP}: momentum must be a number or a Tensor of one, got None")
+    scale = None
+    if drop_path or p:
+        _check_tensor("input", input)
+        check_probability(_OP, "p", p)
+        check_probability(_OP, "drop_path", drop_path)
+        check_drop_mode(_OP, drop_mode)
+        if drop_path and training:
+            scale = path_scale(_OP, input, drop_path, drop_mode, generator)
+        if training and (p or input.shape[1:2] == (1,)):
+            # The mask of a single channel has a form that knows no samples.
+            return _in_turn(
+                input, running_mean, running_var, weight, bias, residual, activation, momentum,
+                eps, negative_slope, p, scale, generator,
+            )  # fmt: skip
     if training and running_mean is not None and recomputing():
         running_mean = running_var = None
     if residual is not None and residual is not input:
@@ -131,6 +160,7 @@ def batch_norm_act(
                     input.to(dtype), running_mean, running_var, weight, bias, activation=None,
                     training=training, momentum=momentum, eps=eps,
                 )  # fmt: skip
+                normalised = reference.addend(normalised, None, 0.0, scale)
                 return reference.activate(normalised + residual, activation, negative_slope)
             input = input.to(dtype)
             residual = residual.to(dtype).expand(shape)
@@ -140,15 +170,55 @@ def batch_norm_act(
         negative_slope,
     )  # fmt: skip
     if _native.is_traced():
-        return _through_library(BatchNormCall(*arguments, wants_mask))
+        return _through_library(BatchNormCall(*arguments, wants_mask, scale))
     if is_transformed() or type(input) not in _PLAIN or not (input.is_cpu or input.is_cuda):
         _check_transformed(input, running_mean, training, eps)
         return reference.batch_norm_act(
             input, running_mean, running_var, weight, bias, residual=residual,
             activation=activation, training=training, momentum=momentum, eps=eps,
-            negative_slope=negative_slope,
+            negative_slope=negative_slope, sample_scale=scale,
         )  # fmt: skip
-    return _run(*arguments, wants_mask)
+    return _run(*arguments, wants_mask, scale)
+
+
+def _in_turn(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+    momentum: float | Tensor,
+    eps: float,
+    negative_slope: float,
+    p: float,
+    scale: Tensor | None,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Norm, dropout, add and activation one after the other, when training. Rounds once."""
+    dtype = input.dtype
+    if residual is not None:
+        _check_tensor("residual", residual)
+        dtype = _sum_of(residual, input)[0]
+    if dtype.is_floating_point:  # else batch_norm_act refuses it
+        input = input.to(torch.promote_types(dtype, torch.float32))
+    normalised = batch_norm_act(
+        input, running_mean, running_var, weight, bias, activation=None, training=True,
+        momentum=momentum, eps=eps,
+    )  # fmt: skip
+    if p:
+        scale, seed = dropout(_OP, normalised, p, True, scale, generator)
+        _, dropped = run(
+            RowNorm.DROPOUT_ADD, normalised, None, None, None, scale, seed, normalised.shape[-1:],
+            p, 0.0, 0.0, normalised.dtype, True,
+        )  # fmt: skip
+        if not normalised.is_contiguous():
+            dropped = dropped.contiguous(memory_format=suggest_memory_format(normalised))
+    else:
+        dropped = reference.addend(normalised, None, 0.0, scale)
+    total = dropped if residual is None else dropped + residual
+    return reference.activate(total, activation, negative_slope).to(dtype)
 
 
 def _run(*arguments: Any) -> Tensor:
@@ -156,12 +226,14 @@ def _run(*arguments: Any) -> Tensor:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:4]):
         result: Tensor = _BatchNormAct.apply(*arguments)
         return result
-    return _native.backend.batch_norm_forward(_call_from((*arguments[:-1], False)))[0]
+    return _native.backend.batch_norm_forward(_call_from((*arguments[:-2], False, arguments[-1])))[
+        0
+    ]
 
 
 def _run_deferred(*arguments: Any) -> Tensor:
     """The same for an output that waited, whose activation came later and decides on the mask."""
-    return _run(*arguments[:-1], arguments[9] in _WITH_MASK)
+    return _run(*arguments[:-2], arguments[9] in _WITH_MASK, arguments[-1])
 
 
 def _check_save(save: str, activation: str | None, negative_slope: float) -> None:
@@ -235,6 +307,7 @@ def _save_for_backward(
         call.weight,
         call.bias,
         stats,
+        call.sample_scale,
     )
 
 
@@ -298,6 +371,8 @@ def _differentiable_backward(
     g = grad_output.to(wide)
     if name is not None:
         g = _before_activation(g, x, w, saved, options, name)
+    of_sum = g
+    g = reference.addend(g, None, 0.0, saved.sample_scale)
     if x is None or not x.numel():  # torch's divides by the number of elements
         scale = invstd if w is None else invstd * w
         grad_input = g * scale.reshape(-1, *[1] * (g.ndim - 2))
@@ -307,7 +382,7 @@ def _differentiable_backward(
         grad_input, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             g, x, w, mean, var, mean, invstd, options.training, options.eps, [True, True, True]
         )
-    grad_residual = grad_output if name is None else g.to(dtype)
+    grad_residual = grad_output if name is None else of_sum.to(dtype)
     return (
         grad_input.to(dtype) if wanted[0] else None,
         grad_residual if wanted[1] else None,
@@ -344,6 +419,7 @@ def _before_activation(
     if not options.training:
         mean, _, var = (t.to(g.dtype) for t in _statistics(saved.stats, options.eps))
     z = torch.nn.functional.batch_norm(x, mean, var, w, b, options.training, 0.0, options.eps)
+    z = reference.addend(z, None, 0.0, saved.sample_scale)
     z = z if saved.residual is None else z + saved.residual
     return _activation_backward(g, z, name, options.negative_slope, False)
 
@@ -351,9 +427,11 @@ def _before_activation(
 def library_arguments(call: BatchNormCall) -> tuple[Any, ...]:
     """The arguments of the registered op, which takes a momentum of a tensor by itself."""
     call = call._replace(activation=int(call.activation))  # graphs hold no enums
+    factor = None
     if isinstance(call.momentum, Tensor):
-        return (*call._replace(momentum=0.0), call.momentum)
-    return (*call, None)
+        call, factor = call._replace(momentum=0.0), call.momentum
+    *fields, scale = call
+    return (*fields, factor, scale)
 
 
 def _through_library(call: BatchNormCall) -> Tensor:
@@ -369,8 +447,9 @@ def _through_library(call: BatchNormCall) -> Tensor:
 
 def _call_of(inputs: Sequence[Any]) -> BatchNormCall:
     """The call that the registered op's inputs stand for."""
-    *fields, factor = inputs
-    call = BatchNormCall(*fields)
+    # torch leaves the last one out where it is the default.
+    *fields, factor, scale = [*inputs, None][:_INPUTS]
+    call = _call_from((*fields, scale))
     return call if factor is None else call._replace(momentum=factor)
 
 
@@ -492,7 +571,8 @@ if _native.available:
 define_op(
     "batch_norm_act(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias,"
     " Tensor? running_mean, Tensor? running_var, bool training, float momentum, float eps,"
-    " int activation, float negative_slope, bool wants_mask, Tensor? factor)"
+    " int activation, float negative_slope, bool wants_mask, Tensor? factor,"
+    " Tensor? sample_scale=None)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _library_forward,
     _fake_forward,
@@ -501,7 +581,8 @@ define_op(
 )
 define_op(
     "batch_norm_act_backward(Tensor grad_output, Tensor? input, Tensor? residual, Tensor? output,"
-    " Tensor? mask, Tensor? weight, Tensor? bias, Tensor stats, bool channels_last, bool training,"
+    " Tensor? mask, Tensor? weight, Tensor? bias, Tensor stats, Tensor? sample_scale,"
+    " bool channels_last, bool training,"
     " float eps, int activation, float negative_slope, bool[4] wanted)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _library_backward,

@@ -11,6 +11,7 @@ from torch._prims_common import suggest_memory_format
 
 from gradfuse._codes import Activation
 from gradfuse._records import BatchNormCall, BatchNormOptions, BatchNormSaved
+from gradfuse.reference.dropout import addend
 
 ACTIVATIONS = (None, *(a.name.lower() for a in Activation if a))  # by Activation
 MASKED = ("relu", "relu6", "leaky_relu")  # a bit an element tells their derivative
@@ -72,8 +73,9 @@ def batch_norm_act(
     momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
     negative_slope: float = 0.01,
+    sample_scale: Tensor | None = None,
 ) -> Tensor:
-    """act(F.batch_norm(input, ...) + residual), differentiable any number of times.
+    """act(F.batch_norm(input, ...) * sample_scale + residual), differentiable any number of times.
 
     16-bit inputs are computed in float32 and rounded once.
     """
@@ -86,6 +88,7 @@ def batch_norm_act(
         if training and running is not None and now is not None and now.dtype != running.dtype:
             running.copy_(now)
     dtype = input.dtype
+    out = addend(out, None, 0.0, sample_scale)
     if residual is not None:
         dtype = torch.result_type(input, residual)
         out = out + residual
@@ -177,6 +180,13 @@ def _check_forward(call: BatchNormCall) -> None:
     for name, t in vectors.items():
         if t is not None:
             _check_vector(name, t, input)
+    if call.sample_scale is not None:
+        _check_memory("sample_scale", call.sample_scale)
+        if list(call.sample_scale.shape) != [input.shape[0]]:
+            raise ValueError(
+                f"{op}: sample_scale must have one element per sample, [{input.shape[0]}], got "
+                f"{list(call.sample_scale.shape)}"
+            )
     _check_running(call)
     if not call.training:
         return
@@ -265,6 +275,7 @@ def batch_norm_forward(call: BatchNormCall) -> tuple[Tensor, Tensor, Tensor]:
         z = z * _per_channel(call.weight.double(), x)
     if call.bias is not None:
         z = z + _per_channel(call.bias.double(), x)
+    z = addend(z, None, 0.0, call.sample_scale)
     if call.residual is not None:
         z = z + call.residual.double()
     output = output_like(input).copy_(activate(z, name, call.negative_slope))
@@ -289,13 +300,15 @@ def batch_norm_backward(
     normalised = None if saved.input is None else (saved.input.double() - mean) * invstd
     if name is not None:
         g = _before_activation(g, normalised, _per_channel(w, g), saved, options, name)
+    of_sum = g
+    g = addend(g, None, 0.0, saved.sample_scale)
     dot = torch.zeros_like(w) if normalised is None else (g * normalised).sum(dims)
     total = g.sum(dims)
     before = g
     if options.training and normalised is not None and g.numel():
         count = g.numel() // g.shape[1]
         before = g - _per_channel(total / count, g) - normalised * _per_channel(dot / count, g)
-    grad_residual = grad_output if name is None else g.to(dtype)
+    grad_residual = grad_output if name is None else of_sum.to(dtype)
     return (
         (before * _per_channel(w, g) * invstd).to(dtype) if wanted[0] else None,
         grad_residual if wanted[1] else None,
@@ -322,9 +335,9 @@ def _before_activation(
     if normalised is None:
         return g
     z = normalised * w
-    for term in (
-        None if saved.bias is None else _per_channel(saved.bias.double(), g),
-        saved.residual,
-    ):
-        z = z if term is None else z + term
+    if saved.bias is not None:
+        z = z + _per_channel(saved.bias.double(), g)
+    z = addend(z, None, 0.0, saved.sample_scale)
+    if saved.residual is not None:
+        z = z + saved.residual
     return g * derivative(z, name, options.negative_slope)
