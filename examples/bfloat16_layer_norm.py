@@ -46,8 +46,7 @@ def main() -> None:
     huge = torch.randn(4, 128) * 1e19
     truth = F.layer_norm(huge.double(), (128,))
     row("error of the result, float32 rows of 1e19", *(error(n(huge, (128,)), truth) for n in both))
-    truth = F.rms_norm(huge.double(), (128,))
-    rms = (F.rms_norm, gradfuse.rms_norm)
+    truth, rms = F.rms_norm(huge.double(), (128,)), (F.rms_norm, gradfuse.rms_norm)
     row("the same, rms_norm", *(error(n(huge, (128,)), truth) for n in rms))
     far = torch.randn(4, 128) + 1e6
     truth = F.layer_norm(far.double(), (128,))
