@@ -80,7 +80,8 @@ struct Saved {
   Wide<T> factor;  // of the branch that joins the residual
 };
 
-template <class T, int kBlock>
+// kScaled: whether the branch may have a scale.
+template <class T, bool kScaled = true, int kBlock>
 __device__ Saved<T> load_saved(const BatchNormBackward& call, const Groups<T, kBlock>& groups,
                                const Place& place, bool wants_input) {
   Saved<T> s;
@@ -89,7 +90,8 @@ __device__ Saved<T> load_saved(const BatchNormBackward& call, const Groups<T, kB
   const void* other = needs_input(call.activation) ? call.residual : call.output;
   s.mask = call.mask && place.count ? call.mask[place.byte] : 0u;
   if (other) s.other = groups.load(other, place);
-  s.factor = branch_factor<Wide<T>>(call.scale, call.shape, place);
+  s.factor = Wide<T>(1);
+  if constexpr (kScaled) s.factor = branch_factor<Wide<T>>(call.scale, call.shape, place);
   return s;
 }
 
@@ -162,8 +164,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : kBlocks)
   sum_channel_chunk<kInFlight<T, 2, 32>, false>(call.shape, slots, load, add);
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
+template <class T, bool kScaled>
+__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 || kScaled ? 1 : 2)
     batch_norm_grad_row_sums(const __grid_constant__ BatchNormBackward call, double* slots) {
   using W = Wide<T>;
   const Runs runs(call.shape);
@@ -184,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
   const int count = left >= kGroup ? kGroup : left > 0 ? static_cast<int>(left) : 0;
   const Coefficients<W> of_group = {shared[0] + at.column * kGroup, kTileColumns, count, true};
   const auto load = [&](const Place& place) {
-    return load_saved<T>(call, groups, place, call.input != nullptr);
+    return load_saved<T, kScaled>(call, groups, place, call.input != nullptr);
   };
   const auto terms = [&](const Saved<T>& saved, W(&x)[kGroup], W(&y)[kGroup], W(&z)[kGroup]) {
     gradient_before<T>(call, saved, count, x, normalised(of_group, saved.input));
@@ -348,8 +350,10 @@ void batch_norm_backward(const BatchNormBackward& call, void* scratch, Stream st
     Wide<T>* coefficients = static_cast<Wide<T>*>(coefficients_of(shape, scratch));
     if (has_sums) {
       const unsigned blocks = blocks_for(sum_blocks(shape));
-      if (shape.inner == 1)
-        batch_norm_grad_row_sums<T><<<blocks, kThreads, 0, stream>>>(call, slots);
+      if (shape.inner == 1 && call.scale.data)
+        batch_norm_grad_row_sums<T, true><<<blocks, kThreads, 0, stream>>>(call, slots);
+      else if (shape.inner == 1)
+        batch_norm_grad_row_sums<T, false><<<blocks, kThreads, 0, stream>>>(call, slots);
       else
         batch_norm_grad_channel_sums<T><<<blocks, kThreads, 0, stream>>>(call, slots);
       check_launch("batch_norm_grad_sums");

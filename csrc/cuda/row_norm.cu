@@ -173,7 +173,7 @@ int backward_team(const RowNormShape& shape) {
 
 // partial: [blocks][2][width], the gradients of bias and weight over a block's rows.
 template <class T, int kHeld>
-__global__ void __launch_bounds__(kBackwardBlock<T>)
+__global__ void __launch_bounds__(kBackwardBlock<T>, 1)
     row_norm_backward_rows(const __grid_constant__ RowNormBackward call, int team_size,
                            int64_t rows_of_block, double share, Wide<T>* partial) {
   using W = Wide<T>;
