@@ -94,6 +94,30 @@ def test_no_dropout_and_all(backend, device):
         assert not leaf.grad.any()
 
 
+def test_all_may_be_dropped_without_samples(backend, device):
+    x = torch.full((16,), math.inf, device=device, requires_grad=True)
+    r = random(16, device=device)
+    _, s = gradfuse.add_layer_norm(x, r, (16,), p=1.0, training=True)
+    both = s + gradfuse.dropout_add(x, r, 1.0)
+    assert torch.equal(both, r + r)
+    both.sum().backward()
+    assert not x.grad.any()
+
+
+@pytest.mark.elsewhere
+def test_a_compiled_scale_keeps_its_gradient():
+    x, r = random(4, 8), random(4, 8, seed=2)
+    scale = random(4, seed=3).requires_grad_()
+
+    def call(scale: Tensor) -> Tensor:
+        return gradfuse.dropout_add(x, r, 0.0, sample_scale=scale).square().sum()
+
+    (expected,) = torch.autograd.grad(call(scale), scale)
+    (got,) = torch.autograd.grad(torch.compile(call, backend="aot_eager")(scale), scale)
+    torch.testing.assert_close(got, expected)
+    assert expected.any()
+
+
 def test_what_is_left_out_may_be_infinite(backend, device):
     """It is selected, not multiplied: inf * 0 would be NaN."""
     x = torch.full((4, 16), math.inf, device=device, requires_grad=True)

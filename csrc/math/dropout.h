@@ -16,11 +16,11 @@ struct Dropout {
   double scale;  // of the elements that stay
 };
 
-// For 0 < p < 1.
+// For 0 < p <= 1. With p = 1 nothing stays: a scale of 0 leaves out whatever the elements hold.
 inline Dropout dropout_of(const int64_t* seed, double p) {
   const double threshold = p * 0x1p32;
   return {seed, threshold < 0x1p32 - 1 ? static_cast<uint32_t>(threshold) : 0xffffffffu,
-          1.0 / (1.0 - p)};
+          p < 1.0 ? 1.0 / (1.0 - p) : 0.0};
 }
 
 GRADFUSE_HD RandomStream random_stream(const int64_t* seed) {

@@ -88,8 +88,8 @@ void check_seed(const char* op, const MaybeTensor& seed, const at::Tensor& like,
       seed->device() != like.device() || is_wrapper(*seed) || missing_storage(*seed))
     fail<std::invalid_argument>(op, ": seed must be two numbers of int64 on input's device, got ",
                                 seed->sizes(), " of ", seed->scalar_type(), " on ", seed->device());
-  if (!(p > 0.0 && p < 1.0))
-    fail<std::invalid_argument>(op, ": p must lie between 0 and 1 with a seed, got ", p);
+  if (!(p > 0.0 && p <= 1.0))
+    fail<std::invalid_argument>(op, ": p must be above 0 and at most 1 with a seed, got ", p);
 }
 
 void check_sum_type(const char* op, at::ScalarType input, at::ScalarType sum) {

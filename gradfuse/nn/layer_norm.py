@@ -14,8 +14,6 @@ from gradfuse.ops.row_norm import check_probability
 
 __all__ = ["AddLayerNorm", "AddRMSNorm", "DropPath", "LayerNorm", "RMSNorm"]
 
-Results = Tensor | tuple[Tensor, Tensor]
-
 
 class LayerNorm(nn.LayerNorm):
     """torch.nn.LayerNorm by `layer_norm`; with a residual, (y, sum) by `add_layer_norm`.
@@ -26,7 +24,7 @@ class LayerNorm(nn.LayerNorm):
     Source: Ba, Kiros, Hinton 2016, "Layer Normalization", equation 4.
     """
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Results:  # type: ignore[override]
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Any:
         shape, weight, bias = self.normalized_shape, self.weight, self.bias
         if residual is None:
             return layer_norm(input, shape, weight, bias, self.eps)
@@ -42,7 +40,7 @@ class RMSNorm(nn.RMSNorm):
     Source: Zhang, Sennrich 2019, "Root Mean Square Layer Normalization", equation 4.
     """
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Results:  # type: ignore[override]
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Any:
         shape, weight = self.normalized_shape, self.weight
         if residual is None:
             return rms_norm(input, shape, weight, self.eps)
@@ -130,7 +128,7 @@ class AddLayerNorm(_Sum, nn.LayerNorm):
         super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype)
         self._set_options(p, drop_prob, drop_mode, prenorm, residual_dtype)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Results:  # type: ignore[override]
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Any:
         shape, weight, bias = self.normalized_shape, self.weight, self.bias
         options = self._options(input)
         return add_layer_norm(input, residual, shape, weight, bias, eps=self.eps, **options)
@@ -162,7 +160,7 @@ class AddRMSNorm(_Sum, nn.RMSNorm):
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
         self._set_options(p, drop_prob, drop_mode, prenorm, residual_dtype)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Results:  # type: ignore[override]
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Any:
         shape, weight = self.normalized_shape, self.weight
         options = self._options(input)
         return add_rms_norm(input, residual, shape, weight, eps=self.eps, **options)

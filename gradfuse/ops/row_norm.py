@@ -135,8 +135,6 @@ def dropout(
         sample_scale = _of_samples(name, sample_scale, input)
     if p == 0.0 or not training:
         return sample_scale, None
-    if p == 1.0:  # every sample is left out
-        return input.new_zeros(input.shape[0] if input.ndim else 1), None
     return sample_scale, draw_seed(input.device, generator)
 
 
@@ -159,15 +157,15 @@ def run(*arguments: Any) -> tuple[Any, Any]:
     """(output, sum) of the call of these fields; None for a sum that is not kept, or without a
     norm."""
     call = _call_from(arguments)
-    input = call.input
-    if _native.is_traced():
+    input, scale = call.input, call.sample_scale
+    has_own_gradient = scale is not None and scale.requires_grad  # which the kernels lack
+    if _native.is_traced() and not has_own_gradient:
         return _through_library(call)
-    scale = call.sample_scale
     if (
         is_transformed()
         or type(input) not in _PLAIN
         or not (input.is_cpu or input.is_cuda)
-        or (scale is not None and scale.requires_grad)
+        or has_own_gradient
     ):
         reference.check_row_norm(call)
         found = reference.row_norm(call)

@@ -54,6 +54,8 @@ def random_words(seed: Tensor, n: int) -> Tensor:
 def stays(seed: Tensor, shape: Sequence[int], p: float) -> Tensor:
     """Whether each element of a tensor of this shape stays in a dropout."""
     n = torch.Size(shape).numel()
+    if p >= 1.0:
+        return torch.zeros(list(shape), dtype=torch.bool, device=seed.device)
     threshold = min(int(p * 2.0**32), _LOW)
     return (random_words(seed, n) >= threshold).reshape(list(shape))
 
@@ -62,8 +64,9 @@ def addend(input: Tensor, seed: Tensor | None, p: float, sample_scale: Tensor | 
     """sample_scale * dropout(input), where what is dropped is 0 whatever it holds."""
     x = input
     if seed is not None:
-        x = torch.where(stays(seed, input.shape, p), x * (1.0 / (1.0 - p)), 0.0)
+        scale = 1.0 / (1.0 - p) if p < 1.0 else 0.0
+        x = torch.where(stays(seed, input.shape, p), x * scale, 0.0)
     if sample_scale is not None:
-        scale = sample_scale.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
-        x = torch.where(scale == 0, 0.0, x * scale)
+        factor = sample_scale.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+        x = torch.where(factor == 0, 0.0, x * factor)
     return x
