@@ -7,7 +7,6 @@ import importlib
 import itertools
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from gradfuse.bench.norms import (
     Norm,
     Tensors,
 )
+from gradfuse.bench.peers import compiles_in_time
 from gradfuse.bench.registry import Bench
 from gradfuse.bench.resnet_norms import model_row, model_steps
 
@@ -134,20 +134,12 @@ def setup(
 
 def compile_formula(notes: list[str], budget: float) -> Norm | None:
     """torch.compile of the formula, if it compiles in time."""
-    if budget <= 0:
-        notes.append("torch.compile: left out")
-        return None
-    begin = time.perf_counter()
     function = norms.compiled()
-    try:
+
+    def call() -> None:
         function(Tensors(NormSite((2, 8, 4, 4)), torch.float32, False)).sum().backward()
-    except Exception as error:
-        notes.append(f"torch.compile: left out, {type(error).__name__}")
-        return None
-    if (taken := time.perf_counter() - begin) > budget:
-        notes.append(f"torch.compile: left out, compiled in {taken:.0f} s")
-        return None
-    return function
+
+    return function if compiles_in_time(call, notes, budget) else None
 
 
 def workloads(arguments: argparse.Namespace, notes: list[str]) -> Iterator[Workload]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, cast
 
@@ -16,6 +15,7 @@ import gradfuse
 from gradfuse.bench.floor import FLOOR, Pass, flat_bytes, flat_view, move
 from gradfuse.bench.harness import Contender, Plan, Result, Target, Workload
 from gradfuse.bench.models import dtype_name
+from gradfuse.bench.peers import compiles_in_time
 from gradfuse.bench.registry import Bench
 
 __all__ = ["BENCH", "setup"]
@@ -164,21 +164,9 @@ def target_of(shape: tuple[int, int], dtype: torch.dtype, work: Work) -> Target:
 
 def compile_formula(notes: list[str], budget: float) -> Norm | None:
     """torch.compile of the formula, if it compiles in time."""
-    if budget <= 0:
-        notes.append("torch.compile: left out")
-        return None
-    begin = time.perf_counter()
     function = compiled()
-    try:
-        t = Tensors((4, 8), torch.float32, WORKS[-1])
-        t.backward(function(t))
-    except Exception as error:
-        notes.append(f"torch.compile: left out, {type(error).__name__}")
-        return None
-    if (taken := time.perf_counter() - begin) > budget:
-        notes.append(f"torch.compile: left out, compiled in {taken:.0f} s")
-        return None
-    return function
+    t = Tensors((4, 8), torch.float32, WORKS[-1])
+    return function if compiles_in_time(lambda: t.backward(function(t)), notes, budget) else None
 
 
 def workloads(arguments: argparse.Namespace, notes: list[str]) -> Iterator[Workload]:

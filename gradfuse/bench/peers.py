@@ -18,9 +18,27 @@ from torch.nn.utils import clip_grad_norm_
 from gradfuse.bench.gradients import random_gradients
 from gradfuse.bench.models import Shape, dtype_name
 
-__all__ = ["adaptive_clip_loop", "apex", "compile_clip", "timm_agc"]
+__all__ = ["adaptive_clip_loop", "apex", "compile_clip", "compiles_in_time", "timm_agc"]
 
 COMPILE_COST = 0.3  # approximate seconds that torch.compile needs per tensor of a CPU clip
+
+
+def compiles_in_time(call: Callable[[], object], notes: list[str], budget: float) -> bool:
+    """Whether a first call of what torch.compile made takes at most `budget` seconds; a note says
+    why not."""
+    if budget <= 0:
+        notes.append("torch.compile: left out")
+        return False
+    begin = time.perf_counter()
+    try:
+        call()
+    except Exception as error:
+        notes.append(f"torch.compile: left out, {type(error).__name__}")
+        return False
+    if (taken := time.perf_counter() - begin) > budget:
+        notes.append(f"torch.compile: left out, compiled in {taken:.0f} s")
+        return False
+    return True
 
 
 @torch.no_grad()
