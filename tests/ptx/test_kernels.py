@@ -86,28 +86,41 @@ def test_as_the_reference(ptx, monkeypatch, step, dtype):
 
 def test_every_kernel_was_run(ptx):
     """The tests above run most kernels; this test runs the rest."""
+
+    def ran(call, *args, **kwargs):
+        result = call(*args, **kwargs)
+        KERNELS_RUN.update(launch.kernel for launch in ptx.launches)
+        return result
+
     params = parameters(torch.float32)
     params[0].grad[0] = math.nan
-    gradfuse.clip_grad_norm_(params, 1.0, nonfinite="zero")
-    KERNELS_RUN.update(launch.kernel for launch in ptx.launches)
+    ran(gradfuse.clip_grad_norm_, params, 1.0, nonfinite="zero")
     mixed = torch.nn.Parameter(torch.ones(5, 7, dtype=torch.float64))
     mixed.grad = random(5, 7, dtype=torch.float64)
-    gradfuse.adaptive_clip_grad_([mixed])
-    KERNELS_RUN.update(launch.kernel for launch in ptx.launches)
+    ran(gradfuse.adaptive_clip_grad_, [mixed])
     for dtype in REAL:
         many = [torch.nn.Parameter(torch.zeros(3, dtype=dtype)) for _ in range(257)]
         for p in many:
             p.grad = torch.ones_like(p)
-        gradfuse.clip_grad_norm_(many, 0.1)
-        KERNELS_RUN.update(launch.kernel for launch in ptx.launches)
-        # Batch norm, in the shapes of test_batch_norm.py and of either block.
-        shapes = ((2, 3, 70, 80), (130, 20), (2, 2, 40, 40), (2, 2, 30, 30), (2, 3, 5, 5))
-        for shape in shapes:
-            x = random(*shape, dtype=dtype).requires_grad_()
-            y = gradfuse.batch_norm_act(x, None, None, training=True)
-            KERNELS_RUN.update(launch.kernel for launch in ptx.launches)
-            y.sum().backward()
-            KERNELS_RUN.update(launch.kernel for launch in ptx.launches)
+        ran(gradfuse.clip_grad_norm_, many, 0.1)
+        # Batch norm, in the shapes of test_batch_norm.py and of either block; with a branch scale,
+        # whose gradients' sums per row have a kernel of their own.
+        for shape in ((2, 3, 70, 80), (130, 20), (2, 2, 40, 40), (2, 2, 30, 30), (2, 3, 5, 5)):
+            for drop_path in (0.0, 0.5):
+                x, branch = (random(*shape, dtype=dtype).requires_grad_() for _ in range(2))
+                y = ran(
+                    gradfuse.batch_norm_act,
+                    *(x, None, None),
+                    residual=branch,
+                    training=True,
+                    drop_path=drop_path,
+                )
+                ran(y.sum().backward)
+        for width in (33, 9000):  # rows that a team's registers hold, and rows that they do not
+            x = random(3, width, dtype=dtype).requires_grad_()
+            weight = torch.nn.Parameter(torch.ones(width, dtype=dtype))
+            y = ran(gradfuse.rms_norm, x, width, weight)
+            ran(y.sum().backward)
     for dtype in REAL:  # the optimizers
         for master in (False, True):
             params = [torch.nn.Parameter(random(33, dtype=dtype))]
@@ -119,8 +132,7 @@ def test_every_kernel_was_run(ptx):
                     params[0].grad = None
                     params[0].grad_dtype = of_grad
                     params[0].grad = random(33, dtype=of_grad)
-                    optimizer.step()
-                    KERNELS_RUN.update(launch.kernel for launch in ptx.launches)
+                    ran(optimizer.step)
     _, compiled = emulated.build()
     every = {demangled(k) for c in compiled for k in Module(c.ptx.read_text()).kernel_names}
     assert every <= KERNELS_RUN, f"never run: {sorted(every - KERNELS_RUN)}"
