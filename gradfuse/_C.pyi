@@ -7,6 +7,7 @@ import gradfuse._records
 
 __all__: list[str] = [
     "BatchNormSite",
+    "DropoutSite",
     "ParameterList",
     "Stepper",
     "adaptive_clip_",
@@ -19,11 +20,14 @@ __all__: list[str] = [
     "count_waiting",
     "cuda_archs",
     "cuda_version",
+    "expect_sum",
     "isa",
+    "normalise_sum",
     "num_threads",
     "row_norm_backward",
     "row_norm_forward",
     "run_deferred_with",
+    "run_dropout_with",
     "scale_",
     "set_isa",
     "set_last_level_cache",
@@ -50,6 +54,19 @@ class BatchNormSite:
     def count(self) -> None: ...
     def defer(self, call: gradfuse._records.BatchNormCall) -> torch.Tensor | None: ...
     def finish(self, reason: str) -> None: ...
+    @property
+    def last(self) -> typing.Any: ...
+
+class DropoutSite:
+    def __init__(self) -> None: ...
+    def computed_at_once(self, reason: str) -> None: ...
+    def defer(
+        self,
+        input: torch.Tensor,
+        p: float,
+        seed: torch.Tensor | None,
+        sample_scale: torch.Tensor | None,
+    ) -> torch.Tensor | None: ...
     @property
     def last(self) -> typing.Any: ...
 
@@ -120,7 +137,11 @@ def clip_(
     nonfinite: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
 def count_waiting() -> int: ...
+def expect_sum(t: torch.Tensor, least_bytes: int) -> None: ...
 def isa() -> str: ...
+def normalise_sum(
+    sum: torch.Tensor, function: collections.abc.Callable[..., typing.Any]
+) -> typing.Any: ...
 def num_threads() -> int: ...
 def row_norm_backward(
     grad_output: torch.Tensor | None,
@@ -132,7 +153,8 @@ def row_norm_backward(
 def row_norm_forward(
     call: gradfuse._records.RowNormCall,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]: ...
-def run_deferred_with(function: collections.abc.Callable[..., torch.Tensor]) -> None: ...
+def run_deferred_with(function: collections.abc.Callable[..., typing.Any]) -> None: ...
+def run_dropout_with(function: collections.abc.Callable[..., typing.Any]) -> None: ...
 def scale_(
     tensors: torch.Tensor | collections.abc.Iterable[torch.Tensor],
     of_grad: bool,

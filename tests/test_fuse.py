@@ -51,7 +51,8 @@ def build(name):
 
 
 def patterns(model):
-    return dict(Counter(site.pattern for site in gradfuse.fuse_report(model) if site.fused))
+    sites = [site for site in gradfuse.fuse_report(model) if site.fused]
+    return dict(Counter(site.pattern for site in sites if site.pattern.startswith("bn")))
 
 
 def run(model, x, train):

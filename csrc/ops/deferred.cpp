@@ -3,8 +3,8 @@
 #include <ATen/SavedTensorHooks.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <pybind11/pybind11.h>
 #include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/variable.h>
 
@@ -12,20 +12,13 @@
 #include <unordered_map>
 
 #include "../tensor/checks.h"
-#include "../tensor/python_args.h"
 
 namespace gradfuse {
-namespace {
 
+namespace py = pybind11;
 namespace autograd = torch::autograd;
 
-constexpr const char* kName = "batch_norm_act";
-
-// The Python function that runs a BatchNormCall with its gradient.
-py::object& runner() {
-  static py::object* const function = new py::object;  // lives on when Python ends
-  return *function;
-}
+namespace {
 
 c10::impl::LocalDispatchKeySet keys_of(const Modes& modes) {
   c10::impl::PODLocalDispatchKeySet keys = {};
@@ -34,65 +27,32 @@ c10::impl::LocalDispatchKeySet keys_of(const Modes& modes) {
   return keys;
 }
 
-// Restores the modes of a call, and leaves saved tensors to no hooks, as the call had none.
-class ModesGuard {
- public:
-  explicit ModesGuard(const Modes& modes)
-      : keys_(keys_of(modes)),
-        state_(c10::AutogradState::get_tls_state()),
-        hooks_(at::SavedTensorDefaultHooks::get_tls_state()) {
-    c10::AutogradState state = state_;
-    state.set_grad_mode(modes.has_grad);
-    state.set_inference_mode(modes.is_inference);
-    c10::AutogradState::set_tls_state(state);
-    if (!hooks_.stack.empty()) at::SavedTensorDefaultHooks::set_tls_state({});
-  }
-  ~ModesGuard() {
-    c10::AutogradState::set_tls_state(state_);
-    if (!hooks_.stack.empty()) at::SavedTensorDefaultHooks::set_tls_state(hooks_);
-  }
-
- private:
-  c10::impl::ForceDispatchKeyGuard keys_;
-  c10::AutogradState state_;
-  at::impl::SavedTensorDefaultHooksTLS hooks_;
-};
-
-// Python's exceptions as torch passes them through its operators.
-template <class F>
-auto with_torch_errors(F f) {
-  try {
-    return f();
-  } catch (py::error_already_set& error) {
-    error.restore();
-    python_error raised;
-    raised.persist();
-    throw raised;
-  }
-}
-
 // Runs the backward of a value that is computed at the latest when its gradient is there.
 struct DeferredBackward final : autograd::Node {
   DeferredBackward(std::shared_ptr<Pending> pending, autograd::edge_list edges)
-      : Node(std::move(edges)), pending(std::move(pending)) {}
+      : Node(std::move(edges)), name_(pending->node_name()), pending(std::move(pending)) {}
 
-  std::string name() const override { return "BatchNormActBackward"; }
+  std::string name() const override { return name_; }
 
   autograd::variable_list apply(autograd::variable_list&& grads) override {
     TORCH_CHECK(pending,
                 "Trying to backward through the graph a second time; specify retain_graph=True "
                 "the first time");
-    if (!pending->inner) pending->compute();
-    autograd::variable_list found = (*pending->inner)(std::move(grads));
+    if (!pending->inner.is_valid()) pending->compute();
+    autograd::Node& inner = *pending->inner.function;
+    autograd::variable_list of_results(inner.num_inputs());
+    of_results[pending->inner.input_nr] = std::move(grads[0]);
+    autograd::variable_list found = inner(std::move(of_results));
     found.resize(num_outputs());
     return found;
   }
 
   void release_variables() override {
-    if (pending && pending->inner) pending->inner->release_variables();
+    if (pending && pending->inner.is_valid()) pending->inner.function->release_variables();
     pending = nullptr;
   }
 
+  const char* const name_;
   std::shared_ptr<Pending> pending;
 };
 
@@ -108,15 +68,10 @@ Pointer make(Args&&... args) {
 NodePtr make_node(std::shared_ptr<Pending> pending) {
   autograd::edge_list edges;
   bool is_wanted = false;
-  const auto add = [&](const at::Tensor& t) {
-    edges.push_back(autograd::impl::gradient_edge(t));
+  pending->for_each_input([&](const Watched& input) {
+    edges.push_back(autograd::impl::gradient_edge(input.tensor));
     is_wanted |= edges.back().is_valid();
-  };
-  // In the order of a BatchNormCall: input, residual, weight, bias.
-  const std::vector<Watched>& inputs = pending->call->inputs();
-  add(inputs[0].tensor);
-  if (pending->residual) add(pending->residual->tensor);
-  for (size_t i = 1; i < inputs.size(); ++i) add(inputs[i].tensor);
+  });
   if (!is_wanted) return nullptr;
   return make<NodePtr, DeferredBackward>(std::move(pending), std::move(edges));
 }
@@ -227,9 +182,16 @@ void materialize_all(const char* reason) {
     if (DeferredTensor* const deferred = DeferredTensor::of(t)) deferred->materialize(reason);
 }
 
+bool is_waited_for(const at::Tensor& t) { return waiting_list().has_memory_of(t); }
+
+void add_key(const at::Tensor& t) {
+  c10::DispatchKeySet& keys = KeySetAccess::of(t);
+  keys = keys.add(kDeferredKey);
+}
+
 void remove_stray_key(const at::Tensor& t) {
   if (!t.defined() || !t.key_set().has(kDeferredKey) || DeferredTensor::of(t)) return;
-  if (waiting_list().has_memory_of(t)) return;
+  if (is_waited_for(t)) return;
   c10::DispatchKeySet& keys = KeySetAccess::of(t);
   keys = keys.remove(kDeferredKey);
 }
@@ -250,97 +212,67 @@ Watched::Watched(const char* name, at::Tensor tensor)
   if (!this->tensor.is_inference()) version = this->tensor._version();
 }
 
-void Watched::check() const {
+void Watched::check(const char* op) const {
   if (memory_of(tensor) == memory && (tensor.is_inference() || tensor._version() == version))
     return;
-  fail<std::runtime_error>(kName, ": ", name,
+  fail<std::runtime_error>(op, ": ", name,
                            " must not be written to before the output is used, got another version "
                            "or memory; use the output first or set GRADFUSE_DEFER=0");
 }
 
-DeferredCall::DeferredCall(py::tuple arguments, const BatchNormForwardCall& call,
-                           std::shared_ptr<SiteRecord> site)
-    : modes(Modes::now()),
-      site(std::move(site)),
-      arguments_(std::move(arguments)),
-      has_to_count_(call.training && call.running_mean) {
-  inputs_.reserve(3);
-  inputs_.emplace_back("input", call.input);
-  if (call.weight) inputs_.emplace_back("weight", *call.weight);
-  if (call.bias) inputs_.emplace_back("bias", *call.bias);
-  const c10::Device device = call.input.device();
+struct ModesGuard::Saved {
+  c10::impl::ForceDispatchKeyGuard keys;
+  c10::AutogradState state;
+  at::impl::SavedTensorDefaultHooksTLS hooks;
+};
+
+ModesGuard::ModesGuard(const Modes& modes)
+    : saved_(new Saved{c10::impl::ForceDispatchKeyGuard(keys_of(modes)),
+                       c10::AutogradState::get_tls_state(),
+                       at::SavedTensorDefaultHooks::get_tls_state()}) {
+  c10::AutogradState state = saved_->state;
+  state.set_grad_mode(modes.has_grad);
+  state.set_inference_mode(modes.is_inference);
+  c10::AutogradState::set_tls_state(state);
+  if (!saved_->hooks.stack.empty()) at::SavedTensorDefaultHooks::set_tls_state({});
+}
+
+ModesGuard::~ModesGuard() {
+  c10::AutogradState::set_tls_state(saved_->state);
+  if (!saved_->hooks.stack.empty()) at::SavedTensorDefaultHooks::set_tls_state(saved_->hooks);
+}
+
+CallStream::CallStream(c10::Device device) {
   if (!device.is_cpu()) stream_ = c10::impl::VirtualGuardImpl(device.type()).getStream(device);
 }
 
-DeferredCall::~DeferredCall() {
-  if (!Py_IsInitialized()) {
-    arguments_.release();
-    return;
-  }
-  const py::gil_scoped_acquire gil;
-  const py::error_scope error;
-  try {
-    count();
-  } catch (const std::exception& error) {
-    TORCH_WARN(kName,
-               ": an output that nobody used left the running statistics alone: ", error.what());
-  }
-  py::tuple(std::move(arguments_));
-}
-
-at::Tensor DeferredCall::compute(const std::optional<Watched>& residual, Activation activation,
-                                 double negative_slope) {
-  for (const Watched& input : inputs_) input.check();
-  if (residual) residual->check();
-  keep_for_other_stream(residual);
-  const py::gil_scoped_acquire gil;
-  const ModesGuard guard(modes);
-  return with_torch_errors([&] {
-    py::list arguments(arguments_);
-    if (residual) {
-      const at::Tensor& r = residual->tensor;
-      const at::IntArrayRef sizes = inputs_[0].tensor.sizes();
-      arguments[1] = py::cast(r.sizes() == sizes ? r : r.expand(sizes));
-    }
-    if (!has_to_count_ && arguments_[6].cast<bool>()) {
-      arguments[4] = py::none();
-      arguments[5] = py::none();
-    }
-    arguments[9] = py::int_(static_cast<int>(activation));
-    arguments[10] = py::float_(negative_slope);
-    const py::object result = runner()(*py::tuple(std::move(arguments)));
-    has_to_count_ = false;
-    return result.cast<at::Tensor>();
-  });
-}
-
-void DeferredCall::keep_for_other_stream(const std::optional<Watched>& residual) const {
+void CallStream::keep(const at::Tensor& t) const {
   if (!stream_) return;
   const c10::impl::VirtualGuardImpl device(stream_->device_type());
   const c10::Stream now = device.getStream(stream_->device());
-  if (now == *stream_) return;
-  const auto keep = [&](const at::Tensor& t) {
-    device.recordDataPtrOnStream(t.storage().data_ptr(), now);
-  };
-  for (const Watched& input : inputs_) keep(input.tensor);
-  if (residual) keep(residual->tensor);
+  if (now != *stream_) device.recordDataPtrOnStream(t.storage().data_ptr(), now);
 }
 
-void DeferredCall::count() {
-  if (!has_to_count_) return;
-  const at::NoGradGuard no_grad;
-  compute(std::nullopt, Activation::None, 0.0);
+void with_torch_errors(c10::function_ref<void()> f) {
+  try {
+    f();
+  } catch (py::error_already_set& error) {
+    error.restore();
+    python_error raised;
+    raised.persist();
+    throw raised;
+  }
 }
 
 at::Tensor Pending::compute() {
-  at::Tensor value = call->compute(residual, Activation::None, 0.0);
-  inner = value.grad_fn();
-  return value;
+  at::Tensor found = value();
+  if (found.grad_fn()) inner = autograd::impl::gradient_edge(found);
+  return found;
 }
 
-DeferredTensor::DeferredTensor(const at::Tensor& like)
+DeferredTensor::DeferredTensor(const at::Tensor& like, c10::IntArrayRef strides)
     : TensorImpl(keys_like(like), like.dtype(), like.device()) {
-  set_sizes_and_strides(like.sizes(), output_strides(like));
+  set_sizes_and_strides(like.sizes(), strides);
 }
 
 // Without weak references torch does not call release_resources.
@@ -396,43 +328,35 @@ void DeferredTensor::materialize(const char* reason) {
   const std::unique_lock<std::recursive_mutex> held = lock();
   if (!waits_) return;
   const bool keeps_node = is_observed();
-  const at::Tensor value = compute(Activation::None, 0.0);
-  SiteRecord& site = *pending_->call->site;
-  site = {true, pending_->residual.has_value(), Activation::None, reason};
+  at::Tensor value;
+  without_key([&] { value = pending_->compute(); });
   adopt(value);
-  if (node_ && !keeps_node) autograd::impl::set_gradient_edge(self(), {value.grad_fn(), 0});
+  if (node_ && !keeps_node)
+    autograd::impl::set_gradient_edge(self(), autograd::impl::gradient_edge(value));
   const std::shared_ptr<Pending> pending = pending_;
   stop_waiting();
-  pending->call = nullptr;  // the node of the graph, if it stays, has what it needs
-  pending->residual = std::nullopt;
+  pending->finish(reason);  // the node of the graph, if it stays, has what it needs
 }
 
-at::Tensor DeferredTensor::compute(Activation activation, double negative_slope) {
-  const std::shared_ptr<Pending> pending = pending_;
-  // Not what is saved for the backward: it would keep the key.
+void DeferredTensor::without_key(c10::function_ref<void()> f) {
+  const std::shared_ptr<Pending> held = pending_;
   set_waiting(false);
-  at::Tensor value;
   try {
-    value = activation == Activation::None
-                ? pending->compute()
-                : pending->call->compute(pending->residual, activation, negative_slope);
+    f();
   } catch (...) {
     set_waiting(true);
     throw;
   }
   set_waiting(true);
-  return value;
 }
 
 void DeferredTensor::set_waiting(bool waits) {
-  const auto set = [&](const Watched& watched) {
+  pending_->for_each_input([&](const Watched& input) {
     if (waits)
-      waiting_list().add(watched, this);
+      waiting_list().add(input, this);
     else
-      waiting_list().remove(watched, this);
-  };
-  for (const Watched& input : pending_->call->inputs()) set(input);
-  if (pending_->residual) set(*pending_->residual);
+      waiting_list().remove(input, this);
+  });
 }
 
 void DeferredTensor::stop_waiting() {
@@ -444,7 +368,8 @@ void DeferredTensor::stop_waiting() {
 
 void DeferredTensor::become(const at::Tensor& value) {
   adopt(value);
-  if (value.grad_fn()) autograd::impl::set_gradient_edge(self(), {value.grad_fn(), 0});
+  if (value.grad_fn())
+    autograd::impl::set_gradient_edge(self(), autograd::impl::gradient_edge(value));
   stop_waiting();
 }
 
@@ -469,10 +394,15 @@ void DeferredTensor::adopt(const at::Tensor& value) {
 }
 
 void DeferredTensor::set_node() {
-  node_ = pending_->call->modes.has_grad ? make_node(pending_) : NodePtr();
+  node_ = pending_->modes.has_grad ? make_node(pending_) : NodePtr();
   if (node_) autograd::set_history(self(), node_);
 }
 
+bool DeferredTensor::may_go_on() const {
+  return pending_ && pending_->modes == Modes::now() && !is_watched() && !is_observed();
+}
+
+// Whether somebody may hold the node or listen to the tensor's gradient.
 bool DeferredTensor::is_observed() const {
   const auto* const meta = static_cast<const autograd::AutogradMeta*>(autograd_meta());
   if (!node_) return meta && (meta->grad_fn_ || meta->requires_grad_);
@@ -483,14 +413,9 @@ bool DeferredTensor::is_observed() const {
 
 int64_t count_waiting() { return static_cast<int64_t>(waiting_list().size()); }
 
-void run_deferred_with(FunctionArg function) {
-  runner() = py::reinterpret_borrow<py::object>(function.object);
-}
-
-at::Tensor make_deferred(std::shared_ptr<DeferredCall> call, std::optional<Watched> residual,
-                         const at::Tensor& like) {
-  auto pending = std::make_shared<Pending>(std::move(call), std::move(residual));
-  auto impl = c10::make_intrusive<DeferredTensor>(like);
+at::Tensor make_deferred(std::shared_ptr<Pending> pending, const at::Tensor& like,
+                         c10::IntArrayRef strides) {
+  auto impl = c10::make_intrusive<DeferredTensor>(like, strides);
   DeferredTensor& deferred = *impl;
   const at::Tensor t(std::move(impl));
   deferred.wait_for(std::move(pending));

@@ -1,16 +1,18 @@
-// Outputs of batch norm that wait: a residual and an activation that follow run in the same op.
+// Tensors that wait: what follows them may run in the same op.
 //
 // Such an output is a torch.Tensor with shape, strides, dtype, device and grad_fn, and no memory.
 // Whoever asks for its memory gets the value, computed then: the tensor becomes an ordinary one.
 // A dispatch key of its own, above autograd and autocast, lets the fallback in deferred_ops.cpp see
-// each op that takes it.
+// each op that takes it. What waits is a batch norm (deferred_batch_norm.h), or a dropout and the
+// sum of a residual that may go into a norm (deferred_sum.h).
 #pragma once
 
-#include <pybind11/pybind11.h>
-
 #include <ATen/core/Tensor.h>
+#include <ATen/core/stack.h>
 #include <c10/core/AutogradState.h>
-#include <torch/csrc/autograd/edge.h>
+#include <c10/core/Stream.h>
+#include <c10/util/FunctionRef.h>
+#include <torch/csrc/autograd/function.h>
 
 #include <atomic>
 #include <memory>
@@ -20,23 +22,20 @@
 #include <utility>
 #include <vector>
 
-#include "../tensor/python_args.h"
-#include "batch_norm_call.h"
+#include "../math/activation.h"
 #include "waiting.h"
 
 namespace gradfuse {
 
-namespace py = pybind11;
-
 // Torch keeps this key for tensors of other libraries that compute later.
 constexpr c10::DispatchKey kDeferredKey = c10::DispatchKey::DeferredInit;
 
-// What a batch norm of a model did last. The module owns it, and each of its calls refers to it.
+// What a module of a model did last. The module owns it, and each of its calls refers to it.
 struct SiteRecord {
   bool has_run = false;
-  bool has_residual = false;
+  bool was_added = false;
   Activation activation = Activation::None;
-  // Why the output was computed before an activation: the operator that took it, or a text.
+  // Why the output was computed before what might have taken it: the operator that did, or a text.
   std::string reason;
 };
 
@@ -49,6 +48,19 @@ struct Modes {
   bool operator==(const Modes& other) const;
 };
 
+// Restores the modes of a call, and leaves saved tensors to no hooks, as the call had none.
+class ModesGuard {
+ public:
+  explicit ModesGuard(const Modes& modes);
+  ~ModesGuard();
+  ModesGuard(const ModesGuard&) = delete;
+  ModesGuard& operator=(const ModesGuard&) = delete;
+
+ private:
+  struct Saved;
+  std::unique_ptr<Saved> saved_;
+};
+
 // A tensor that a deferred call reads, and how often it had been written to.
 struct Watched {
   const char* name;
@@ -57,36 +69,18 @@ struct Watched {
   uint32_t version;
 
   Watched(const char* name, at::Tensor tensor);
-  void check() const;  // throws std::runtime_error if it was written to since
+  void check(const char* op) const;  // throws std::runtime_error if it was written to since
 };
 
-// A batch norm that its module has called. Outputs that wait for it share it.
-class DeferredCall {
+// The stream of a call, on a device that has streams.
+class CallStream {
  public:
-  DeferredCall(py::tuple arguments, const BatchNormForwardCall& call,
-               std::shared_ptr<SiteRecord> site);
-  ~DeferredCall();
-  DeferredCall(const DeferredCall&) = delete;
-  DeferredCall& operator=(const DeferredCall&) = delete;
-
-  // act(batch_norm(input) + residual) in the modes of the call, with its gradient.
-  at::Tensor compute(const std::optional<Watched>& residual, Activation activation,
-                     double negative_slope);
-  // Updates the running statistics, if no result did that so far.
-  void count();
-
-  const Modes modes;
-  const std::shared_ptr<SiteRecord> site;
-  const std::vector<Watched>& inputs() const { return inputs_; }
+  explicit CallStream(c10::Device device);
+  // Lets the allocator know that another stream than the call's reads the tensor, if one does.
+  void keep(const at::Tensor& t) const;
 
  private:
-  py::tuple arguments_;  // a BatchNormCall
-  std::vector<Watched> inputs_;  // input, weight, bias
-  bool has_to_count_;
-  std::optional<c10::Stream> stream_;  // of the call, on a device that has streams
-
-  // Lets the allocator know that another stream than the call's reads the inputs.
-  void keep_for_other_stream(const std::optional<Watched>& residual) const;
+  std::optional<c10::Stream> stream_;
 };
 
 using NodePtr = decltype(torch::autograd::Edge::function);
@@ -94,26 +88,40 @@ using NodePtr = decltype(torch::autograd::Edge::function);
 // What is computed when a value is needed; the tensor and its node of the graph share it.
 class Pending {
  public:
-  Pending(std::shared_ptr<DeferredCall> call, std::optional<Watched> residual)
-      : call(std::move(call)), residual(std::move(residual)) {}
+  explicit Pending(const Modes& modes) : modes(modes) {}
+  virtual ~Pending() = default;
+  Pending(const Pending&) = delete;
+  Pending& operator=(const Pending&) = delete;
 
-  // The value, and in `inner` its node, whose gradients are those of the call.
+  // The value in the modes of the call, and in `inner` the node that it comes from.
   at::Tensor compute();
+  // What the value is a function of, in the order in which `inner` gives their gradients.
+  virtual void for_each_input(c10::function_ref<void(const Watched&)> f) const = 0;
+  // Notes that the value was computed for the named operator or reason, and forgets the inputs.
+  virtual void finish(const char* reason) = 0;
+  virtual const char* node_name() const = 0;
 
-  std::shared_ptr<DeferredCall> call;
-  std::optional<Watched> residual;
-  NodePtr inner;
+  const Modes modes;
+  torch::autograd::Edge inner;
+
+ private:
+  virtual at::Tensor value() = 0;  // in the modes of the call
 };
 
 // Tensors that outputs wait for. Each carries the key as well, so that the fallback sees a write to
 // it in time; a write through an older view is seen by the version counter, and then raises.
 void materialize_waiting_for(const at::Tensor& written, const char* name);
-// Takes the key from a view or copy of such a tensor, once nobody waits for its memory.
+// Whether an output waits for the tensor's memory.
+bool is_waited_for(const at::Tensor& t);
+
+// The key on a tensor that nobody waits for: the next op that takes it goes through the fallback,
+// which removes the key from it.
+void add_key(const at::Tensor& t);
 void remove_stray_key(const at::Tensor& t);
 
 class DeferredTensor final : public c10::TensorImpl {
  public:
-  explicit DeferredTensor(const at::Tensor& like);
+  DeferredTensor(const at::Tensor& like, c10::IntArrayRef strides);
   ~DeferredTensor() override;
 
   // The implementation of a tensor that waits, else null.
@@ -134,11 +142,16 @@ class DeferredTensor final : public c10::TensorImpl {
   // To be held by who calls what follows.
   std::unique_lock<std::recursive_mutex> lock();
   const std::shared_ptr<Pending>& pending() const { return pending_; }
-  // Whether somebody may hold the node or listen to the tensor's gradient, so that neither may be
-  // replaced.
-  bool is_observed() const;
-  // act of the value that it waits for, which it goes on waiting for.
-  at::Tensor compute(Activation activation, double negative_slope);
+  // What it waits for, if that is of this type; else null.
+  template <class P>
+  std::shared_ptr<P> pending_as() const {
+    return std::dynamic_pointer_cast<P>(pending_);
+  }
+  // Whether it may be taken up by an op: nobody holds its node or listens to its gradient, so that
+  // both may be replaced, and what is done with it now means the same as in its call.
+  bool may_go_on() const;
+  // Runs f while the inputs do not carry the key, which tensors saved for the backward would keep.
+  void without_key(c10::function_ref<void()> f);
   // Becomes another value, that of an op in place.
   void become(const at::Tensor& value);
   // Waits for more, that of `out += residual`.
@@ -146,6 +159,7 @@ class DeferredTensor final : public c10::TensorImpl {
 
  private:
   at::Tensor self();
+  bool is_observed() const;
   void adopt(const at::Tensor& value);
   void set_waiting(bool waits);
   void stop_waiting();
@@ -157,14 +171,25 @@ class DeferredTensor final : public c10::TensorImpl {
   std::recursive_mutex mutex_;  // of all above; Python code may come back while it computes
 };
 
-// A tensor that waits for the call.
-at::Tensor make_deferred(std::shared_ptr<DeferredCall> call, std::optional<Watched> residual,
-                         const at::Tensor& like);
+// A tensor that waits for the value, which has these strides.
+at::Tensor make_deferred(std::shared_ptr<Pending> pending, const at::Tensor& like,
+                         c10::IntArrayRef strides);
 
 // How many tensors are waited for, each as often as it is.
 int64_t count_waiting();
 
-// Sets the Python function that runs a BatchNormCall with its gradient.
-void run_deferred_with(FunctionArg function);
+// Whether the key is this module's, whose fallback deferred_ops.cpp has. Else nothing may wait.
+bool owns_key();
+// Whether something but autograd sees each op or saved tensor, so that none may be put off.
+bool is_watched();
+// Whether a call may wait: it is not watched, and no backward runs, as of a checkpoint.
+bool may_wait();
+
+// Puts an op's result in the place of its arguments.
+void replace_arguments(torch::jit::Stack* stack, size_t count, const at::Tensor& result);
+bool is_one(const c10::IValue& alpha);
+
+// Python's exceptions as torch passes them through its operators.
+void with_torch_errors(c10::function_ref<void()> f);
 
 }  // namespace gradfuse

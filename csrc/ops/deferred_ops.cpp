@@ -1,7 +1,5 @@
-// What each op does with an output that waits: a residual is taken up, an activation runs the fused
-// op, anything else computes the value first.
-#include "deferred.h"
-
+// What each op does with an output that waits: a residual and an activation may be taken up,
+// anything else computes the value first.
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
@@ -12,8 +10,8 @@
 #include <functional>
 #include <unordered_map>
 
-#include "../tensor/checks.h"
-#include "../tensor/python_args.h"
+#include "deferred_batch_norm.h"
+#include "deferred_sum.h"
 
 namespace gradfuse {
 namespace {
@@ -79,81 +77,16 @@ const std::unordered_map<const c10::FunctionSchema*, Known>& known_ops() {
   return *ops;
 }
 
-bool sees_ops() {
-  return c10::impl::TorchDispatchModeTLS::any_modes_set() || torch::jit::tracer::isTracing();
-}
-
-bool has_saving_hooks() { return !at::SavedTensorDefaultHooks::get_tls_state().stack.empty(); }
-
-// Whether what is done with the tensor now means the same as in its call.
-bool may_go_on(const DeferredTensor& deferred) {
-  return deferred.pending() && deferred.pending()->call->modes == Modes::now() && !sees_ops() &&
-         !has_saving_hooks();
-}
-
-// Whether a tensor can be added without change of shape, dtype and device.
-bool fits(const at::Tensor& residual, const at::Tensor& output) {
-  if (!residual.defined() || !residual.dim() || residual.scalar_type() != output.scalar_type() ||
-      residual.device() != output.device() || residual.layout() != at::kStrided ||
-      residual.dim() > output.dim() || is_wrapper(residual))
-    return false;
-  const int64_t lead = output.dim() - residual.dim();
-  for (int64_t d = 0; d < residual.dim(); ++d)
-    if (residual.size(d) != output.size(lead + d) && residual.size(d) != 1) return false;
-  return true;
-}
-
-bool is_one(const c10::IValue& alpha) { return alpha.toScalar().equal(1); }
-
-void replace_arguments(Stack* stack, size_t count, const at::Tensor& result) {
-  stack->erase(stack->end() - static_cast<std::ptrdiff_t>(count), stack->end());
-  stack->emplace_back(result);
-}
-
-// self + other, where one of them waits and takes the other up. False if it cannot.
-bool add(Stack* stack, bool in_place, const char* name) {
-  const Arguments arguments = torch::jit::last(stack, 3);
-  const at::Tensor self = arguments[0].toTensor(), other = arguments[1].toTensor();
-  if (!is_one(arguments[2])) return false;
-  DeferredTensor* deferred = DeferredTensor::of(self);
-  DeferredTensor* const addend = DeferredTensor::of(other);
-  if (deferred && addend) addend->materialize(name);  // both may be one tensor
-  const bool is_first = DeferredTensor::of(self);
-  if (!is_first) deferred = in_place ? nullptr : DeferredTensor::of(other);
-  if (!deferred) return false;
-  const at::Tensor& output = is_first ? self : other;
-  const at::Tensor& residual = is_first ? other : self;
-  if (!fits(residual, output)) return false;
-  const auto held = deferred->lock();
-  if (!may_go_on(*deferred) || deferred->pending()->residual || deferred->is_observed())
-    return false;
-  const std::shared_ptr<DeferredCall> call = deferred->pending()->call;
-  if (in_place) deferred->wait_for(std::make_shared<Pending>(call, Watched("residual", residual)));
-  replace_arguments(stack, 3,
-                    in_place ? self : make_deferred(call, Watched("residual", residual), output));
-  return true;
+bool sum(Stack* stack, bool in_place, const char* name) {
+  return add_to_batch_norm(stack, in_place, name) || (!in_place && add_for_norm(stack, name));
 }
 
 bool activate(Stack* stack, const ActivationOp& op, size_t count) {
-  const Arguments arguments = torch::jit::last(stack, count);
-  const at::Tensor self = arguments[0].toTensor();
-  DeferredTensor* const deferred = DeferredTensor::of(self);
-  if (!deferred) return false;
-  const auto held = deferred->lock();
-  if (!may_go_on(*deferred) || deferred->is_observed()) return false;
   double slope = 0.01;
   Activation activation = op.activation;
-  if (op.read) activation = op.read(arguments, slope);
-  if (activation == Activation::None) return false;
-  const std::shared_ptr<Pending> pending = deferred->pending();
-  at::Tensor result = deferred->compute(activation, slope);
-  *pending->call->site = {true, pending->residual.has_value(), activation, {}};
-  if (op.in_place) {
-    deferred->become(result);
-    result = self;
-  }
-  replace_arguments(stack, count, result);
-  return true;
+  if (op.read) activation = op.read(torch::jit::last(stack, count), slope);
+  return activation != Activation::None &&
+         activate_batch_norm(stack, activation, slope, op.in_place, count);
 }
 
 void for_each_tensor(const c10::IValue& value, const std::function<void(const at::Tensor&)>& f) {
@@ -172,7 +105,7 @@ void fallback(const c10::OperatorHandle& op, Stack* stack) {
   if (known != known_ops().end()) {
     const bool is_done = known->second.kind == Known::kActivation
                              ? activate(stack, known->second.op, count)
-                             : add(stack, known->second.kind == Known::kAddInPlace, name);
+                             : sum(stack, known->second.kind == Known::kAddInPlace, name);
     if (is_done) return;
   }
   const Arguments arguments = torch::jit::last(stack, count);
@@ -192,8 +125,25 @@ void fallback(const c10::OperatorHandle& op, Stack* stack) {
     for_each_tensor(value, &remove_stray_key);
 }
 
-// Whether the key is this module's. It is not if another library, or another copy of this module,
-// has it; then nothing waits.
+}  // namespace
+
+void replace_arguments(Stack* stack, size_t count, const at::Tensor& result) {
+  stack->erase(stack->end() - static_cast<std::ptrdiff_t>(count), stack->end());
+  stack->emplace_back(result);
+}
+
+bool is_one(const c10::IValue& alpha) { return alpha.toScalar().equal(1); }
+
+bool is_watched() {
+  return c10::impl::TorchDispatchModeTLS::any_modes_set() || torch::jit::tracer::isTracing() ||
+         !at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
+}
+
+bool may_wait() {
+  return owns_key() && !is_watched() && torch::autograd::get_current_graph_task_id() == -1;
+}
+
+// It is not if another library, or another copy of this module, has it.
 bool owns_key() {
   static const bool is_owner = [] {
     if (c10::Dispatcher::singleton().hasBackendFallbackForDispatchKey(kDeferredKey)) return false;
@@ -205,66 +155,11 @@ bool owns_key() {
   return is_owner;
 }
 
-// A batch norm of a model: what its module asks.
-class BatchNormSite {
- public:
-  // An output that waits, or None where the call has to be computed at once.
-  MaybeTensor defer(BatchNormCallArg given) {
-    if (!owns_key() || sees_ops() || has_saving_hooks() ||
-        torch::autograd::get_current_graph_task_id() != -1)
-      return std::nullopt;
-    count();
-    BatchNormForwardCall call = read_forward(given.object);
-    check_forward(call);
-    if (!call.input.numel()) return std::nullopt;
-    auto deferred = std::make_shared<DeferredCall>(py::reinterpret_borrow<py::tuple>(given.object),
-                                                   call, record_);
-    last_ = deferred;
-    return make_deferred(std::move(deferred), std::nullopt, call.input);
-  }
-
-  // Updates the running statistics, if an output of the last call still waits.
-  void count() {
-    if (const auto call = last_.lock()) call->count();
-    last_.reset();
-  }
-
-  // Computes the outputs of the last call that wait.
-  void finish(const std::string& reason) {
-    if (const auto call = last_.lock())
-      materialize_waiting_for(call->inputs()[0].tensor, reason.c_str());
-    count();
-  }
-
-  void computed_at_once(const std::string& reason) {
-    *record_ = {true, false, Activation::None, reason};
-  }
-
-  // (activation, whether a residual was added, why no activation); None before the first call.
-  py::object last() const {
-    if (!record_->has_run) return py::none();
-    return py::make_tuple(static_cast<int>(record_->activation), record_->has_residual,
-                          record_->reason);
-  }
-
- private:
-  std::shared_ptr<SiteRecord> record_ = std::make_shared<SiteRecord>();
-  std::weak_ptr<DeferredCall> last_;
-};
-
-}  // namespace
-
-void bind_deferred(py::module_& m) {
+void bind_deferred(pybind11::module_& m) {
   owns_key();
-  py::class_<BatchNormSite>(m, "BatchNormSite")
-      .def(py::init<>())
-      .def("defer", &BatchNormSite::defer, py::arg("call"))
-      .def("count", &BatchNormSite::count)
-      .def("finish", &BatchNormSite::finish, py::arg("reason"))
-      .def("computed_at_once", &BatchNormSite::computed_at_once, py::arg("reason"))
-      .def_property_readonly("last", &BatchNormSite::last);
   m.def("count_waiting", &count_waiting);
-  m.def("run_deferred_with", &run_deferred_with, py::arg("function"));
+  bind_deferred_batch_norm(m);
+  bind_deferred_sum(m);
 }
 
 }  // namespace gradfuse

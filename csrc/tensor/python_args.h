@@ -123,7 +123,7 @@ GRADFUSE_ARGUMENT(NumberArg, "float | torch.Tensor");
 GRADFUSE_ARGUMENT(ParamGroupsArg, "list[dict[str, typing.Any]]");
 GRADFUSE_ARGUMENT(StateArg, "dict[torch.Tensor, typing.Any]");
 GRADFUSE_ARGUMENT(SlotsArg, "collections.abc.Sequence[int]");
-GRADFUSE_ARGUMENT(FunctionArg, "collections.abc.Callable[..., torch.Tensor]");
+GRADFUSE_ARGUMENT(FunctionArg, "collections.abc.Callable[..., typing.Any]");
 GRADFUSE_ARGUMENT(WantedArg, "collections.abc.Sequence[bool]");
 GRADFUSE_ARGUMENT(BatchNormCallArg, "gradfuse._records.BatchNormCall");
 GRADFUSE_ARGUMENT(BatchNormSavedArg, "gradfuse._records.BatchNormSaved");

@@ -19,6 +19,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from gradfuse._codes import Activation
 from gradfuse._records import BatchNormCall
+from gradfuse.fuse.graph_norms import fuse_norms
 from gradfuse.fuse.nodes import (
     activation_of,
     addends_of,
@@ -47,11 +48,13 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def fuse_graph(graph_module: GraphModule) -> GraphModule:
-    """Turns batch norm, residual add and activation into one op, in the graph of torch.export.
+    """Turns a norm and what surrounds it into one op, in the graph of torch.export.
 
-    Takes what `fuse` takes: add, in place or not, and the activations of `batch_norm_act`. A batch
-    norm whose output is used twice, or whose operands are written before its activation, keeps its
-    place and becomes the op alone.
+    Takes what `fuse` takes: of a batch norm the add, in place or not, and the activations of
+    `batch_norm_act` that follow it; of a layer norm or RMS norm the add before it, and a dropout
+    or dropped path before that, which then has gradfuse's random numbers. A batch norm whose output
+    is used twice, or whose operands are written before its activation, keeps its place and becomes
+    the op alone. A layer norm or RMS norm of anything but a sum stays.
 
     Args:
         graph_module: torch.export.export(...).module(), or another graph whose nodes hold fake
@@ -80,13 +83,15 @@ def fuse_graph(graph_module: GraphModule) -> GraphModule:
 
 
 def rewrite(graph_module: GraphModule, *, eval_too: bool) -> None:
-    """fuse_graph, also of the graphs within; without eval_too, of batch norms that train only."""
+    """fuse_graph, also of the graphs within; without eval_too, of batch norms only those that
+    train."""
     for module in graph_module.modules():
         if isinstance(module, GraphModule):
             for node in list(module.graph.nodes):
                 found = _batch_norm(node)
                 if found is not None and (eval_too or found.call.training):
                     _fuse(module.graph, found)
+            fuse_norms(module.graph)
             module.recompile()
 
 

@@ -8,41 +8,32 @@ it computes the value first. csrc/ops/deferred.h says how.
 from __future__ import annotations
 
 import os
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Proxy
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradfuse import _native
 from gradfuse._codes import Activation
+from gradfuse.fuse.swapped import PLAIN, Swapped, recorded
 from gradfuse.nn.batch_norm import normalise
 from gradfuse.ops.checks import is_transformed
 
 __all__ = ["DEFERRED", "DeferredBatchNorm1d", "DeferredBatchNorm2d", "DeferredBatchNorm3d"]
 
-_PLAIN = (Tensor, nn.Parameter, type(None))
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
-_OWN = ("_site", "_same_buffers")  # attributes that the plain class lacks
 # To Dynamo before torch 2.13, __dict__["_buffers"] is the property of that name, which asks again.
 _OLD_DYNAMO = torch.__version__ < "2.13"
 # The last fields of a BatchNormCall.
 _NO_ACTIVATION = (int(Activation.NONE), 0.01, False, None)
 
 
-class _Deferred(_BatchNorm):
-    """What the classes share.
+class _Deferred(Swapped, _BatchNorm):
+    """What the classes share. `_site` is the compiled module's record of a module's calls."""
 
-    Such a class takes a module's own place by a change of `__class__`, so that the module stays the
-    very same object. `_site` is the compiled module's record of its calls, or None.
-    """
-
-    plain: type[_BatchNorm]
-    _site: Any = None
-
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Any) -> Any:
         # torch.compile gets the op in training. In eval mode a batch norm is elementwise, and
         # inductor fuses it with what surrounds it. torch.export, torch.jit and torch.fx record what
         # they would of the plain module.
@@ -50,10 +41,10 @@ class _Deferred(_BatchNorm):
         if is_compiling and self.training and not torch.compiler.is_exporting():
             self._check_input_dim(input)
             return self._finish(normalise(self, input))
-        given: Any = input
-        if not is_compiling and isinstance(given, Proxy):
-            recorded: Tensor = _recorded(self, given)
-            return recorded
+        if not is_compiling and not isinstance(input, Tensor):
+            found = recorded(self, input)
+            if found is not None:
+                return found
         if is_compiling or torch._C._is_tracing():
             plain: Tensor = super().forward(input)
             return plain
@@ -87,7 +78,7 @@ class _Deferred(_BatchNorm):
             or torch_module._has_any_global_hook()
         ):
             return "the module has hooks"
-        if type(input) not in _PLAIN or is_transformed():
+        if type(input) not in PLAIN or is_transformed():
             return "a transform or tensor subclass sees the call"
         return ""
 
@@ -107,7 +98,7 @@ class _Deferred(_BatchNorm):
             mean, var = buffers["running_mean"], buffers["running_var"]
         except KeyError:  # parametrized ones are attributes only
             weight, bias, mean, var = self.weight, self.bias, self.running_mean, self.running_var
-        if type(weight) not in _PLAIN or type(bias) not in _PLAIN:
+        if type(weight) not in PLAIN or type(bias) not in PLAIN:
             return None
         training = self.training
         momentum: float | Tensor | None = self.momentum
@@ -164,46 +155,17 @@ class _Deferred(_BatchNorm):
     def __getstate__(self) -> dict[str, Any]:
         if self._site is not None:
             self._site.count()
-        return {name: value for name, value in self.__dict__.items() if name not in _OWN}
+        return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._buffers = state["_buffers"]
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        return to_plain(self)
-
-
-def _recorded(module: _Deferred, input: Any) -> Any:
-    """A call of the module in the graph of torch.fx, as of torch.nn's own."""
-    tracer = input.tracer
-    if any(cls.__name__ == "QuantizationTracer" for cls in type(tracer).__mro__):
-        # prepare_fx and prepare_qat_fx go by classes, not by isinstance, as they fold a batch norm
-        # into the convolution before it.
-        become_plain(module)
-        return module(input)
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), (input,), {})
 
 
 def become_deferred(bn: nn.Module, cls: type[_Deferred]) -> None:
     """Gives a module a class of this file."""
     bn.__class__ = cls
     bn._buffers = bn.__dict__["_buffers"]
-
-
-def become_plain(bn: _Deferred) -> None:
-    """Gives a module its own class back."""
-    state, module = bn.__getstate__(), cast(nn.Module, bn)
-    module.__class__ = bn.plain
-    module.__dict__.clear()
-    module.__dict__.update(state)
-
-
-def to_plain(bn: _Deferred) -> _BatchNorm:
-    """A module of the plain class with the very same parameters, buffers and hooks."""
-    made = bn.plain.__new__(bn.plain)
-    made.__dict__.update(bn.__getstate__())
-    return made
 
 
 class DeferredBatchNorm1d(_Deferred, nn.BatchNorm1d):

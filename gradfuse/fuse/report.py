@@ -1,29 +1,30 @@
-"""What a fused model's batch norms did in their last calls."""
+"""What a fused model's norms and dropouts did in their last calls."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradfuse import reference
-from gradfuse.fuse.modules import _Deferred
-from gradfuse.fuse.swap import reason_against
+from gradfuse.fuse.dropouts import SwappedPath
+from gradfuse.fuse.norms import NormSite, SwappedNorm
+from gradfuse.fuse.swap import is_site, reason_against
+from gradfuse.fuse.swapped import Swapped
 
 __all__ = ["FuseReport", "Site", "fuse_report"]
 
 
 @dataclass(frozen=True)
 class Site:
-    """A batch norm of a model, and what its last call became.
+    """A norm or dropout of a model, and what its last call became.
 
     Attributes:
         path: where it is in the model.
-        pattern: "bn", "bn+relu", "bn+add+relu", ...
+        pattern: "bn", "bn+relu", "bn+add+relu", "ln", "dropout+add+ln", "add+rms", "dropout", ...
         fused: whether gradfuse's op computes it.
-        reason: why it was not swapped, or why its output was computed before an activation: the
-            operator that took it, or what did not let it wait.
+        reason: why it was not swapped, or why its output was computed before an activation or a
+            norm: the operator that took it, or what did not let it wait.
     """
 
     path: str
@@ -44,11 +45,11 @@ class FuseReport(list[Site]):
             for row in rows
         ]
         fused = sum(s.fused for s in self)
-        return "\n".join([*lines, f"{fused} of {len(self)} batch norms fused"])
+        return "\n".join([*lines, f"{fused} of {len(self)} fused"])
 
 
 def fuse_report(model: nn.Module) -> FuseReport:
-    """What each batch norm of a fused model did in its last call.
+    """What each norm and dropout of a fused model did in its last call.
 
     Args:
         model: what `fuse` returned, also within other modules.
@@ -57,19 +58,31 @@ def fuse_report(model: nn.Module) -> FuseReport:
         FuseReport, a list of Site that prints as a table.
     """
     return FuseReport(
-        _site(path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, _BatchNorm)
+        _site(path, module) for path, module in model.named_modules() if is_site(module)
     )
 
 
-def _site(path: str, module: _BatchNorm) -> Site:
-    if not isinstance(module, _Deferred):
-        return Site(path, "bn", False, reason_against(module))
-    last = None if module._site is None else module._site.last
+def _site(path: str, module: nn.Module) -> Site:
+    kind = _kind(module)
+    if not isinstance(module, Swapped):
+        return Site(path, kind, False, reason_against(module))
+    last = module._site
+    if isinstance(last, NormSite):
+        return Site(path, *last)
+    last = None if last is None else last.last
     if last is None:
-        return Site(path, "bn", True, "it was not called yet")
+        return Site(path, kind, True, "it was not called yet")
+    if isinstance(module, SwappedPath):
+        was_normalised, reason = last
+        return Site(path, f"{kind}+add+norm" if was_normalised else kind, True, reason)
     activation, has_residual, reason = last
     name = reference.ACTIVATIONS[activation]
-    pattern = "+".join(["bn", *(["add"] if has_residual else []), *([name] if name else [])])
+    pattern = "+".join([kind, *(["add"] if has_residual else []), *([name] if name else [])])
     return Site(path, pattern, True, reason)
+
+
+def _kind(module: nn.Module) -> str:
+    if isinstance(module, SwappedNorm | SwappedPath):
+        return module.label
+    names = {nn.LayerNorm: "ln", nn.RMSNorm: "rms", nn.Dropout: "dropout"}
+    return next((name for cls, name in names.items() if isinstance(module, cls)), "bn")

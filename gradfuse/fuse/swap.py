@@ -1,4 +1,4 @@
-"""fuse and unfuse: another class for each batch norm of a model."""
+"""fuse and unfuse: another class for each norm and dropout of a model."""
 
 from __future__ import annotations
 
@@ -10,25 +10,36 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gradfuse.fuse.modules import DEFERRED, _Deferred, become_deferred, become_plain
+from gradfuse.fuse.dropouts import DROPOUTS
+from gradfuse.fuse.modules import DEFERRED, _Deferred, become_deferred
+from gradfuse.fuse.norms import NORMS
+from gradfuse.fuse.swapped import Swapped, become_plain
 
-__all__ = ["deferred_class", "fuse", "reason_against", "unfuse"]
+__all__ = ["fuse", "is_site", "reason_against", "swapped_class", "unfuse"]
+
+_TORCH = {**DEFERRED, **NORMS, **DROPOUTS}
+# Base classes of what `fuse_report` lists, swapped or not.
+_SITES = (_BatchNorm, nn.LayerNorm, nn.RMSNorm, nn.Dropout, Swapped)
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OWN_DICTS = ("_parameters", "_buffers", "_modules", *_HOOKS)
 
 
 def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """Lets batch norm, residual add and activation run as one op wherever a model has them in turn.
+    """Lets a norm run as one op with what surrounds it, wherever a model has that in turn.
 
-    Each torch.nn.BatchNorm1d, 2d, 3d and timm BatchNormAct2d of the model gets a class of gradfuse;
+    Each torch.nn.BatchNorm1d, 2d, 3d, LayerNorm, RMSNorm and Dropout of the model, and what timm,
+    torchvision and transformers have in their place (docs/fuse.md), gets a class of gradfuse;
     nothing else changes. Parameters, buffers, paths, state_dict and isinstance stay. The output of
-    such a batch norm waits: a residual that is added to it is taken up, an activation runs the
-    fused op, and whatever else uses it computes it first. So the model means what it meant.
+    a batch norm waits: a residual that is added to it is taken up, an activation runs the fused op.
+    A dropout's output, a dropped path and the sum of a residual wait for a layer norm or RMS norm
+    in the same way. Whatever else uses such a tensor computes it first. So the model means what it
+    meant; a dropout has gradfuse's random numbers.
 
-    A batch norm computes its output at once if it has hooks, under torch.compile, tracers, dispatch
-    modes, torch.func and saved-tensor hooks, in a checkpoint's recomputation, for a tensor
-    subclass, or with GRADFUSE_DEFER=0 in the environment.
+    A batch norm computes its output at once if it has hooks. Nothing waits under torch.compile,
+    tracers, dispatch modes, torch.func and saved-tensor hooks, in a checkpoint's recomputation, for
+    a tensor subclass, with GRADFUSE_DEFER=0 in the environment, or, before layer norms and RMS
+    norms, below 1 MiB.
 
     Args:
         model: an nn.Module, in training or eval mode.
@@ -36,7 +47,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
             same parameters and buffers.
 
     Returns:
-        nn.Module; the given one if inplace. `fuse_report` says what its batch norms did.
+        nn.Module; the given one if inplace. `fuse_report` says what its modules did.
 
     Raises:
         TypeError: model is no nn.Module.
@@ -44,15 +55,19 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """
     root = _taken("fuse", model, inplace)
     for module in list(root.modules()):
-        if isinstance(module, _BatchNorm) and not reason_against(module):
-            cls = deferred_class(module)
-            assert cls is not None
+        if not is_site(module) or reason_against(module):
+            continue
+        cls = swapped_class(module)
+        assert cls is not None
+        if issubclass(cls, _Deferred):
             become_deferred(module, cls)
+        else:
+            module.__class__ = cls
     return root
 
 
 def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """The inverse of `fuse`: each batch norm gets its own class back.
+    """The inverse of `fuse`: each module gets its own class back.
 
     Args:
         model: what `fuse` returned, also within other modules.
@@ -63,28 +78,43 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """
     root = _taken("unfuse", model, inplace)
     for module in list(root.modules()):
-        if isinstance(module, _Deferred):
+        if isinstance(module, Swapped):
             become_plain(module)
     return root
 
 
-def deferred_class(bn: nn.Module) -> type[_Deferred] | None:
+def swapped_class(module: nn.Module) -> type[Swapped] | None:
     """The class that takes the place of a module's own; None if there is none."""
-    if isinstance(bn, _Deferred):
-        return type(bn)
-    cls = type(bn)
-    if cls.__module__ == "timm.layers.norm_act" and cls.__name__ == "BatchNormAct2d":
-        from gradfuse.fuse.timm import DeferredBatchNormAct2d  # which imports timm
+    if isinstance(module, Swapped):
+        return type(module)
+    cls = type(module)
+    # A library is imported only if a module of it is there.
+    library = cls.__module__.split(".")[0]
+    if library == "timm":
+        from gradfuse.fuse.timm import SWAPPED
 
-        return DeferredBatchNormAct2d
-    return DEFERRED.get(cls)
+        return SWAPPED.get(cls)
+    if library == "transformers":
+        from gradfuse.fuse.transformers import swapped_norm
+
+        return swapped_norm(cls)
+    if library == "torchvision" and cls.__name__ == "StochasticDepth":
+        from gradfuse.fuse.torchvision import SwappedStochasticDepth
+
+        return SwappedStochasticDepth
+    return _TORCH.get(cls)
 
 
-def reason_against(bn: nn.Module) -> str:
-    """Why a batch norm keeps its class; "" if `fuse` swaps it."""
-    if deferred_class(bn) is None:
-        return f"{type(bn).__module__}.{type(bn).__name__} is not a batch norm known here"
-    if "forward" in bn.__dict__:
+def is_site(module: nn.Module) -> bool:
+    """Whether `fuse` has to do with a module: a norm, a dropout or a dropped path."""
+    return isinstance(module, _SITES) or swapped_class(module) is not None
+
+
+def reason_against(module: nn.Module) -> str:
+    """Why a module keeps its class; "" if `fuse` swaps it."""
+    if swapped_class(module) is None:
+        return f"{type(module).__module__}.{type(module).__name__} is not known here"
+    if "forward" in module.__dict__:
         return "its forward was set on the instance"
     return ""
 
@@ -128,7 +158,7 @@ class _Twins:
         self.root = self._twins[id(model)]
 
     def _fill(self, module: nn.Module, twin: nn.Module) -> None:
-        state = module.__getstate__() if isinstance(module, _Deferred) else module.__dict__
+        state = module.__getstate__() if isinstance(module, Swapped) else module.__dict__
         for name, value in state.items():
             if name in _OWN_DICTS:
                 value = type(value)(value)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gradfuse import _native
 from gradfuse._codes import RowNorm
 from gradfuse.ops.row_norm import addends, dropout, run
 
-__all__ = ["dropout_add"]
+__all__ = ["dropout_add", "run_dropout"]
 
 
 def dropout_add(
@@ -52,12 +53,38 @@ def dropout_add(
         raise TypeError(f"{name}: residual must be a Tensor, got {type(residual).__name__}")
     input, sum_dtype = addends(name, input, residual, residual_dtype)
     sample_scale, seed = dropout(name, input, p, training, sample_scale, generator)
+    return _run(input, residual, p, seed, sample_scale, sum_dtype)
+
+
+def run_dropout(
+    input: Tensor,
+    residual: Tensor | None,
+    p: float,
+    seed: Tensor | None,
+    sample_scale: Tensor | None,
+) -> Tensor:
+    """residual + sample_scale * dropout(input) with the random numbers of a seed that was drawn."""
+    return _run(input, residual, p, seed, sample_scale, input.dtype)
+
+
+def _run(
+    input: Tensor,
+    residual: Tensor | None,
+    p: float,
+    seed: Tensor | None,
+    sample_scale: Tensor | None,
+    sum_dtype: torch.dtype,
+) -> Tensor:
     shape = input.shape
     if not shape:
-        input, residual = input.reshape(1), residual.reshape(1)
+        input, residual = input.reshape(1), None if residual is None else residual.reshape(1)
     _, total = run(
         RowNorm.DROPOUT_ADD, input, residual, None, None, sample_scale, seed, input.shape[-1:], p,
         0.0, 0.0, sum_dtype, True,
     )  # fmt: skip
     result: Tensor = total
-    return result.reshape(shape)
+    return result if shape else result.reshape(shape)
+
+
+if _native.available:
+    _native.backend.run_dropout_with(run_dropout)

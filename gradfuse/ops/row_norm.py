@@ -22,7 +22,7 @@ __all__ = ["add_norm", "addends", "check_probability", "draw_seed", "dropout", "
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _NARROW = (torch.float16, torch.bfloat16)
-_NAMES = tuple(op.name.lower() for op in RowNorm)
+_NAMES = {int(op): op.name.lower() for op in RowNorm}  # Dynamo of torch 2.13 takes no enum
 
 # The records from plain tuples, without a Python frame: eager calls take microseconds.
 _call_from: Callable[[tuple[Any, ...]], RowNormCall] = partial(tuple.__new__, RowNormCall)
@@ -48,7 +48,7 @@ def norm(
 ) -> Tensor:
     """The norm alone. Under CUDA's autocast it runs in float32, as torch's."""
     if not isinstance(input, Tensor):
-        raise TypeError(f"{_NAMES[op]}: input must be a Tensor, got {type(input).__name__}")
+        raise TypeError(f"{_NAMES[int(op)]}: input must be a Tensor, got {type(input).__name__}")
     if input.is_cuda and input.dtype in _NARROW and torch.is_autocast_enabled("cuda"):
         input = input.float()
     output: Tensor = run(
@@ -76,7 +76,7 @@ def add_norm(
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor] | Tensor:
     """norm(residual + sample_scale * dropout(input)), and the sum itself if prenorm."""
-    name = _NAMES[op]
+    name = _NAMES[int(op)]
     input, sum_dtype = addends(name, input, residual, residual_dtype)
     sample_scale, seed = dropout(name, input, p, training, sample_scale, generator)
     results: tuple[Tensor, Tensor] = run(
@@ -91,7 +91,7 @@ def _shape(op: RowNorm, normalized_shape: Sequence[int]) -> Sequence[int]:
         return (normalized_shape,)
     if not isinstance(normalized_shape, Sequence):
         raise TypeError(
-            f"{_NAMES[op]}: normalized_shape must be an int or a sequence of ints, got "
+            f"{_NAMES[int(op)]}: normalized_shape must be an int or a sequence of ints, got "
             f"{type(normalized_shape).__name__}"
         )
     return normalized_shape

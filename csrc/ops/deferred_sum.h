@@ -1,0 +1,51 @@
+// A dropout that waits for the residual it is added to, and the sum, which waits for a norm.
+//
+// The sum of two ordinary tensors waits as well if one of them is expected to be added and
+// normalised: the input of a norm, to which its block's output is added, and what a dropout lets
+// through as it is.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "../tensor/storage.h"
+#include "deferred.h"
+
+namespace gradfuse {
+
+// What is done with an addend: x * sample_scale, of which a dropout leaves out a share p.
+struct Dropped {
+  double p = 0.0;
+  MaybeTensor seed;          // int64 [2], null for no dropout
+  MaybeTensor sample_scale;  // [N], null for ones
+  std::vector<std::shared_ptr<SiteRecord>> sites;  // the modules that asked for it
+
+  bool is_identity() const { return !seed && !sample_scale; }
+  void note(bool was_normalised, const std::string& reason) const;
+};
+
+// dropout(input) + residual, or the first alone.
+class PendingSum final : public Pending {
+ public:
+  PendingSum(const at::Tensor& input, const MaybeTensor& residual, Dropped dropout);
+
+  void for_each_input(c10::function_ref<void(const Watched&)> f) const override;
+  void finish(const char* reason) override;
+  const char* node_name() const override { return residual ? "AddBackward" : "DropoutBackward"; }
+  // Before the inputs are read.
+  void check() const;
+
+  std::optional<Watched> input, residual;
+  Dropped dropout;
+
+ private:
+  at::Tensor value() override;
+
+  CallStream stream_;
+};
+
+// self + other, as a sum that waits. False if there is no reason to wait or it may not.
+bool add_for_norm(torch::jit::Stack* stack, const char* name);
+
+void bind_deferred_sum(pybind11::module_& m);
+
+}  // namespace gradfuse

@@ -1,0 +1,147 @@
+"""Layer norms and RMS norms that take up the sum they normalise.
+
+A sum waits if one of its addends is expected to be normalised next: the input of such a norm, to
+which its block's output is added, or the output of a dropout (dropouts.py). csrc/ops/deferred_sum.h
+says how.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from gradfuse._codes import RowNorm
+from gradfuse.fuse import swapped
+from gradfuse.fuse.swapped import Swapped, is_parameter, is_plain, is_recorded, recorded
+from gradfuse.ops.row_norm import run
+
+__all__ = ["NORMS", "NormSite", "SwappedLayerNorm", "SwappedNorm"]
+
+
+_PARTS = ("drop_path", "dropout", "add")  # that normalise_sum tells of
+
+
+class NormSite(NamedTuple):
+    """What a norm did last."""
+
+    pattern: str
+    fused: bool
+    reason: str = ""
+
+
+@functools.cache
+def _taken_up(label: str, *was_there: bool) -> NormSite:
+    parts = [part for part, was in zip(_PARTS, was_there, strict=False) if was]
+    return NormSite("+".join([*parts, label]), True)
+
+
+class SwappedNorm(Swapped):
+    """What the classes share: the op, and where a module keeps its arguments."""
+
+    op = RowNorm.RMS_NORM
+    op_of_sum = RowNorm.ADD_RMS_NORM
+    label = "rms"
+    name_of_eps = "eps"
+    weight_offset = 0.0
+    # Whether the output has the input's dtype whatever the weight's is.
+    mixes_dtypes = False
+
+    has_bias = False
+
+    def _shape(self) -> Sequence[int]:
+        return cast(Tensor, self.weight).shape
+
+    def forward(self, input: Any) -> Any:
+        if not isinstance(input, Tensor) and self.plain.__module__.startswith("torch.nn."):
+            found = recorded(self, input)
+            if found is not None:
+                return found
+        if is_recorded():
+            return super().forward(input)
+        reason = self._reason_against(input, cast(Tensor | None, self.weight))
+        if reason:
+            if not torch.compiler.is_compiling():
+                self.__dict__["_site"] = NormSite(self.label, False, reason)
+            return super().forward(input)
+        ops = self._ops_that_wait()
+        taken = None if ops is None else ops.normalise_sum(input, self._of_sum)
+        if taken is not None:
+            output, *was_there = taken
+        else:
+            was_there = []
+            output = self._run(self.op, input, None, 0.0, None, None, False)[0]
+        if ops is not None:
+            self.__dict__["_site"] = _taken_up(self.label, *was_there)
+            ops.expect_sum(input, swapped.LEAST_BYTES)
+        return output
+
+    def _reason_against(self, input: Tensor, weight: Tensor | None) -> str:
+        """Why the op does not compute what the class does; "" if it does, but for rounding."""
+        if not is_plain(input) or not (weight is None or is_parameter(weight)):
+            return "a tensor of another kind or dtype"
+        if not self.mixes_dtypes and weight is not None and weight.dtype != input.dtype:
+            return "weight has another dtype than the input"
+        if input.is_cuda and input.dtype != torch.float32 and torch.is_autocast_enabled("cuda"):
+            return "autocast"
+        return ""
+
+    def _of_sum(
+        self,
+        input: Tensor,
+        residual: Tensor,
+        p: float,
+        seed: Tensor | None,
+        sample_scale: Tensor | None,
+    ) -> tuple[Any, Any]:
+        """(norm, sum) of a sum that waited."""
+        return self._run(self.op_of_sum, input, residual, p, seed, sample_scale, True)
+
+    def _run(
+        self,
+        op: RowNorm,
+        input: Tensor,
+        residual: Tensor | None,
+        p: float,
+        seed: Tensor | None,
+        sample_scale: Tensor | None,
+        keeps_sum: bool,
+    ) -> tuple[Any, Any]:
+        eps: float | None = getattr(self, self.name_of_eps)
+        if eps is None:
+            eps = torch.finfo(input.dtype).eps
+        return run(
+            op, input, residual, self.weight, self.bias if self.has_bias else None, sample_scale,
+            seed, self._shape(), p, eps, self.weight_offset, input.dtype, keeps_sum,
+        )  # fmt: skip
+
+
+class SwappedLayerNorm(SwappedNorm, nn.LayerNorm):
+    """torch.nn.LayerNorm by gradfuse's op."""
+
+    plain: Any = nn.LayerNorm
+    op = RowNorm.LAYER_NORM
+    op_of_sum = RowNorm.ADD_LAYER_NORM
+    label = "ln"
+    mixes_dtypes = True
+    has_bias = True
+
+    def _shape(self) -> Sequence[int]:
+        return self.normalized_shape
+
+
+class SwappedRMSNorm(SwappedNorm, nn.RMSNorm):
+    """torch.nn.RMSNorm by gradfuse's op."""
+
+    plain = nn.RMSNorm
+
+    def _shape(self) -> Sequence[int]:
+        return self.normalized_shape
+
+
+NORMS: dict[type[nn.Module], type[SwappedNorm]] = {
+    c.plain: c for c in (SwappedLayerNorm, SwappedRMSNorm)
+}
