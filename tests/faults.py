@@ -850,8 +850,8 @@ FAULTS = [
     Fault(
         "an output with a hook is fused",
         "csrc/ops",
-        "if (!may_go_on(*deferred) || deferred->is_observed()) return false;",
-        "if (!may_go_on(*deferred)) return false;",
+        "return pending_ && pending_->modes == Modes::now() && !is_watched() && !is_observed();",
+        "return pending_ && pending_->modes == Modes::now() && !is_watched();",
         "hooks on the output of a batch norm never run",
         "tests/test_fuse.py",
     ),

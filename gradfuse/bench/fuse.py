@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import gradfuse
 from gradfuse.bench.harness import Contender, Plan, Result, Target, Workload
 from gradfuse.bench.registry import Bench
+from gradfuse.bench.step_models import MODELS
 from gradfuse.bench.step_process import (
     COMPILED,
     FUSED,
@@ -21,15 +23,23 @@ from gradfuse.bench.step_process import (
     STOCK,
     step_processes,
 )
+from gradfuse.fuse import swapped
 
 __all__ = ["BENCH"]
 
 EAGER, OP, WAITING = "torch eager", "gradfuse.nn.BatchNormAct2d", "gradfuse.fuse"
+ALONE = "norm alone"
 SITES = ("relu", "add + relu")
 LIMITS = {"forward": 25.0, "backward": 5.0}  # microseconds that waiting may add to a site
 
-# The goals of the project, by layout and dtype.
-STEPS = {("NCHW", "float32"): 1.15, ("NHWC", "float32"): 1.12, ("NHWC", "bfloat16"): 1.12}
+# (batch, size, the project's goal), by model, layout and dtype.
+STEPS = {
+    ("resnet50", "NCHW", "float32"): (8, 128, 1.15),
+    ("resnet50", "NHWC", "float32"): (8, 128, 1.12),
+    ("resnet50", "NHWC", "bfloat16"): (8, 128, 1.12),
+    ("gpt2", "NCHW", "float32"): (8, 256, 1.15),
+    ("vit_tiny", "NCHW", "float32"): (16, 224, 1.15),
+}
 
 
 def site(what: str) -> Iterator[Workload]:
@@ -89,16 +99,54 @@ def overheads(results: Sequence[Result]) -> list[str]:
     return lines
 
 
+def norm_site(p: float, dtype: torch.dtype) -> Iterator[Workload]:
+    """dropout + add + layer norm after a first norm, forward and backward, by size: fused with what
+    waits, with the norm's op alone, and not."""
+    for rows in (8, 32, 128, 512, 2048):
+        tensors = [torch.randn(rows, 768, dtype=dtype) for _ in range(4)]
+        x, branch = (t.requires_grad_() for t in tensors[:2])
+        plain = nn.ModuleList([nn.LayerNorm(768), nn.Dropout(p), nn.LayerNorm(768)]).to(dtype)
+        fused = gradfuse.fuse(plain)
+
+        def run(
+            model: nn.Module, least_bytes: int, x: Tensor, branch: Tensor, grads: list[Tensor]
+        ) -> None:
+            first, drop, second = cast(nn.ModuleList, model)
+            swapped.LEAST_BYTES = least_bytes
+            first(x)
+            total = x + drop(branch)
+            torch.autograd.backward([second(total), total], grads)
+            x.grad = branch.grad = None
+
+        calls = {EAGER: (plain, 0), ALONE: (fused, sys.maxsize), WAITING: (fused, 0)}
+        contenders = [
+            Contender(name, partial(run, model, least, x, branch, tensors[2:]))
+            for name, (model, least) in calls.items()
+        ]
+        size = x.numel() * x.element_size() >> 10
+        what = "dropout + add + layer norm" if p else "add + layer norm"
+        yield Workload(
+            name=f"one site, {what}, {size} KiB",
+            dtype=str(dtype).removeprefix("torch."),
+            contenders=contenders,
+            bytes_moved=0,
+            baseline=EAGER,
+            floor=ALONE,
+        )
+
+
 def steps(arguments: argparse.Namespace, notes: list[str]) -> Iterator[Workload]:
-    """Training steps of a ResNet-50, each contender in a process of its own."""
-    if importlib.util.find_spec("torchvision") is None:
-        notes.append("ResNet-50 step: left out, no torchvision")
-        return
-    size = (2, 64) if arguments.quick else (8, 128)
-    for (layout, dtype), goal in STEPS.items():
-        if arguments.quick and (layout, dtype) != ("NCHW", "float32"):
+    """Training steps of models, each contender in a process of its own."""
+    for (model, layout, dtype), (batch, size, goal) in STEPS.items():
+        if not MODELS[model].is_there:
+            line = f"{MODELS[model].title} step: left out, no {MODELS[model].library}"
+            notes += [line] * (line not in notes)
             continue
-        form = (*size, layout, dtype)
+        if arguments.quick:
+            if (model, layout, dtype) != ("resnet50", "NCHW", "float32"):
+                continue
+            batch, size = 2, 64
+        form = (batch, size, layout, dtype, model)
         yield from step((STOCK, FUSED), form, Target(goal), notes, None)
         if arguments.compile_budget > 0:
             budget = arguments.compile_budget
@@ -107,15 +155,16 @@ def steps(arguments: argparse.Namespace, notes: list[str]) -> Iterator[Workload]
 
 def step(
     kinds: tuple[str, str],
-    form: tuple[int, int, str, str],
+    form: tuple[int, int, str, str, str],
     target: Target,
     notes: list[str],
     budget: float | None,
 ) -> Iterator[Workload]:
     """The step of two kinds, if the first ones took no longer than the budget."""
-    batch, pixels, layout, dtype = form
+    batch, size, layout, dtype, model = form
     compiled = "" if budget is None else ", compiled"
-    name = f"ResNet-50 step{compiled}, batch {batch}, {pixels} px, {layout}"
+    sizes = f"{size} tokens" if model == "gpt2" else f"{size} px, {layout}"
+    name = f"{MODELS[model].title} step{compiled}, batch {batch}, {sizes}"
     with step_processes(kinds, *form) as processes:
         slowest = max(process.first for process in processes)
         if budget is not None and slowest > budget:
@@ -138,11 +187,23 @@ def step(
 def workloads(arguments: argparse.Namespace, notes: list[str]) -> Iterator[Workload]:
     for what in SITES:
         yield from site(what)
+    if arguments.sizes:
+        least = swapped.LEAST_BYTES
+        for dtype in (torch.float32, torch.bfloat16):
+            for p in (0.0, 0.1):
+                yield from norm_site(p, dtype)
+        swapped.LEAST_BYTES = least
     if arguments.step:
         yield from steps(arguments, notes)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--sizes",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="time sites of a layer norm by size",
+    )
     parser.add_argument(
         "--step", action=argparse.BooleanOptionalAction, default=True, help="time training steps"
     )

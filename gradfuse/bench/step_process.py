@@ -1,4 +1,4 @@
-"""Training steps of a ResNet-50, each kind in a process of its own.
+"""Training steps of models, each kind in a process of its own.
 
 Two models in one process disturb each other: they share caches of memory and threads, and what one
 frees the other gets.
@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
-import torch.nn.functional as F
 
 import gradfuse
 from gradfuse import _native
 from gradfuse.bench.profiled import extra_memory, norm_seconds
+from gradfuse.bench.step_models import MODELS
 
 __all__ = ["KINDS", "StepProcess", "step_processes"]
 
@@ -36,14 +36,16 @@ class StepProcess:
         first: seconds of its first step, which compiles what is to be compiled.
     """
 
-    def __init__(self, kind: str, batch: int, pixels: int, layout: str, dtype: str) -> None:
-        numbers = [str(n) for n in (batch, pixels, torch.get_num_threads())]
+    def __init__(
+        self, kind: str, batch: int, size: int, layout: str, dtype: str, model: str = "resnet50"
+    ) -> None:
+        numbers = [str(n) for n in (batch, size, torch.get_num_threads())]
         device = torch.get_default_device().type
         environment = dict(os.environ)
         if _native.available:
             environment["GRADFUSE_ISA"] = _native.backend.isa()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, kind, *numbers, layout, dtype, device],
+            [sys.executable, "-m", __name__, model, kind, *numbers, layout, dtype, device],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -80,46 +82,48 @@ class StepProcess:
 
 @contextmanager
 def step_processes(
-    kinds: Sequence[str], batch: int, pixels: int, layout: str, dtype: str
+    kinds: Sequence[str], batch: int, size: int, layout: str, dtype: str, model: str = "resnet50"
 ) -> Iterator[list[StepProcess]]:
     """A process of each kind, until the end of the block."""
     with ExitStack() as stack:
         processes = []
         for kind in kinds:
-            processes.append(StepProcess(kind, batch, pixels, layout, dtype))
+            processes.append(StepProcess(kind, batch, size, layout, dtype, model))
             stack.callback(processes[-1].close)
         yield processes
 
 
 def make_step(
-    kind: str, batch: int, pixels: int, channels_last: bool, dtype: torch.dtype, device: str
+    model: str,
+    kind: str,
+    batch: int,
+    size: int,
+    channels_last: bool,
+    dtype: torch.dtype,
+    device: str,
 ) -> Callable[[], object]:
     """Forward, backward, clip and AdamW: with torch's parts, or gradfuse's."""
-    from torchvision.models import resnet50
-
     torch.manual_seed(0)
     form = torch.channels_last if channels_last else torch.contiguous_format
-    model = resnet50().to(memory_format=form)
-    images = torch.randn(batch, 3, pixels, pixels).to(memory_format=form)
-    labels = torch.arange(batch) % 1000
+    module, given, loss_of = MODELS[model].make(batch, size, form)
     is_ours = kind in (FUSED, FUSED_COMPILED)
     if is_ours:
-        gradfuse.fuse(model, inplace=True)
-    parameters = list(model.parameters())
+        gradfuse.fuse(module, inplace=True)
+    parameters = list(module.parameters())
     optimizer: torch.optim.Optimizer
     if is_ours:
         optimizer = gradfuse.optim.AdamW(parameters, lr=1e-4, clip=1.0)
     else:
         optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    forward: Callable[[torch.Tensor], torch.Tensor] = model
+    forward: Callable[[torch.Tensor], torch.Tensor] = module
     if kind in (COMPILED, FUSED_COMPILED):
         backend = gradfuse.compile_backend() if is_ours else "inductor"
-        forward = torch.compile(model, fullgraph=True, backend=backend)
+        forward = torch.compile(module, fullgraph=True, backend=backend)
 
     def step() -> None:
         optimizer.zero_grad()
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            loss = F.cross_entropy(forward(images), labels)
+            loss = loss_of(forward(given))
         loss.backward()
         if not is_ours:
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -135,9 +139,10 @@ def serve(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     with torch.device(arguments.device):
         step = make_step(
+            arguments.model,
             arguments.kind,
             arguments.batch,
-            arguments.pixels,
+            arguments.size,
             arguments.layout == "NHWC",
             getattr(torch, arguments.dtype),
             arguments.device,
@@ -159,8 +164,9 @@ def serve(arguments: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", choices=MODELS)
     parser.add_argument("kind", choices=KINDS)
-    for name in ("batch", "pixels", "threads"):
+    for name in ("batch", "size", "threads"):
         parser.add_argument(name, type=int)
     parser.add_argument("layout", choices=("NCHW", "NHWC"))
     parser.add_argument("dtype", choices=("float32", "bfloat16"))

@@ -137,14 +137,26 @@ def _dropped_path(found: _Addend) -> _Addend | None:
         return None
     for x, scale in (node.args[:2], node.args[1::-1]):
         of_x, of_scale = value_of(x), value_of(scale)
-        if not isinstance(x, Node) or not isinstance(scale, Node):
-            continue
-        if not isinstance(of_x, Tensor) or not isinstance(of_scale, Tensor):
+        if not isinstance(x, Node) or not isinstance(of_x, Tensor) or of_x.ndim < 2:
             continue
         shape = [*of_x.shape[:1], *[1] * (of_x.ndim - 1)]
-        if of_x.ndim > 1 and list(of_scale.shape) == shape and not of_scale.requires_grad:
+        if isinstance(of_scale, Tensor) and list(of_scale.shape) == shape and _is_drawn(scale):
             return _Addend(x, sample_scale=scale, nodes=(node,))
     return None
+
+
+def _is_drawn(node: Any) -> bool:
+    """Whether a tensor is random and so has no gradient, which fake values do not always tell."""
+    while isinstance(node, Node):
+        target = node.target
+        name = target if isinstance(target, str) else getattr(target, "__name__", "")
+        name = name.partition(".")[0].strip("_")
+        if name == "bernoulli":
+            return True
+        if name not in ("div", "truediv", "itruediv", "to", "reshape", "view") or not node.args:
+            return False
+        node = node.args[0]
+    return False
 
 
 def _dropout(found: _Addend) -> _Addend | None:
@@ -152,7 +164,7 @@ def _dropout(found: _Addend) -> _Addend | None:
     if found.seed is not None or found.draw is not None:
         return None
     op: Any = node.args[0] if node.args else None
-    if node.target is operator.getitem and node.args[1] == 1 and op.target in _OPS:
+    if node.target is operator.getitem and isinstance(op, Node) and op.target in _OPS:
         call = _call_of(**arguments_of(op, RowNormCall._fields))
         is_dropout = call.op == RowNorm.DROPOUT_ADD and call.residual is None
         if not is_dropout or call.sample_scale is not None or len(op.users) != 1:
@@ -176,8 +188,7 @@ def _try(graph: Graph, norm: _Norm, total: Node, found: _Addend, residual: Node)
         sample_scale=found.sample_scale, keeps_sum=True,
     )  # fmt: skip
     values = _fake_values(call, norm, total, found)
-    first = found.nodes[-1] if found.nodes else total
-    if values is None or not _may_move(call, norm, total, first):
+    if values is None or not _may_move(norm, total, found, residual):
         return False
     _replace(graph, norm, total, found, call, values)
     return True
@@ -214,20 +225,28 @@ def _fake_values(call: Any, norm: _Norm, total: Node, found: _Addend) -> Any:
     return results if same else None
 
 
-def _may_move(call: Any, norm: _Norm, total: Node, first: Node) -> bool:
+def _may_move(norm: _Norm, total: Node, found: _Addend, residual: Node) -> bool:
     """Whether all from the first node on may be computed where the norm is."""
-    read = storages(tensors_in(call[:7]))
-    written_sum = storages([total])
-    if read is None or written_sum is None:
-        return False
-    node = first
+    chain = (total, *found.nodes)
+    read_by: dict[Node, list[Any]] = {node: [] for node in chain}
+    read_by[total].append(residual)
+    read_by[chain[-1]] += [found.input, found.seed]
+    if found.sample_scale is not None:
+        read_by[found.nodes[0]].append(found.sample_scale)
+    read = storages([total])  # and of what was read so far
+    node = chain[-1]
     while node is not norm.output:
         if total in node.all_input_nodes and node not in norm.nodes:
             return False
-        if node is not first and node not in norm.nodes:
+        if node in read_by:
+            more = storages(tensors_in(read_by[node]))
+            if read is None or more is None:
+                return False
+            read |= more
+        elif node not in norm.nodes:
             written = written_by(node)
             changed = None if written is None else storages(written)
-            if changed is None or changed & (read | written_sum):
+            if read is None or changed is None or changed & read:
                 return False
         node = node.next
     return True
