@@ -15,12 +15,12 @@ __all__ = ["compile_backend", "default_backend"]
 
 @functools.cache  # a function compiled again with the same backend is found compiled
 def compile_backend(inner: str | Callable[..., Any] = "inductor") -> Callable[..., Any]:
-    """A backend of torch.compile that fuses batch norms and hands the graph on.
+    """A backend of torch.compile that fuses norms and hands the graph on.
 
     In the graphs of fused and of plain models alike, batch norm, residual add and activation become
-    one op, forward and backward. Batch norms in eval mode stay: they are elementwise there, and the
-    inner backend fuses them with what surrounds them. `torch.compile(model, backend="gradfuse")` is
-    the short form for "inductor".
+    one op, forward and backward, and so do dropout, residual add and layer norm or RMS norm. Batch
+    norms in eval mode stay: they are elementwise there, and the inner backend fuses them with what
+    surrounds them. `torch.compile(model, backend="gradfuse")` is the short form for "inductor".
 
     Args:
         inner: the backend that compiles the graph; a name that torch.compile knows, or a callable.
