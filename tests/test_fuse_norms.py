@@ -516,6 +516,34 @@ def test_graphs_stay_plain():
 
 
 @waits
+def test_an_input_written_to_meanwhile():
+    """A write through an older view is seen when the sum is used, wherever the input waited."""
+    model = gradfuse.fuse(Site(PROGRAMS["sum"][0]))
+    x, f = random(4, 6, 8), random(4, 6, 8)
+    for written_late in (False, True):
+        view = f[0]
+        dropped = model.drop(f)
+        if not written_late:
+            view.mul_(2)
+        total = x + dropped
+        if written_late:
+            view.mul_(2)
+        with pytest.raises(RuntimeError, match="input must not be written to before"):
+            model.norm(total)
+        del dropped, total
+
+
+@waits
+def test_a_compiled_part_takes_a_marked_tensor():
+    norm, x = gradfuse.fuse(nn.LayerNorm(8)), random(4, 8)
+    compiled = torch.compile(lambda t: t.sin() + 1, backend="aot_eager", fullgraph=True)
+    norm(x)
+    torch.testing.assert_close(compiled(x), x.sin() + 1)
+    norm(x)
+    assert torch.equal(torch.func.vmap(torch.sin)(x), x.sin())
+
+
+@waits
 def test_memory_is_freed():
     model = gradfuse.fuse(Site(PROGRAMS["sum"][0]))
     model(random(4, 6, 8).requires_grad_()).sum().backward()

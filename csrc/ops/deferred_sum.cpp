@@ -33,7 +33,7 @@ at::Tensor run_dropout(const at::Tensor& input, const MaybeTensor& residual,
 
 // A dropout that waits and whose residual may be added in the same op.
 struct Offered {
-  at::Tensor input;
+  Watched input;  // since the dropout was called
   Dropped dropout;
 };
 
@@ -43,7 +43,7 @@ std::optional<Offered> offered_by(const at::Tensor& t) {
   const auto held = deferred->lock();
   const auto pending = deferred->pending_as<PendingSum>();
   if (!pending || pending->residual || !deferred->may_go_on()) return std::nullopt;
-  return Offered{pending->input->tensor, pending->dropout};
+  return Offered{*pending->input, pending->dropout};
 }
 
 // Whether a norm's module marked the tensor, see expect_sum.
@@ -71,13 +71,12 @@ void Dropped::note(bool was_normalised, const std::string& reason) const {
   for (const auto& site : sites) *site = {true, was_normalised, Activation::None, reason};
 }
 
-PendingSum::PendingSum(const at::Tensor& input, const MaybeTensor& residual, Dropped dropout)
+PendingSum::PendingSum(Watched input, std::optional<Watched> residual, Dropped dropout)
     : Pending(Modes::now()),
-      input(Watched("input", input)),
+      input(std::move(input)),
+      residual(std::move(residual)),
       dropout(std::move(dropout)),
-      stream_(input.device()) {
-  if (residual) this->residual = Watched("residual", *residual);
-}
+      stream_(this->input->tensor.device()) {}
 
 void PendingSum::for_each_input(c10::function_ref<void(const Watched&)> f) const {
   const bool is_torch_add = dropout.is_identity();  // whose first argument is the residual
@@ -115,7 +114,7 @@ bool add_for_norm(torch::jit::Stack* stack, const char* name) {
   std::optional<Offered> offered = offered_by(input);
   if (!offered && (offered = offered_by(residual))) std::swap(input, residual);
   if (offered) {
-    input = offered->input;
+    input = offered->input.tensor;
   } else if (!is_marked(input) && !is_marked(residual)) {
     return false;
   } else if (!residual.is_contiguous()) {
@@ -125,7 +124,9 @@ bool add_for_norm(torch::jit::Stack* stack, const char* name) {
   for (const at::Tensor& t : {residual, input})
     if (DeferredTensor* const waiting = DeferredTensor::of(t)) waiting->materialize(name);
   if (!can_add(input, residual)) return false;
-  auto sum = std::make_shared<PendingSum>(input, residual, offered ? offered->dropout : Dropped{});
+  auto sum = std::make_shared<PendingSum>(offered ? offered->input : Watched("input", input),
+                                          Watched("residual", residual),
+                                          offered ? offered->dropout : Dropped{});
   replace_arguments(stack, 3, make_contiguous_deferred(std::move(sum), residual));
   return true;
 }
@@ -139,20 +140,21 @@ class DropoutSite {
   MaybeTensor defer(const at::Tensor& input, double p, const MaybeTensor& seed,
                     const MaybeTensor& sample_scale) {
     if (!may_wait()) return std::nullopt;
-    at::Tensor from = input;
-    Dropped dropout{p, seed, sample_scale, {}};
-    const std::optional<Offered> first = seed ? std::nullopt : offered_by(input);
-    if (first && !first->dropout.sample_scale) {  // a path is dropped after a dropout
-      from = first->input;
-      dropout = first->dropout;
-      dropout.sample_scale = sample_scale;
+    std::optional<Offered> from = seed ? std::nullopt : offered_by(input);
+    if (from && !from->dropout.sample_scale) {  // a path is dropped after a dropout
+      from->dropout.sample_scale = sample_scale;
+    } else {
+      if (DeferredTensor* const waiting = DeferredTensor::of(input))
+        waiting->materialize("a dropout");
+      if (!is_dense(input)) return std::nullopt;
+      from = Offered{Watched("input", input), Dropped{p, seed, sample_scale, {}}};
     }
-    if (DeferredTensor* const waiting = DeferredTensor::of(from)) waiting->materialize("a dropout");
-    if (!is_dense(from)) return std::nullopt;
+    Dropped& dropout = from->dropout;
     dropout.sites.push_back(record_);
     *record_ = {true, false, Activation::None, "nobody used its output"};
-    return make_contiguous_deferred(
-        std::make_shared<PendingSum>(from, std::nullopt, std::move(dropout)), from);
+    auto pending =
+        std::make_shared<PendingSum>(std::move(from->input), std::nullopt, std::move(dropout));
+    return make_contiguous_deferred(std::move(pending), input);
   }
 
   void computed_at_once(const std::string& reason) {

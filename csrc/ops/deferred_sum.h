@@ -26,7 +26,7 @@ struct Dropped {
 // dropout(input) + residual, or the first alone.
 class PendingSum final : public Pending {
  public:
-  PendingSum(const at::Tensor& input, const MaybeTensor& residual, Dropped dropout);
+  PendingSum(Watched input, std::optional<Watched> residual, Dropped dropout);
 
   void for_each_input(c10::function_ref<void(const Watched&)> f) const override;
   void finish(const char* reason) override;
