@@ -83,7 +83,7 @@ pytest: build
 
 # The tests that depend on torch's version: binding, autograd, compile, AMP, fuse. Kernels do not.
 TORCH_TESTS = $(addprefix tests/test_,batch_norm_autograd.py batch_norm_errors.py bench.py \
-	cli.py clip_in_step.py compile.py dropout.py errors.py fuse.py fuse_graph.py layer_norm.py nn.py \
+	cli.py clip_in_step.py compile.py dropout.py errors.py fuse.py fuse_graph.py fuse_graph_norms.py fuse_norms.py layer_norm.py nn.py \
 	optim_amp.py optim_parameters.py optim_skips.py optim_state.py process.py tracing.py)
 pytest-torch: build
 	GRADFUSE_PTX=0 $(PYTEST) --slowest-files=5 -k "not reference" $(TORCH_TESTS)
@@ -106,7 +106,7 @@ traffic: build
 # UndefinedBehaviorSanitizer, in a build of their own.
 SANITIZED = build/sanitize
 SANITIZED_TESTS = $(addprefix ../../tests/test_,adaptive_clip.py batch_norm.py batch_norm_errors.py \
-	clip.py clipper.py dropout.py errors.py fuse.py layer_norm.py ops.py optim.py optim_groups.py \
+	clip.py clipper.py dropout.py errors.py fuse.py fuse_norms.py layer_norm.py ops.py optim.py optim_groups.py \
 	optim_parameters.py optim_state.py quiet.py range.py value.py)
 sanitize: $(VENV)/.installed
 	mkdir -p $(SANITIZED)
@@ -115,7 +115,7 @@ sanitize: $(VENV)/.installed
 		$(PY) setup.py -q build_ext --build-lib $(SANITIZED)
 	cd $(SANITIZED) && env GRADFUSE_PTX=0 GRADFUSE_SANITIZE=1 PYTHONPATH=. ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-		$(PYTEST) -p no:cacheprovider --slowest-files=5 -k "not reference and not baseline and not avx2 and not thousand_steps and not compile and not opcheck and not torchvision" \
+		$(PYTEST) -p no:cacheprovider --slowest-files=5 -k "not reference and not baseline and not avx2 and not thousand_steps and not compile and not opcheck and not torchvision and not of_models and not fifty" \
 		$(SANITIZED_TESTS)
 
 # Everything that needs a real GPU, with the given python3. STAGES: A (build and tests), B

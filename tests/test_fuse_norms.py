@@ -150,7 +150,7 @@ def norms(model):
 
 @waits
 @pytest.mark.parametrize("name", ZOO)
-def test_models_of_libraries(name):
+def test_models_of_torchvision_and_others(name):
     build, is_single, patterns = ZOO[name]
     model, x = prepared(build, not is_single)
     fused = gradfuse.fuse(model)
