@@ -48,6 +48,15 @@ def in_place(x, r):
     return x
 
 
+def drawn(x):
+    return torch.empty(x.shape[0], 1, 1, dtype=x.dtype).bernoulli_(0.6)
+
+
+def in_place_scaled(mask, scale):
+    mask.mul_(scale)
+    return mask
+
+
 def dropped_path(x):
     keep = torch.empty(x.shape[0], 1, 1, dtype=x.dtype).bernoulli_(0.6)
     return x * keep.div_(0.6)
@@ -88,6 +97,12 @@ PROGRAMS = {
     "transposed": (lambda s, x, r: s.norm(x.mT.contiguous().mT + r.mT.contiguous().mT), ""),
     "a product that needs its gradient": (
         lambda s, x, r: s.norm(x + r * s.linear.bias[:4, None, None]), "add+ln",
+    ),
+    "a path that learns its scale": (
+        lambda s, x, r: s.norm(x + r * drawn(r).div(s.linear.bias[0])), "add+ln",
+    ),
+    "a path scaled in place": (
+        lambda s, x, r: s.norm(x + r * in_place_scaled(drawn(r), s.linear.bias[0] * 1)), "add+ln",
     ),
     "a product used twice": (
         lambda s, x, r: (lambda d: s.norm(x + d) + d)(dropped_path(r)), "add+ln",

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from helpers import random
 from test_fuse import nothing_waits_for_ever, waits  # noqa: F401
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import gradfuse
@@ -143,9 +144,9 @@ def assert_same(expected, found, bound):
 
 def norms(model):
     """How often each pattern of a norm is reported."""
-    sites = gradfuse.fuse_report(model)
+    sites = [s for s in gradfuse.fuse_report(model) if s.pattern.endswith(("ln", "rms"))]
     assert all(site.fused for site in sites)
-    return dict(Counter(s.pattern for s in sites if s.pattern.endswith(("ln", "rms"))))
+    return dict(Counter(site.pattern for site in sites))
 
 
 @waits
@@ -258,6 +259,24 @@ def hooked(s, x):
     return s.norm(y)
 
 
+def asked_for_later(s, x):
+    d = s.drop(s.f(x))
+    y = x + d
+    z = s.norm(y)
+    loss = ((z + y) * y.detach()).sin().sum()
+    of_sum, of_dropout = torch.autograd.grad(loss, (y, d), retain_graph=True)
+    return z + of_sum + 2 * of_dropout
+
+
+def hooked_later(s, x):
+    d = s.drop(s.f(x))
+    y = x + d
+    z = s.norm(y)
+    y.register_hook(lambda g: g * 3)
+    d.register_hook(lambda g: g * 5)
+    return z + y
+
+
 def gradient_kept(s, x):
     y = x + s.drop(s.f(x))
     y.retain_grad()
@@ -284,31 +303,41 @@ def metadata(s, x):
     return s.norm(y) if same and y.requires_grad and type(y) is torch.Tensor else y
 
 
+def strides(s, x):
+    """The outputs, weighted by the strides that the tensors have."""
+    t = x.mT.contiguous().mT
+    dropped = s.drop(t)
+    sums = x + dropped, dropped + x, t + s.drop(x)
+    z = s.norm(sums[0])
+    weights = [a.stride(1) + 10 * a.stride(2) for a in (dropped, *sums, z)]
+    return z * weights[0] + sum(y * w for y, w in zip(sums, weights[1:], strict=False))
+
+
 def path(s, x):
     return x + s.path(s.f(x))
 
 
 # Programs around `s.norm`, `s.drop` and `s.path`, with what the reports say of norm and dropout.
-D, LEFT = "dropout+add+norm", "dropout"
+D, ADDED, LEFT = "dropout+add+norm", "dropout+add", "dropout"
 PROGRAMS = {
     "sum": (lambda s, x: s.norm(x + s.drop(s.f(x))), "dropout+add+ln", D),
     "other order": (lambda s, x: s.norm(s.drop(s.f(x)) + x), "dropout+add+ln", D),
     "torch.add": (lambda s, x: s.norm(torch.add(x, s.drop(s.f(x)))), "dropout+add+ln", D),
     "used after": (lambda s, x: (lambda y: s.norm(y) * y)(x + s.drop(x)), "dropout+add+ln", D),
-    "used before": (lambda s, x: (lambda y: y.sin() + s.norm(y))(x + s.drop(x)), "ln", LEFT),
-    "only used": (lambda s, x: x + s.drop(s.f(x)), None, LEFT),
+    "used before": (lambda s, x: (lambda y: y.sin() + s.norm(y))(x + s.drop(x)), "ln", ADDED),
+    "only used": (lambda s, x: x + s.drop(s.f(x)), None, ADDED),
     "normalised twice": (
         lambda s, x: (lambda y: s.norm(y) - s.norm(y) * 3)(x + s.drop(x)), "ln", D,
     ),
-    "alone": (lambda s, x: s.norm(s.drop(s.f(x))), "dropout+ln", D),
+    "alone": (lambda s, x: s.norm(s.drop(s.f(x))), "dropout+ln", "dropout+norm"),
     "not normalised": (lambda s, x: s.drop(s.f(x)).sin(), None, LEFT),
     "two uses": (
-        lambda s, x: (lambda d: s.norm(x + d) + d)(s.drop(s.f(x))), "dropout+add+ln", LEFT,
+        lambda s, x: (lambda d: s.norm(x + d) + d)(s.drop(s.f(x))), "dropout+add+ln", ADDED,
     ),
     "two dropouts": (lambda s, x: s.norm(s.drop(x) + s.drop(s.f(x))), "dropout+add+ln", D),
     "dropout of a dropout": (lambda s, x: s.norm(x + s.drop(s.drop(x))), "dropout+add+ln", D),
     "two sums": (lambda s, x: s.norm(x + s.drop(s.f(x)) + s.drop(x)), "dropout+add+ln", D),
-    "three addends": (lambda s, x: s.norm(x + s.drop(s.f(x)) + x.sin()), "ln", LEFT),
+    "three addends": (lambda s, x: s.norm(x + s.drop(s.f(x)) + x.sin()), "ln", ADDED),
     "in place": (lambda s, x: s.norm(added(x * 1.0, s.drop(s.f(x)))), "ln", LEFT),
     "into the dropout": (lambda s, x: s.norm(added(s.drop(s.f(x)), x)), "ln", LEFT),
     "scaled": (lambda s, x: s.norm(torch.add(x, s.drop(s.f(x)), alpha=2)), "ln", LEFT),
@@ -319,19 +348,22 @@ PROGRAMS = {
     "transposed residual": (
         lambda s, x: s.norm(x.mT.contiguous().mT + s.drop(s.f(x))), "ln", LEFT,
     ),
-    "view": (lambda s, x: s.norm((x + s.drop(s.f(x))).view(-1, 8)), "ln", LEFT),
-    "Function": (lambda s, x: s.norm(Doubled.apply(x + s.drop(s.f(x)))), "ln", LEFT),
+    "strides": (strides, "dropout+add+ln", D),
+    "view": (lambda s, x: s.norm((x + s.drop(s.f(x))).view(-1, 8)), "ln", ADDED),
+    "Function": (lambda s, x: s.norm(Doubled.apply(x + s.drop(s.f(x)))), "ln", ADDED),
     "itself": (lambda s, x: (lambda d: s.norm(d + d))(s.drop(s.f(x))), "ln", LEFT),
-    "written between": (written_between, "ln", LEFT),
-    "sum written": (sum_written, "ln", LEFT),
-    "made without gradients": (without_gradients, "ln", LEFT),
-    "used without gradients": (used_without_gradients, "ln", LEFT),
-    "hook": (hooked, "ln", LEFT),
-    "retain_grad": (gradient_kept, "ln", LEFT),
-    "autocast between": (autocast, "ln", LEFT),
-    "saved-tensor hooks": (saved_elsewhere, "ln", LEFT),
+    "written between": (written_between, "ln", ADDED),
+    "sum written": (sum_written, "ln", ADDED),
+    "made without gradients": (without_gradients, "ln", ADDED),
+    "used without gradients": (used_without_gradients, "ln", ADDED),
+    "hook": (hooked, "dropout+add+ln", D),
+    "retain_grad": (gradient_kept, "dropout+add+ln", D),
+    "gradient asked for later": (asked_for_later, "dropout+add+ln", D),
+    "hooks set later": (hooked_later, "dropout+add+ln", D),
+    "autocast between": (autocast, "ln", ADDED),
+    "saved-tensor hooks": (saved_elsewhere, "ln", ADDED),
     "metadata": (metadata, "dropout+add+ln", D),
-    "detached": (lambda s, x: s.norm((x + s.drop(s.f(x))).detach()) + x, "ln", LEFT),
+    "detached": (lambda s, x: s.norm((x + s.drop(s.f(x))).detach()) + x, "ln", ADDED),
     "pre-norm": (lambda s, x: (lambda y: s.norm(x + y))(s.f(s.norm(x))), "add+ln", None),
     "pre-norm, used before": (
         lambda s, x: (lambda z: z.sin() + s.norm(z))(s.f(s.norm(x)) + x), "ln", None,
@@ -356,7 +388,7 @@ PROGRAMS = {
     ),
     "checkpoint of a use": (
         lambda s, x: checkpoint(lambda y: s.norm(y) * y, x + s.drop(s.f(x)), use_reentrant=False),
-        "ln", LEFT,
+        "ln", ADDED,
     ),
 }  # fmt: skip
 
@@ -421,15 +453,18 @@ def test_second_derivatives():
     torch.autograd.gradgradcheck(call, (x, weight))
 
 
-@waits
-def test_a_dropped_path_is_selected():
+@pytest.mark.parametrize("defer", ["0", "1"])
+def test_a_dropped_path_is_selected(defer, monkeypatch):
+    monkeypatch.setenv("GRADFUSE_DEFER", defer)
     timm_layers = pytest.importorskip("timm.layers")
     model = gradfuse.fuse(nn.ModuleList([nn.LayerNorm(8), timm_layers.DropPath(0.5)]))
     x = random(64, 8)
     torch.manual_seed(0)
     total = x + model[1](torch.full_like(x, torch.inf))
     model[0](total)
-    assert gradfuse.fuse_report(model)[1].pattern == "drop_path+add+norm"
+    waited = defer == "1" and _native.available
+    pattern = "drop_path+add+norm" if waited else "drop_path"
+    assert gradfuse.fuse_report(model)[1].pattern == pattern
     dropped = (total == x).all(1)
     assert 16 < dropped.sum() < 48
     assert total[~dropped].isinf().all()
@@ -477,6 +512,73 @@ def test_a_norm_of_other_tensors_keeps_its_own_way():
     expected = nn.RMSNorm(8)(x.bfloat16())
     assert torch.equal(rms(x.bfloat16()), expected)
     assert gradfuse.fuse_report(rms)[0].reason == "weight has another dtype than the input"
+
+
+def test_calls_by_keyword():
+    """The libraries' modules name their input as they like."""
+    timm_layers = pytest.importorskip("timm.layers")
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    x = random(4, 8)
+    for module, name in (
+        (nn.LayerNorm(8), "input"),
+        (nn.Dropout(0.0), "input"),
+        (llama.LlamaRMSNorm(8), "hidden_states"),
+        (timm_layers.RmsNorm(8), "x"),
+        (timm_layers.DropPath(0.5).eval(), "x"),
+    ):
+        fused = gradfuse.fuse(module)
+        assert torch.equal(fused(**{name: x}), module(**{name: x}))
+        with pytest.raises(TypeError):
+            fused(wrong=x)
+        with pytest.raises(TypeError):
+            fused()
+
+
+def test_recorded_by_fx():
+    layers = pytest.importorskip("timm.layers")
+    vision = pytest.importorskip("torchvision.ops")
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    for train in (True, False):
+        model = nn.Sequential(
+            nn.LayerNorm(8), layers.LayerNorm(8), layers.RmsNorm(8), layers.DropPath(0.5),
+            vision.StochasticDepth(0.5, "row"), llama.LlamaRMSNorm(8),
+        ).train(train)  # fmt: skip
+        targets = [
+            [str(n.target) for n in torch.fx.symbolic_trace(m).graph.nodes]
+            for m in (model, gradfuse.fuse(model))
+        ]
+        assert targets[0] == targets[1]
+
+
+@pytest.mark.parametrize("module", [nn.LayerNorm(8), nn.BatchNorm1d(8)], ids=["ln", "bn"])
+def test_parametrized_since(module):
+    fused = gradfuse.fuse(nn.Sequential(copy.deepcopy(module)))
+    parametrize.register_parametrization(fused[0], "weight", nn.Softplus())
+    x = random(4, 8)
+    expected = fused(x)
+    for again in (gradfuse.unfuse(fused), gradfuse.fuse(fused)):
+        assert torch.equal(again(x), expected)
+
+
+@waits
+def test_buffers_of_inference_mode():
+    """Their writes leave no trace, so nothing waits for them."""
+    norm = gradfuse.fuse(nn.LayerNorm(8))
+    with torch.inference_mode():
+        buffer = random(16, 8)
+        h = buffer[:8]
+        norm(h)
+        total = h + 0.0 * h
+        buffer.zero_()
+        assert total.abs().min() > 0.0
+
+
+def test_fast_norms_of_timm():
+    layers = pytest.importorskip("timm.layers")
+    norm = layers.LayerNorm(8)
+    norm._fast_norm = True
+    with torch.autocast("cpu", torch.bfloat16):
+        assert gradfuse.fuse(norm)(random(4, 8)).dtype == norm(random(4, 8)).dtype
 
 
 def test_left_alone():

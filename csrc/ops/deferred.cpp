@@ -38,17 +38,14 @@ struct DeferredBackward final : autograd::Node {
     TORCH_CHECK(pending,
                 "Trying to backward through the graph a second time; specify retain_graph=True "
                 "the first time");
-    if (!pending->inner.is_valid()) pending->compute();
-    autograd::Node& inner = *pending->inner.function;
-    autograd::variable_list of_results(inner.num_inputs());
-    of_results[pending->inner.input_nr] = std::move(grads[0]);
-    autograd::variable_list found = inner(std::move(of_results));
+    autograd::variable_list found = pending->backward(std::move(grads));
     found.resize(num_outputs());
     return found;
   }
 
   void release_variables() override {
-    if (pending && pending->inner.is_valid()) pending->inner.function->release_variables();
+    if (!pending || !pending->has_inner()) return;
+    if (pending->inner.is_valid()) pending->inner.function->release_variables();
     pending = nullptr;
   }
 
@@ -66,12 +63,9 @@ Pointer make(Args&&... args) {
 }
 
 NodePtr make_node(std::shared_ptr<Pending> pending) {
-  autograd::edge_list edges;
-  bool is_wanted = false;
-  pending->for_each_input([&](const Watched& input) {
-    edges.push_back(autograd::impl::gradient_edge(input.tensor));
-    is_wanted |= edges.back().is_valid();
-  });
+  autograd::edge_list edges = pending->edges();
+  const bool is_wanted =
+      std::any_of(edges.begin(), edges.end(), [](const auto& edge) { return edge.is_valid(); });
   if (!is_wanted) return nullptr;
   return make<NodePtr, DeferredBackward>(std::move(pending), std::move(edges));
 }
@@ -125,6 +119,19 @@ class WaitingList {
     if (found != end) entries_.erase(found);
     c10::DispatchKeySet& keys = KeySetAccess::of(awaited);
     if (!has_others) keys = keys.remove(kDeferredKey);
+  }
+
+  void add_key(const at::Tensor& t) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    c10::DispatchKeySet& keys = KeySetAccess::of(t);
+    keys = keys.add(kDeferredKey);
+  }
+
+  void remove_stray_key(const at::Tensor& t) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (entries_.count(memory_of(t)) != 0) return;
+    c10::DispatchKeySet& keys = KeySetAccess::of(t);
+    keys = keys.remove(kDeferredKey);
   }
 
   bool has_memory_of(const at::Tensor& t) {
@@ -184,16 +191,11 @@ void materialize_all(const char* reason) {
 
 bool is_waited_for(const at::Tensor& t) { return waiting_list().has_memory_of(t); }
 
-void add_key(const at::Tensor& t) {
-  c10::DispatchKeySet& keys = KeySetAccess::of(t);
-  keys = keys.add(kDeferredKey);
-}
+void add_key(const at::Tensor& t) { waiting_list().add_key(t); }
 
 void remove_stray_key(const at::Tensor& t) {
-  if (!t.defined() || !t.key_set().has(kDeferredKey) || DeferredTensor::of(t)) return;
-  if (is_waited_for(t)) return;
-  c10::DispatchKeySet& keys = KeySetAccess::of(t);
-  keys = keys.remove(kDeferredKey);
+  if (t.defined() && t.key_set().has(kDeferredKey) && !DeferredTensor::of(t))
+    waiting_list().remove_stray_key(t);
 }
 
 Modes Modes::now() {
@@ -264,6 +266,20 @@ void with_torch_errors(c10::function_ref<void()> f) {
   }
 }
 
+autograd::edge_list Pending::edges() const {
+  autograd::edge_list found;
+  for_each_input(
+      [&](const Watched& input) { found.push_back(autograd::impl::gradient_edge(input.tensor)); });
+  return found;
+}
+
+autograd::variable_list Pending::backward(autograd::variable_list grads) {
+  if (!inner.is_valid()) compute();
+  autograd::variable_list of_results(inner.function->num_inputs());
+  of_results[inner.input_nr] = std::move(grads[0]);
+  return (*inner.function)(std::move(of_results));
+}
+
 at::Tensor Pending::compute() {
   at::Tensor found = value();
   if (found.grad_fn()) inner = autograd::impl::gradient_edge(found);
@@ -327,7 +343,7 @@ void DeferredTensor::materialize(const char* reason) {
   if (!waits_) return;
   const std::unique_lock<std::recursive_mutex> held = lock();
   if (!waits_) return;
-  const bool keeps_node = is_observed();
+  const bool keeps_node = !pending_->has_inner() || is_observed();
   at::Tensor value;
   without_key([&] { value = pending_->compute(); });
   adopt(value);
@@ -373,6 +389,11 @@ void DeferredTensor::become(const at::Tensor& value) {
   stop_waiting();
 }
 
+void DeferredTensor::fill(const at::Tensor& value) {
+  adopt(value);
+  stop_waiting();
+}
+
 void DeferredTensor::wait_for(std::shared_ptr<Pending> pending) {
   stop_waiting();
   pending_ = std::move(pending);
@@ -398,9 +419,11 @@ void DeferredTensor::set_node() {
   if (node_) autograd::set_history(self(), node_);
 }
 
-bool DeferredTensor::may_go_on() const {
-  return pending_ && pending_->modes == Modes::now() && !is_watched() && !is_observed();
+bool DeferredTensor::is_as_called() const {
+  return pending_ && pending_->modes == Modes::now() && !is_watched();
 }
+
+bool DeferredTensor::may_go_on() const { return is_as_called() && !is_observed(); }
 
 // Whether somebody may hold the node or listen to the tensor's gradient.
 bool DeferredTensor::is_observed() const {

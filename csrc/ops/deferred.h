@@ -33,7 +33,8 @@ constexpr c10::DispatchKey kDeferredKey = c10::DispatchKey::DeferredInit;
 // What a module of a model did last. The module owns it, and each of its calls refers to it.
 struct SiteRecord {
   bool has_run = false;
-  bool was_added = false;
+  bool was_added = false;  // a residual was
+  bool was_normalised = false;  // of a dropout
   Activation activation = Activation::None;
   // Why the output was computed before what might have taken it: the operator that did, or a text.
   std::string reason;
@@ -93,16 +94,22 @@ class Pending {
   Pending(const Pending&) = delete;
   Pending& operator=(const Pending&) = delete;
 
-  // The value in the modes of the call, and in `inner` the node that it comes from.
+  // The value in the modes of the call.
   at::Tensor compute();
-  // What the value is a function of, in the order in which `inner` gives their gradients.
+  // What the value is computed from.
   virtual void for_each_input(c10::function_ref<void(const Watched&)> f) const = 0;
+  // Where the gradients go that `backward` gives. Those of the inputs, unless overridden.
+  virtual torch::autograd::edge_list edges() const;
+  // By default those of the node that the value has by itself, which is computed at the latest now.
+  virtual torch::autograd::variable_list backward(torch::autograd::variable_list grads);
+  // Whether the value's own node takes the place of the one that waited.
+  virtual bool has_inner() const { return true; }
   // Notes that the value was computed for the named operator or reason, and forgets the inputs.
   virtual void finish(const char* reason) = 0;
   virtual const char* node_name() const = 0;
 
   const Modes modes;
-  torch::autograd::Edge inner;
+  torch::autograd::Edge inner;  // of the value
 
  private:
   virtual at::Tensor value() = 0;  // in the modes of the call
@@ -147,13 +154,17 @@ class DeferredTensor final : public c10::TensorImpl {
   std::shared_ptr<P> pending_as() const {
     return std::dynamic_pointer_cast<P>(pending_);
   }
-  // Whether it may be taken up by an op: nobody holds its node or listens to its gradient, so that
-  // both may be replaced, and what is done with it now means the same as in its call.
+  // Whether what is done with it now means the same as in its call.
+  bool is_as_called() const;
+  // Whether, besides, nobody holds its node or listens to its gradient, so that both may be
+  // replaced.
   bool may_go_on() const;
   // Runs f while the inputs do not carry the key, which tensors saved for the backward would keep.
   void without_key(c10::function_ref<void()> f);
   // Becomes another value, that of an op in place.
   void become(const at::Tensor& value);
+  // Gets its value from an op that computed it on the way.
+  void fill(const at::Tensor& value);
   // Waits for more, that of `out += residual`.
   void wait_for(std::shared_ptr<Pending> pending);
 

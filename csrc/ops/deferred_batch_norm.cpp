@@ -116,7 +116,7 @@ void PendingBatchNorm::for_each_input(c10::function_ref<void(const Watched&)> f)
 }
 
 void PendingBatchNorm::finish(const char* reason) {
-  *call->site = {true, residual.has_value(), Activation::None, reason};
+  *call->site = {true, residual.has_value(), false, Activation::None, reason};
   call = nullptr;
   residual = std::nullopt;
 }
@@ -156,7 +156,7 @@ bool activate_batch_norm(Stack* stack, Activation activation, double negative_sl
   at::Tensor result;
   deferred->without_key(
       [&] { result = pending->call->compute(pending->residual, activation, negative_slope); });
-  *pending->call->site = {true, pending->residual.has_value(), activation, {}};
+  *pending->call->site = {true, pending->residual.has_value(), false, activation, {}};
   if (in_place) {
     deferred->become(result);
     result = self;
@@ -198,7 +198,7 @@ class BatchNormSite {
   }
 
   void computed_at_once(const std::string& reason) {
-    *record_ = {true, false, Activation::None, reason};
+    *record_ = {true, false, false, Activation::None, reason};
   }
 
   // (activation, whether a residual was added, why no activation); None before the first call.

@@ -1,7 +1,10 @@
 #include "deferred_sum.h"
 
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/add.h>
 #include <c10/util/strides.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include "../tensor/checks.h"
 #include "../tensor/python_args.h"
@@ -9,6 +12,7 @@
 namespace gradfuse {
 
 namespace py = pybind11;
+namespace autograd = torch::autograd;
 
 namespace {
 
@@ -42,7 +46,7 @@ std::optional<Offered> offered_by(const at::Tensor& t) {
   if (!deferred) return std::nullopt;
   const auto held = deferred->lock();
   const auto pending = deferred->pending_as<PendingSum>();
-  if (!pending || pending->residual || !deferred->may_go_on()) return std::nullopt;
+  if (!pending || pending->residual || !deferred->is_as_called()) return std::nullopt;
   return Offered{*pending->input, pending->dropout};
 }
 
@@ -51,38 +55,46 @@ bool is_marked(const at::Tensor& t) {
   return t.key_set().has(kDeferredKey) && !DeferredTensor::of(t) && !is_waited_for(t);
 }
 
-// Whether gradfuse's ops read the tensor's memory as it is.
-bool is_dense(const at::Tensor& t) { return t.layout() == at::kStrided && !is_wrapper(t); }
+// Whether gradfuse's ops read the tensor's memory as it is, and see who writes to it.
+bool is_dense(const at::Tensor& t) {
+  return t.layout() == at::kStrided && !is_wrapper(t) && !t.is_inference();
+}
 
-// Whether the sum has the residual's dtype, shape and order in memory.
+// Whether the sum has the residual's dtype and shape, and is contiguous.
 bool can_add(const at::Tensor& input, const at::Tensor& residual) {
-  return is_dense(input) && is_dense(residual) && residual.is_contiguous() &&
-         input.device() == residual.device() && input.scalar_type() == residual.scalar_type() &&
-         input.sizes() == residual.sizes();
+  return is_dense(input) && is_dense(residual) && input.device() == residual.device() &&
+         input.scalar_type() == residual.scalar_type() && input.sizes() == residual.sizes();
 }
 
-at::Tensor make_contiguous_deferred(std::shared_ptr<Pending> pending, const at::Tensor& like) {
-  return make_deferred(std::move(pending), like, c10::contiguous_strides(like.sizes()));
-}
+bool may_wait_for_norm() { return may_wait() && !c10::InferenceMode::is_enabled(); }
 
 }  // namespace
 
-void Dropped::note(bool was_normalised, const std::string& reason) const {
-  for (const auto& site : sites) *site = {true, was_normalised, Activation::None, reason};
+void Dropped::note(bool was_added, bool was_normalised, const std::string& reason) const {
+  for (const auto& site : sites)
+    *site = {true, was_added, was_normalised, Activation::None, reason};
 }
 
-PendingSum::PendingSum(Watched input, std::optional<Watched> residual, Dropped dropout)
+PendingSum::PendingSum(Watched input, std::optional<Watched> residual, Dropped dropout, Dropped own,
+                       autograd::edge_list edges)
     : Pending(Modes::now()),
       input(std::move(input)),
       residual(std::move(residual)),
       dropout(std::move(dropout)),
+      own_(std::move(own)),
+      edges_(std::move(edges)),
       stream_(this->input->tensor.device()) {}
 
 void PendingSum::for_each_input(c10::function_ref<void(const Watched&)> f) const {
-  const bool is_torch_add = dropout.is_identity();  // whose first argument is the residual
-  if (residual && is_torch_add) f(*residual);
   if (input) f(*input);
-  if (residual && !is_torch_add) f(*residual);
+  if (residual) f(*residual);
+}
+
+autograd::variable_list PendingSum::backward(autograd::variable_list grads) {
+  autograd::variable_list found(edges_.size(), grads[0]);
+  if (grads[0].defined() && !own_.is_identity())
+    found[0] = run_dropout(grads[0], std::nullopt, own_);
+  return found;
 }
 
 void PendingSum::check() const {
@@ -95,39 +107,41 @@ void PendingSum::check() const {
 at::Tensor PendingSum::value() {
   check();
   const ModesGuard guard(modes);
+  const at::NoGradGuard no_grad;  // the node is there
   if (dropout.is_identity()) return at::add(residual->tensor, input->tensor);
   return run_dropout(input->tensor, residual ? MaybeTensor(residual->tensor) : std::nullopt,
                      dropout);
 }
 
 void PendingSum::finish(const char* reason) {
-  dropout.note(false, reason);
+  dropout.note(residual.has_value(), false, reason);
   input = residual = std::nullopt;
 }
 
 bool add_for_norm(torch::jit::Stack* stack, const char* name) {
   const auto arguments = torch::jit::last(stack, 3);
-  at::Tensor residual = arguments[0].toTensor(), input = arguments[1].toTensor();
-  if (!is_one(arguments[2]) || !residual.defined() || !input.defined() || residual.is_same(input) ||
-      !may_wait())
+  const at::Tensor self = arguments[0].toTensor(), other = arguments[1].toTensor();
+  // With a contiguous first argument torch's sum is contiguous.
+  if (!is_one(arguments[2]) || !self.defined() || !other.defined() || self.is_same(other) ||
+      !self.is_contiguous() || !may_wait_for_norm())
     return false;
+  at::Tensor input = other, residual = self;
   std::optional<Offered> offered = offered_by(input);
   if (!offered && (offered = offered_by(residual))) std::swap(input, residual);
-  if (offered) {
-    input = offered->input.tensor;
-  } else if (!is_marked(input) && !is_marked(residual)) {
-    return false;
-  } else if (!residual.is_contiguous()) {
-    std::swap(input, residual);
-  }
+  if (!offered && !is_marked(input) && !is_marked(residual)) return false;
+  autograd::edge_list edges;
+  if (at::GradMode::is_enabled())
+    edges = {autograd::impl::gradient_edge(input), autograd::impl::gradient_edge(residual)};
+  if (offered) input = offered->input.tensor;
   // What else waits is computed: a first sum, or the other one of two dropouts.
   for (const at::Tensor& t : {residual, input})
     if (DeferredTensor* const waiting = DeferredTensor::of(t)) waiting->materialize(name);
   if (!can_add(input, residual)) return false;
-  auto sum = std::make_shared<PendingSum>(offered ? offered->input : Watched("input", input),
-                                          Watched("residual", residual),
-                                          offered ? offered->dropout : Dropped{});
-  replace_arguments(stack, 3, make_contiguous_deferred(std::move(sum), residual));
+  auto sum = std::make_shared<PendingSum>(
+      offered ? offered->input : Watched("input", input), Watched("residual", residual),
+      offered ? offered->dropout : Dropped{}, Dropped{}, std::move(edges));
+  replace_arguments(
+      stack, 3, make_deferred(std::move(sum), residual, c10::contiguous_strides(residual.sizes())));
   return true;
 }
 
@@ -139,32 +153,34 @@ class DropoutSite {
   // An output that waits, or None where the call has to be computed at once.
   MaybeTensor defer(const at::Tensor& input, double p, const MaybeTensor& seed,
                     const MaybeTensor& sample_scale) {
-    if (!may_wait()) return std::nullopt;
+    if (!may_wait_for_norm()) return std::nullopt;
+    const Dropped own{p, seed, sample_scale, {}};
+    autograd::edge_list edges;
+    if (at::GradMode::is_enabled()) edges = {autograd::impl::gradient_edge(input)};
     std::optional<Offered> from = seed ? std::nullopt : offered_by(input);
     if (from && !from->dropout.sample_scale) {  // a path is dropped after a dropout
       from->dropout.sample_scale = sample_scale;
     } else {
       if (DeferredTensor* const waiting = DeferredTensor::of(input))
         waiting->materialize("a dropout");
-      if (!is_dense(input)) return std::nullopt;
-      from = Offered{Watched("input", input), Dropped{p, seed, sample_scale, {}}};
+      if (!is_dense(input) || !input.is_non_overlapping_and_dense()) return std::nullopt;
+      from = Offered{Watched("input", input), own};
     }
-    Dropped& dropout = from->dropout;
-    dropout.sites.push_back(record_);
-    *record_ = {true, false, Activation::None, "nobody used its output"};
-    auto pending =
-        std::make_shared<PendingSum>(std::move(from->input), std::nullopt, std::move(dropout));
-    return make_contiguous_deferred(std::move(pending), input);
+    from->dropout.sites.push_back(record_);
+    *record_ = {true, false, false, Activation::None, "nobody used its output"};
+    auto pending = std::make_shared<PendingSum>(std::move(from->input), std::nullopt,
+                                                std::move(from->dropout), own, std::move(edges));
+    return make_deferred(std::move(pending), input, input.strides());
   }
 
   void computed_at_once(const std::string& reason) {
-    *record_ = {true, false, Activation::None, reason};
+    *record_ = {true, false, false, Activation::None, reason};
   }
 
-  // (whether a residual was added and normalised, why not); None before the first call.
+  // (whether a residual was added, whether that was normalised, why not); None before a call.
   py::object last() const {
     if (!record_->has_run) return py::none();
-    return py::make_tuple(record_->was_added, record_->reason);
+    return py::make_tuple(record_->was_added, record_->was_normalised, record_->reason);
   }
 
  private:
@@ -173,34 +189,37 @@ class DropoutSite {
 
 // Lets the sum wait that the tensor is expected to be added to next, if it has that many bytes.
 void expect_sum(const at::Tensor& t, size_t least_bytes) {
-  if (t.nbytes() >= least_bytes && may_wait() && !t.key_set().has(kDeferredKey) && is_dense(t))
+  if (t.nbytes() >= least_bytes && may_wait_for_norm() && !t.key_set().has(kDeferredKey) &&
+      is_dense(t))
     add_key(t);
 }
 
-// (norm, whether a path was dropped, a dropout, a residual) of a sum or dropout that waits, which
-// gets its value on the way: by function(input, residual, p, seed, sample_scale), whose result is
-// (norm, sum). None of any other tensor; what cannot be taken up is computed first.
+// (norm, statistics, whether a path was dropped, a dropout, a residual) of a sum or dropout that
+// waits, which gets its value on the way: by function(input, residual, p, seed, sample_scale),
+// whose result is (norm, sum, statistics), all without a gradient. None of any other tensor; what
+// cannot be taken up is computed first.
 py::object normalise_sum(const at::Tensor& t, FunctionArg given) {
   const auto function = py::reinterpret_borrow<py::function>(given.object);
   DeferredTensor* const deferred = DeferredTensor::of(t);
   if (!deferred) return py::none();
   const auto held = deferred->lock();
   const auto sum = deferred->pending_as<PendingSum>();
-  if (!sum || !deferred->may_go_on() || !may_wait()) {
+  if (!sum || !deferred->is_as_called() || !may_wait()) {
     deferred->materialize("a norm");
     return py::none();
   }
   sum->check();
-  const Dropped dropout = sum->dropout;
+  const Dropped& dropout = sum->dropout;
   const MaybeTensor residual = sum->residual ? MaybeTensor(sum->residual->tensor) : std::nullopt;
   py::tuple results;
   deferred->without_key([&] {
     results = function(sum->input->tensor, residual, dropout.p, dropout.seed, dropout.sample_scale);
   });
-  deferred->become(results[1].cast<at::Tensor>());
-  dropout.note(true, {});
-  return py::make_tuple(results[0], dropout.sample_scale.has_value(), dropout.seed.has_value(),
-                        residual.has_value());
+  deferred->fill(results[1].cast<at::Tensor>());
+  sum->finish("");
+  dropout.note(residual.has_value(), true, {});
+  return py::make_tuple(results[0], results[2], dropout.sample_scale.has_value(),
+                        dropout.seed.has_value(), residual.has_value());
 }
 
 void run_dropout_with(FunctionArg function) {

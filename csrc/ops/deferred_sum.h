@@ -20,26 +20,34 @@ struct Dropped {
   std::vector<std::shared_ptr<SiteRecord>> sites;  // the modules that asked for it
 
   bool is_identity() const { return !seed && !sample_scale; }
-  void note(bool was_normalised, const std::string& reason) const;
+  void note(bool was_added, bool was_normalised, const std::string& reason) const;
 };
 
-// dropout(input) + residual, or the first alone.
+// dropout(input) + residual, or the first alone. Its node is that of the program: the sum's leads
+// to the dropout's and the residual's, whatever computes their values.
 class PendingSum final : public Pending {
  public:
-  PendingSum(Watched input, std::optional<Watched> residual, Dropped dropout);
+  // `own` is the part of the dropout of which the gradient is this node's.
+  PendingSum(Watched input, std::optional<Watched> residual, Dropped dropout, Dropped own,
+             torch::autograd::edge_list edges);
 
   void for_each_input(c10::function_ref<void(const Watched&)> f) const override;
+  torch::autograd::edge_list edges() const override { return edges_; }
+  torch::autograd::variable_list backward(torch::autograd::variable_list grads) override;
+  bool has_inner() const override { return false; }
   void finish(const char* reason) override;
   const char* node_name() const override { return residual ? "AddBackward" : "DropoutBackward"; }
   // Before the inputs are read.
   void check() const;
 
   std::optional<Watched> input, residual;
-  Dropped dropout;
+  const Dropped dropout;
 
  private:
   at::Tensor value() override;
 
+  const Dropped own_;
+  const torch::autograd::edge_list edges_;
   CallStream stream_;
 };
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gradfuse.fuse import swapped
+from gradfuse.fuse.norms import NormSite as Call
 from gradfuse.fuse.swapped import Swapped, is_large, is_plain, is_recorded, recorded
 from gradfuse.ops.dropout_add import run_dropout
 from gradfuse.ops.row_norm import draw_seed
@@ -18,40 +20,50 @@ from gradfuse.ops.row_norm import draw_seed
 __all__ = ["DROPOUTS", "SwappedDropPath", "SwappedDropout", "SwappedPath"]
 
 
+_ASIDE = "called by keyword or without a tensor"
+
+
 class SwappedPath(Swapped):
     """What the classes share."""
 
     label = "drop_path"
 
-    def _waits(
+    def _dropped(
         self, input: Tensor, p: float, seed: Tensor | None, scale: Tensor | None
-    ) -> Tensor | None:
-        """An output that waits; None where it has to be computed at once."""
+    ) -> Tensor:
+        """An output that waits, if it may, else one computed at once."""
         ops = self._ops_that_wait()
+        output: Tensor | None = None
+        if ops is not None and is_large(input):
+            if self._site is None or isinstance(self._site, Call):
+                self.__dict__["_site"] = ops.DropoutSite()
+            output = self._site.defer(input, p, seed, scale)
+        if output is not None:
+            return output
         if ops is None:
-            return None
-        site = self._record(ops)
-        if not is_large(input):
-            site.computed_at_once("the input is small")
-            return None
-        output: Tensor | None = site.defer(input, p, seed, scale)
-        if output is None:
-            site.computed_at_once("a backward pass, dispatch mode or saved-tensor hook")
-        return output
+            self._note(True, "nothing waits here")
+        elif is_large(input):
+            self._note(True, "a backward pass, dispatch mode, saved-tensor hook or inference mode")
+        else:
+            self._note(True, "the input is small")
+        return run_dropout(input, None, p, seed, scale)
 
-    def _identity(self, output: Tensor) -> Tensor:
+    def _note(self, fused: bool, reason: str) -> None:
+        if not torch.compiler.is_compiling():
+            self.__dict__["_site"] = Call(self.label, fused, reason)
+
+    def _plainly(self, reason: str, *given: Any, **named: Any) -> Any:
+        """The plain class's output."""
+        self._note(False, reason)
+        return super().forward(*given, **named)
+
+    def _identity(self, input: Tensor) -> Any:
         """The plain class's output where it drops nothing, whose sum with a residual may wait."""
+        output = self._plainly("it drops nothing", input)
         ops = self._ops_that_wait()
-        if ops is not None:
-            self._record(ops).computed_at_once("it drops nothing")
-            if is_plain(output):
-                ops.expect_sum(output, swapped.LEAST_BYTES)
+        if ops is not None and is_plain(output):
+            ops.expect_sum(output, swapped.LEAST_BYTES)
         return output
-
-    def _record(self, ops: Any) -> Any:
-        if self._site is None:
-            self.__dict__["_site"] = ops.DropoutSite()
-        return self._site
 
 
 class SwappedDropout(SwappedPath, nn.Dropout):
@@ -60,18 +72,16 @@ class SwappedDropout(SwappedPath, nn.Dropout):
     plain = nn.Dropout
     label = "dropout"
 
-    def forward(self, input: Any) -> Any:
-        if not isinstance(input, Tensor):
-            found = recorded(self, input)
-            if found is not None:
-                return found
+    def forward(self, *given: Any, **named: Any) -> Any:
+        if named or len(given) != 1 or not isinstance(given[0], Tensor):
+            found = recorded(self, given[0]) if given and not named else None
+            return self._plainly(_ASIDE, *given, **named) if found is None else found
+        input = given[0]
         if not self.training or not self.p:
-            return self._identity(super().forward(input))
+            return self._identity(input)
         if self.inplace or is_recorded() or not is_plain(input):
-            return super().forward(input)
-        seed = draw_seed(input.device, None)
-        output = self._waits(input, self.p, seed, None)
-        return run_dropout(input, None, self.p, seed, None) if output is None else output
+            return self._plainly("it is in place or of another kind of tensor", input)
+        return self._dropped(input, self.p, draw_seed(input.device, None), None)
 
 
 class SwappedDropPath(SwappedPath):
@@ -84,14 +94,18 @@ class SwappedDropPath(SwappedPath):
         """[N, 1, ...] or [1, 1, ...] Tensor of input's dtype."""
         raise NotImplementedError
 
-    def forward(self, input: Tensor) -> Any:
+    def forward(self, *given: Any, **named: Any) -> Any:
+        if named or len(given) != 1 or not isinstance(given[0], Tensor):
+            return self._plainly(_ASIDE, *given, **named)
+        input = given[0]
         if not self.training or not self._probability():
-            return self._identity(super().forward(input))
-        if self._ops_that_wait() is None or is_recorded() or not is_plain(input) or input.ndim < 2:
+            return self._identity(input)
+        if torch.compiler.is_compiling() or is_recorded():
             return super().forward(input)
-        scale = self._draw(input)
-        output = self._waits(input, 0.0, None, scale.reshape(-1).expand(input.shape[0]))
-        return input * scale if output is None else output
+        if not is_plain(input) or input.ndim < 2:
+            return self._plainly("another kind of tensor", input)
+        scale = self._draw(input).reshape(-1).expand(input.shape[0])
+        return self._dropped(input, 0.0, None, scale)
 
 
 DROPOUTS: dict[type[nn.Module], type[SwappedPath]] = {nn.Dropout: SwappedDropout}

@@ -140,23 +140,45 @@ def _dropped_path(found: _Addend) -> _Addend | None:
         if not isinstance(x, Node) or not isinstance(of_x, Tensor) or of_x.ndim < 2:
             continue
         shape = [*of_x.shape[:1], *[1] * (of_x.ndim - 1)]
-        if isinstance(of_scale, Tensor) and list(of_scale.shape) == shape and _is_drawn(scale):
+        if (
+            isinstance(of_scale, Tensor)
+            and list(of_scale.shape) == shape
+            and _is_drawn(scale, node)
+        ):
             return _Addend(x, sample_scale=scale, nodes=(node,))
     return None
 
 
-def _is_drawn(node: Any) -> bool:
-    """Whether a tensor is random and so has no gradient, which fake values do not always tell."""
+def _is_drawn(scale: Any, until: Node) -> bool:
+    """Whether a tensor is random and nothing else, so that it has no gradient, which fake values do
+    not always tell."""
+    chain = []
+    node = scale
     while isinstance(node, Node):
+        chain.append(node)
         target = node.target
         name = target if isinstance(target, str) else getattr(target, "__name__", "")
         name = name.partition(".")[0].strip("_")
-        if name == "bernoulli":
-            return True
-        if name not in ("div", "truediv", "itruediv", "to", "reshape", "view") or not node.args:
+        rest = tensors_in((node.args[1:], node.kwargs))
+        if rest or name not in ("bernoulli", "div", "truediv", "itruediv", "to", "reshape", "view"):
             return False
-        node = node.args[0]
+        if name == "bernoulli":
+            return _is_written_by(chain, until)
+        node = node.args[0] if node.args else None
     return False
+
+
+def _is_written_by(chain: list[Node], until: Node) -> bool:
+    """Whether nobody else writes to the nodes' memory before the last one is read."""
+    own = storages(chain)
+    node = chain[-1]
+    while own is not None and node is not until:
+        written = written_by(node)
+        changed = None if written is None else storages(written)
+        if node not in chain and (changed is None or changed & own):
+            return False
+        node = node.next
+    return own is not None
 
 
 def _dropout(found: _Addend) -> _Addend | None:

@@ -152,10 +152,10 @@ class _Deferred(Swapped, _BatchNorm):
         if self._site is not None:
             self._site.finish("a change of the module's parameters")
 
-    def __getstate__(self) -> dict[str, Any]:
+    def _state(self) -> dict[str, Any]:
         if self._site is not None:
             self._site.count()
-        return super().__getstate__()
+        return super()._state()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

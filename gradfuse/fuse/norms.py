@@ -8,7 +8,7 @@ says how.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gradfuse._codes import RowNorm
 from gradfuse.fuse import swapped
 from gradfuse.fuse.swapped import Swapped, is_parameter, is_plain, is_recorded, recorded
-from gradfuse.ops.row_norm import run
+from gradfuse.ops.row_norm import forward_of_sum, run, with_gradient
 
 __all__ = ["NORMS", "NormSite", "SwappedLayerNorm", "SwappedNorm"]
 
@@ -55,29 +55,46 @@ class SwappedNorm(Swapped):
     def _shape(self) -> Sequence[int]:
         return cast(Tensor, self.weight).shape
 
-    def forward(self, input: Any) -> Any:
-        if not isinstance(input, Tensor) and self.plain.__module__.startswith("torch.nn."):
-            found = recorded(self, input)
-            if found is not None:
-                return found
+    def forward(self, *given: Any, **named: Any) -> Any:
+        if named or len(given) != 1 or not isinstance(given[0], Tensor):
+            return self._aside(given, named)
+        input = given[0]
         if is_recorded():
             return super().forward(input)
-        reason = self._reason_against(input, cast(Tensor | None, self.weight))
+        weight = cast(Tensor | None, self.weight)
+        bias = cast(Tensor | None, self.bias) if self.has_bias else None
+        reason = self._reason_against(input, weight)
         if reason:
-            if not torch.compiler.is_compiling():
-                self.__dict__["_site"] = NormSite(self.label, False, reason)
+            self._note(NormSite(self.label, False, reason))
             return super().forward(input)
         ops = self._ops_that_wait()
         taken = None if ops is None else ops.normalise_sum(input, self._of_sum)
-        if taken is not None:
-            output, *was_there = taken
-        else:
+        if taken is None:
             was_there = []
-            output = self._run(self.op, input, None, 0.0, None, None, False)[0]
+            output = self._run(run, self.op, input, None, 0.0, None, None, False)[0]
+        else:
+            output, stats, *was_there = taken
+            output = with_gradient(
+                self.op, output, stats, input, weight, bias, self._eps(input), self.weight_offset,
+                len(self._shape()),
+            )  # fmt: skip
         if ops is not None:
-            self.__dict__["_site"] = _taken_up(self.label, *was_there)
             ops.expect_sum(input, swapped.LEAST_BYTES)
+        self._note(_taken_up(self.label, *was_there))
         return output
+
+    def _aside(self, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """A call by keywords, or one that torch.fx records: as the plain class has it."""
+        if given and not named and self.plain.__module__.startswith("torch.nn."):
+            found = recorded(self, given[0])
+            if found is not None:
+                return found
+        self._note(NormSite(self.label, False, "called by keyword or without a tensor"))
+        return super().forward(*given, **named)
+
+    def _note(self, site: NormSite) -> None:
+        if not torch.compiler.is_compiling():
+            self.__dict__["_site"] = site
 
     def _reason_against(self, input: Tensor, weight: Tensor | None) -> str:
         """Why the op does not compute what the class does; "" if it does, but for rounding."""
@@ -92,16 +109,18 @@ class SwappedNorm(Swapped):
     def _of_sum(
         self,
         input: Tensor,
-        residual: Tensor,
+        residual: Tensor | None,
         p: float,
         seed: Tensor | None,
         sample_scale: Tensor | None,
-    ) -> tuple[Any, Any]:
-        """(norm, sum) of a sum that waited."""
-        return self._run(self.op_of_sum, input, residual, p, seed, sample_scale, True)
+    ) -> Any:
+        """(norm, sum, statistics) of a sum that waited."""
+        op = self.op_of_sum
+        return self._run(forward_of_sum, op, input, residual, p, seed, sample_scale, True)
 
     def _run(
         self,
+        run: Callable[..., Any],
         op: RowNorm,
         input: Tensor,
         residual: Tensor | None,
@@ -109,14 +128,15 @@ class SwappedNorm(Swapped):
         seed: Tensor | None,
         sample_scale: Tensor | None,
         keeps_sum: bool,
-    ) -> tuple[Any, Any]:
-        eps: float | None = getattr(self, self.name_of_eps)
-        if eps is None:
-            eps = torch.finfo(input.dtype).eps
+    ) -> Any:
         return run(
             op, input, residual, self.weight, self.bias if self.has_bias else None, sample_scale,
-            seed, self._shape(), p, eps, self.weight_offset, input.dtype, keeps_sum,
+            seed, self._shape(), p, self._eps(input), self.weight_offset, input.dtype, keeps_sum,
         )  # fmt: skip
+
+    def _eps(self, input: Tensor) -> float:
+        eps: float | None = getattr(self, self.name_of_eps)
+        return torch.finfo(input.dtype).eps if eps is None else eps
 
 
 class SwappedLayerNorm(SwappedNorm, nn.LayerNorm):

@@ -73,8 +73,9 @@ def _site(path: str, module: nn.Module) -> Site:
     if last is None:
         return Site(path, kind, True, "it was not called yet")
     if isinstance(module, SwappedPath):
-        was_normalised, reason = last
-        return Site(path, f"{kind}+add+norm" if was_normalised else kind, True, reason)
+        was_added, was_normalised, reason = last
+        parts = [kind, *(["add"] if was_added else []), *(["norm"] if was_normalised else [])]
+        return Site(path, "+".join(parts), True, reason)
     activation, has_residual, reason = last
     name = reference.ACTIVATIONS[activation]
     pattern = "+".join([kind, *(["add"] if has_residual else []), *([name] if name else [])])

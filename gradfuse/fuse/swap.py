@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrize import is_parametrized
 
 from gradfuse.fuse.dropouts import DROPOUTS
 from gradfuse.fuse.modules import DEFERRED, _Deferred, become_deferred
@@ -39,7 +40,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     A batch norm computes its output at once if it has hooks. Nothing waits under torch.compile,
     tracers, dispatch modes, torch.func and saved-tensor hooks, in a checkpoint's recomputation, for
     a tensor subclass, with GRADFUSE_DEFER=0 in the environment, or, before layer norms and RMS
-    norms, below 1 MiB.
+    norms, below 64 KiB.
 
     Args:
         model: an nn.Module, in training or eval mode.
@@ -67,7 +68,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
 
 def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """The inverse of `fuse`: each module gets its own class back.
+    """The inverse of `fuse`: each module gets its own class back, unless it was parametrized since.
 
     Args:
         model: what `fuse` returned, also within other modules.
@@ -78,7 +79,8 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """
     root = _taken("unfuse", model, inplace)
     for module in list(root.modules()):
-        if isinstance(module, Swapped):
+        # torch.nn.utils.parametrize made a class of its own of the module's.
+        if isinstance(module, Swapped) and not is_parametrized(module):
             become_plain(module)
     return root
 
@@ -158,7 +160,7 @@ class _Twins:
         self.root = self._twins[id(model)]
 
     def _fill(self, module: nn.Module, twin: nn.Module) -> None:
-        state = module.__getstate__() if isinstance(module, Swapped) else module.__dict__
+        state = module._state() if isinstance(module, Swapped) else module.__dict__
         for name, value in state.items():
             if name in _OWN_DICTS:
                 value = type(value)(value)

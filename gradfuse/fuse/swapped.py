@@ -48,8 +48,12 @@ class Swapped(nn.Module):
             ops = self.__dict__["_ops"] = backend if waits else False
         return ops or None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def _state(self) -> dict[str, Any]:
+        """The attributes of the plain class."""
         return {name: value for name, value in self.__dict__.items() if name not in _OWN}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self._state()
 
     def __prepare_scriptable__(self) -> nn.Module:
         return to_plain(self)
@@ -57,7 +61,7 @@ class Swapped(nn.Module):
 
 def become_plain(module: Swapped) -> None:
     """Gives a module its own class back."""
-    state, plain = module.__getstate__(), cast(nn.Module, module)
+    state, plain = module._state(), cast(nn.Module, module)
     plain.__class__ = module.plain
     plain.__dict__.clear()
     plain.__dict__.update(state)
@@ -66,7 +70,7 @@ def become_plain(module: Swapped) -> None:
 def to_plain(module: Swapped) -> nn.Module:
     """A module of the plain class with the very same parameters, buffers and hooks."""
     made: nn.Module = module.plain.__new__(module.plain)
-    made.__dict__.update(module.__getstate__())
+    made.__dict__.update(module._state())
     return made
 
 

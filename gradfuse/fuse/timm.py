@@ -28,13 +28,24 @@ class DeferredBatchNormAct2d(_Deferred, BatchNormAct2d):
         return activated
 
 
-class SwappedTimmLayerNorm(SwappedLayerNorm, LayerNorm):
+class _Fast(SwappedNorm):
+    """timm's fast norms compute in autocast's dtype."""
+
+    _fast_norm: bool
+
+    def _reason_against(self, input: Tensor, weight: Tensor | None) -> str:
+        if self._fast_norm and torch.is_autocast_enabled(input.device.type):
+            return "autocast"
+        return super()._reason_against(input, weight)
+
+
+class SwappedTimmLayerNorm(_Fast, SwappedLayerNorm, LayerNorm):
     """timm.layers.LayerNorm by gradfuse's op."""
 
     plain = LayerNorm
 
 
-class SwappedRmsNorm(SwappedNorm, RmsNorm):
+class SwappedRmsNorm(_Fast, RmsNorm):
     """timm.layers.RmsNorm by gradfuse's op."""
 
     plain = RmsNorm

@@ -36,7 +36,7 @@ def _module(model: str) -> str:
 
 def __getattr__(name: str) -> Any:
     """The class of that name, which pickle looks up; no other model is imported for it."""
-    if name.removeprefix("Swapped") not in _MODELS:
+    if not name.startswith("Swapped") or name.removeprefix("Swapped") not in _MODELS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     model, options = _MODELS[name.removeprefix("Swapped")]
     plain = getattr(importlib.import_module(_module(model)), name.removeprefix("Swapped"))

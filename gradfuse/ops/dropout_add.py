@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gradfuse import _native
+from gradfuse import _native, reference
 from gradfuse._codes import RowNorm
+from gradfuse.ops.checks import is_batched
 from gradfuse.ops.row_norm import addends, dropout, run
 
 __all__ = ["dropout_add", "run_dropout"]
@@ -63,8 +64,16 @@ def run_dropout(
     seed: Tensor | None,
     sample_scale: Tensor | None,
 ) -> Tensor:
-    """residual + sample_scale * dropout(input) with the random numbers of a seed that was drawn."""
-    return _run(input, residual, p, seed, sample_scale, input.dtype)
+    """residual + sample_scale * dropout(input) with the random numbers of a seed that was drawn.
+
+    Without a residual it has input's strides, as torch's dropout; it is its own gradient then.
+    """
+    if not torch.compiler.is_compiling() and is_batched(input):  # a gradient of is_grads_batched
+        return reference.addend(input, seed, p, sample_scale)
+    output = _run(input, residual, p, seed, sample_scale, input.dtype)
+    if residual is not None or input.is_contiguous():
+        return output
+    return torch.empty_like(input).copy_(output)
 
 
 def _run(

@@ -18,7 +18,10 @@ from gradfuse._native import define_op
 from gradfuse._records import RowNormCall, RowNormOptions, RowNormSaved
 from gradfuse.ops.checks import is_batched, is_transformed
 
-__all__ = ["add_norm", "addends", "check_probability", "draw_seed", "dropout", "norm", "run"]
+__all__ = [
+    "add_norm", "addends", "check_probability", "draw_seed", "dropout", "forward_of_sum", "norm",
+    "run", "with_gradient",
+]  # fmt: skip
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _NARROW = (torch.float16, torch.bfloat16)
@@ -229,6 +232,55 @@ class _RowNorm(torch.autograd.Function):
             ctx.needs_input_grad[1:5],
         )  # fmt: skip
         return (None, *grads)
+
+
+def forward_of_sum(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(output, sum, stats) of a norm of a sum, without a gradient, which `with_gradient` adds."""
+    output, total, stats = _native.backend.row_norm_forward(_call_from(arguments))
+    assert output is not None
+    assert total is not None
+    assert stats is not None
+    return output, total, stats
+
+
+def with_gradient(
+    op: RowNorm,
+    output: Tensor,
+    stats: Tensor,
+    total: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    dims: int,
+) -> Tensor:
+    """The output of a norm of the sum, computed already, as a function of sum, weight and bias."""
+    if not torch.is_grad_enabled():
+        return output
+    dtype = total.dtype
+    options = _options_from((op, 0.0, eps, weight_offset, dims, dtype, None, dtype))
+    result: Tensor = _Computed.apply((output, stats, options), total, weight, bias)
+    return result
+
+
+class _Computed(torch.autograd.Function):
+    """A norm whose output came with that of the sum before it."""
+
+    @staticmethod
+    def forward(ctx: Any, computed: Any, *tensors: Tensor | None) -> Tensor:
+        output, stats, ctx.options = computed
+        total, weight, bias = tensors
+        ctx.save_for_backward(total, None, None, weight, bias, None, None, stats)
+        return output  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        of_sum, *of_parameters = ctx.needs_input_grad[1:]
+        grads = _gradients(
+            grad_output, None, _saved_from(ctx.saved_tensors), ctx.options,
+            (of_sum, False, *of_parameters),
+        )  # fmt: skip
+        return (None, grads[0], *grads[2:])
 
 
 def _gradients(
