@@ -4,6 +4,7 @@ import copy
 import gc
 import importlib
 import pickle
+import weakref
 from collections import Counter
 
 import pytest
@@ -647,7 +648,15 @@ def test_a_compiled_part_takes_a_marked_tensor():
 
 @waits
 def test_memory_is_freed():
+    """The nodes keep neither what was dropped nor what was added."""
     model = gradfuse.fuse(Site(PROGRAMS["sum"][0]))
-    model(random(4, 6, 8).requires_grad_()).sum().backward()
+    x = random(4, 6, 8).requires_grad_()
+    branch = x * 2
+    dropped = model.drop(branch)
+    y = model.norm(x * 3 + dropped)
+    kept = weakref.ref(branch)
+    del branch, dropped
     gc.collect()
+    assert kept() is None
+    y.sum().backward()
     assert _native.backend.count_waiting() == 0

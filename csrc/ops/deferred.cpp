@@ -377,7 +377,10 @@ void DeferredTensor::set_waiting(bool waits) {
 
 void DeferredTensor::stop_waiting() {
   waits_ = false;
-  if (pending_) set_waiting(false);
+  if (pending_) {
+    set_waiting(false);
+    pending_->forget();
+  }
   pending_ = nullptr;
   node_ = NodePtr();
 }

@@ -104,8 +104,10 @@ class Pending {
   virtual torch::autograd::variable_list backward(torch::autograd::variable_list grads);
   // Whether the value's own node takes the place of the one that waited.
   virtual bool has_inner() const { return true; }
-  // Notes that the value was computed for the named operator or reason, and forgets the inputs.
+  // Notes that the value was computed for the named operator or reason.
   virtual void finish(const char* reason) = 0;
+  // Lets the inputs go, unless the node may have to compute the value yet. Nothing waits any more.
+  virtual void forget() = 0;
   virtual const char* node_name() const = 0;
 
   const Modes modes;

@@ -43,6 +43,7 @@ class PendingBatchNorm final : public Pending {
 
   void for_each_input(c10::function_ref<void(const Watched&)> f) const override;
   void finish(const char* reason) override;
+  void forget() override {}
   const char* node_name() const override { return "BatchNormActBackward"; }
 
   std::shared_ptr<DeferredCall> call;

@@ -81,6 +81,7 @@ PendingSum::PendingSum(Watched input, std::optional<Watched> residual, Dropped d
       input(std::move(input)),
       residual(std::move(residual)),
       dropout(std::move(dropout)),
+      adds_(this->residual.has_value()),
       own_(std::move(own)),
       edges_(std::move(edges)),
       stream_(this->input->tensor.device()) {}
@@ -111,11 +112,6 @@ at::Tensor PendingSum::value() {
   if (dropout.is_identity()) return at::add(residual->tensor, input->tensor);
   return run_dropout(input->tensor, residual ? MaybeTensor(residual->tensor) : std::nullopt,
                      dropout);
-}
-
-void PendingSum::finish(const char* reason) {
-  dropout.note(residual.has_value(), false, reason);
-  input = residual = std::nullopt;
 }
 
 bool add_for_norm(torch::jit::Stack* stack, const char* name) {
@@ -216,7 +212,6 @@ py::object normalise_sum(const at::Tensor& t, FunctionArg given) {
     results = function(sum->input->tensor, residual, dropout.p, dropout.seed, dropout.sample_scale);
   });
   deferred->fill(results[1].cast<at::Tensor>());
-  sum->finish("");
   dropout.note(residual.has_value(), true, {});
   return py::make_tuple(results[0], results[2], dropout.sample_scale.has_value(),
                         dropout.seed.has_value(), residual.has_value());

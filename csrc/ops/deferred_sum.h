@@ -35,8 +35,9 @@ class PendingSum final : public Pending {
   torch::autograd::edge_list edges() const override { return edges_; }
   torch::autograd::variable_list backward(torch::autograd::variable_list grads) override;
   bool has_inner() const override { return false; }
-  void finish(const char* reason) override;
-  const char* node_name() const override { return residual ? "AddBackward" : "DropoutBackward"; }
+  void finish(const char* reason) override { dropout.note(adds_, false, reason); }
+  void forget() override { input = residual = std::nullopt; }
+  const char* node_name() const override { return adds_ ? "AddBackward" : "DropoutBackward"; }
   // Before the inputs are read.
   void check() const;
 
@@ -46,6 +47,7 @@ class PendingSum final : public Pending {
  private:
   at::Tensor value() override;
 
+  const bool adds_;
   const Dropped own_;
   const torch::autograd::edge_list edges_;
   CallStream stream_;
