@@ -26,6 +26,7 @@ swapped = importlib.import_module("gradfuse.fuse.swapped")
 @pytest.fixture(autouse=True)
 def small_tensors_wait(monkeypatch):
     monkeypatch.setattr(swapped, "LEAST_BYTES", 0)
+    monkeypatch.setattr(swapped, "LEAST_BYTES_OF_SUM", 0)
 
 
 # ---- models of the libraries ----
@@ -474,12 +475,16 @@ def test_a_dropped_path_is_selected(defer, monkeypatch):
 @waits
 def test_only_large_tensors_wait(monkeypatch):
     monkeypatch.undo()
-    model = gradfuse.fuse(Site(PROGRAMS["sum"][0]))
-    for rows, pattern in ((4, "ln"), (1 << 17, "dropout+add+ln")):
-        x = torch.randn(rows // 4, 4, 8)
+    for program, kib, pattern in (
+        ("sum", 32, "ln"),
+        ("sum", 128, "dropout+add+ln"),
+        ("pre-norm", 512, "ln"),
+        ("pre-norm", 2048, "add+ln"),
+    ):
+        model = gradfuse.fuse(Site(PROGRAMS[program][0]))
         with torch.no_grad():
-            model(x)
-        assert gradfuse.fuse_report(model)[0].pattern == pattern
+            model(torch.randn(kib * 4, 8, 8))
+        assert gradfuse.fuse_report(model)[0].pattern == pattern, (program, kib)
 
 
 @waits

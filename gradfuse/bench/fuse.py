@@ -112,7 +112,7 @@ def norm_site(p: float, dtype: torch.dtype) -> Iterator[Workload]:
             model: nn.Module, least_bytes: int, x: Tensor, branch: Tensor, grads: list[Tensor]
         ) -> None:
             first, drop, second = cast(nn.ModuleList, model)
-            swapped.LEAST_BYTES = least_bytes
+            swapped.LEAST_BYTES = swapped.LEAST_BYTES_OF_SUM = least_bytes
             first(x)
             total = x + drop(branch)
             torch.autograd.backward([second(total), total], grads)
@@ -188,11 +188,11 @@ def workloads(arguments: argparse.Namespace, notes: list[str]) -> Iterator[Workl
     for what in SITES:
         yield from site(what)
     if arguments.sizes:
-        least = swapped.LEAST_BYTES
+        least = swapped.LEAST_BYTES, swapped.LEAST_BYTES_OF_SUM
         for dtype in (torch.float32, torch.bfloat16):
             for p in (0.0, 0.1):
                 yield from norm_site(p, dtype)
-        swapped.LEAST_BYTES = least
+        swapped.LEAST_BYTES, swapped.LEAST_BYTES_OF_SUM = least
     if arguments.step:
         yield from steps(arguments, notes)
 

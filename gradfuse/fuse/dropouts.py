@@ -62,7 +62,7 @@ class SwappedPath(Swapped):
         output = self._plainly("it drops nothing", input)
         ops = self._ops_that_wait()
         if ops is not None and is_plain(output):
-            ops.expect_sum(output, swapped.LEAST_BYTES)
+            ops.expect_sum(output, swapped.LEAST_BYTES_OF_SUM)
         return output
 
 

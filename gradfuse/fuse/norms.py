@@ -79,7 +79,7 @@ class SwappedNorm(Swapped):
                 len(self._shape()),
             )  # fmt: skip
         if ops is not None:
-            ops.expect_sum(input, swapped.LEAST_BYTES)
+            ops.expect_sum(input, swapped.LEAST_BYTES_OF_SUM)
         self._note(_taken_up(self.label, *was_there))
         return output
 

@@ -40,7 +40,7 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     A batch norm computes its output at once if it has hooks. Nothing waits under torch.compile,
     tracers, dispatch modes, torch.func and saved-tensor hooks, in a checkpoint's recomputation, for
     a tensor subclass, with GRADFUSE_DEFER=0 in the environment, or, before layer norms and RMS
-    norms, below 64 KiB.
+    norms, below 64 KiB with a dropout and 1 MiB without.
 
     Args:
         model: an nn.Module, in training or eval mode.

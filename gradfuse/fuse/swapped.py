@@ -21,9 +21,10 @@ PLAIN = (Tensor, nn.Parameter, type(None))
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OWN = ("_site", "_ops", "_same_buffers")  # attributes that the plain class lacks
 
-# Below these many bytes a tensor that waits costs more than the pass over memory that it saves
-# (docs/performance.md).
+# Below these many bytes a dropout, or the sum of two ordinary tensors, that waits spares no more
+# than it costs (docs/performance.md).
 LEAST_BYTES = 1 << 16
+LEAST_BYTES_OF_SUM = 1 << 20
 
 
 class Swapped(nn.Module):
