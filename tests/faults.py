@@ -890,8 +890,8 @@ FAULTS = [
     Fault(
         "any product by a number for each sample is a dropped path",
         "gradfuse/fuse",
-        "if fits and _is_drawn(scale, node):",
-        "if fits:",
+        "and _is_drawn(scale, node)",
+        "",
         "a scale that is learned gets no gradient",
         "tests/test_fuse_graph_norms.py",
     ),
