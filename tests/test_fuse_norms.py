@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import random
-from test_fuse import nothing_waits_for_ever, waits  # noqa: F401
+from test_fuse import Double, nothing_waits_for_ever, waits  # noqa: F401
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
@@ -207,16 +207,6 @@ def test_fifty_steps(name):
 # ---- programs ----
 
 
-class Doubled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x * 2
-
-    @staticmethod
-    def backward(ctx, g):
-        return g * 2
-
-
 def added(x, f):
     x += f
     return x
@@ -352,7 +342,7 @@ PROGRAMS = {
     ),
     "strides": (strides, "dropout+add+ln", D),
     "view": (lambda s, x: s.norm((x + s.drop(s.f(x))).view(-1, 8)), "ln", ADDED),
-    "Function": (lambda s, x: s.norm(Doubled.apply(x + s.drop(s.f(x)))), "ln", ADDED),
+    "Function": (lambda s, x: s.norm(Double.apply(x + s.drop(s.f(x)))), "ln", ADDED),
     "itself": (lambda s, x: (lambda d: s.norm(d + d))(s.drop(s.f(x))), "ln", LEFT),
     "written between": (written_between, "ln", ADDED),
     "sum written": (sum_written, "ln", ADDED),

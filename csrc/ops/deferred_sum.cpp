@@ -60,7 +60,7 @@ bool is_dense(const at::Tensor& t) {
   return t.layout() == at::kStrided && !is_wrapper(t) && !t.is_inference();
 }
 
-// Whether the sum has the residual's dtype and shape, and is contiguous.
+// Whether the sum has the dtype and shape of either.
 bool can_add(const at::Tensor& input, const at::Tensor& residual) {
   return is_dense(input) && is_dense(residual) && input.device() == residual.device() &&
          input.scalar_type() == residual.scalar_type() && input.sizes() == residual.sizes();

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gradfuse.fuse import swapped
-from gradfuse.fuse.norms import NormSite as Call
-from gradfuse.fuse.swapped import Swapped, is_large, is_plain, is_recorded, recorded
+from gradfuse.fuse.swapped import LastCall, Swapped, is_large, is_plain, is_recorded, recorded
 from gradfuse.ops.dropout_add import run_dropout
 from gradfuse.ops.row_norm import draw_seed
 
@@ -35,26 +34,28 @@ class SwappedPath(Swapped):
         ops = self._ops_that_wait()
         output: Tensor | None = None
         if ops is not None and is_large(input):
-            if self._site is None or isinstance(self._site, Call):
+            if self._site is None or isinstance(self._site, LastCall):
                 self.__dict__["_site"] = ops.DropoutSite()
             output = self._site.defer(input, p, seed, scale)
         if output is not None:
             return output
         if ops is None:
-            self._note(True, "nothing waits here")
+            self._note(LastCall(self.label, True, "nothing waits here"))
         elif is_large(input):
-            self._note(True, "a backward pass, dispatch mode, saved-tensor hook or inference mode")
+            self._note(
+                LastCall(
+                    self.label,
+                    True,
+                    "a backward pass, dispatch mode, saved-tensor hook or inference mode",
+                )
+            )
         else:
-            self._note(True, "the input is small")
+            self._note(LastCall(self.label, True, "the input is small"))
         return run_dropout(input, None, p, seed, scale)
-
-    def _note(self, fused: bool, reason: str) -> None:
-        if not torch.compiler.is_compiling():
-            self.__dict__["_site"] = Call(self.label, fused, reason)
 
     def _plainly(self, reason: str, *given: Any, **named: Any) -> Any:
         """The plain class's output."""
-        self._note(False, reason)
+        self._note(LastCall(self.label, False, reason))
         return super().forward(*given, **named)
 
     def _identity(self, input: Tensor) -> Any:

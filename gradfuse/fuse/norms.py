@@ -9,34 +9,26 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from gradfuse._codes import RowNorm
 from gradfuse.fuse import swapped
-from gradfuse.fuse.swapped import Swapped, is_parameter, is_plain, is_recorded, recorded
+from gradfuse.fuse.swapped import LastCall, Swapped, is_parameter, is_plain, is_recorded, recorded
 from gradfuse.ops.row_norm import forward_of_sum, run, with_gradient
 
-__all__ = ["NORMS", "NormSite", "SwappedLayerNorm", "SwappedNorm"]
+__all__ = ["NORMS", "SwappedLayerNorm", "SwappedNorm"]
 
 
 _PARTS = ("drop_path", "dropout", "add")  # that normalise_sum tells of
 
 
-class NormSite(NamedTuple):
-    """What a norm did last."""
-
-    pattern: str
-    fused: bool
-    reason: str = ""
-
-
 @functools.cache
-def _taken_up(label: str, *was_there: bool) -> NormSite:
+def _taken_up(label: str, *was_there: bool) -> LastCall:
     parts = [part for part, was in zip(_PARTS, was_there, strict=False) if was]
-    return NormSite("+".join([*parts, label]), True)
+    return LastCall("+".join([*parts, label]), True)
 
 
 class SwappedNorm(Swapped):
@@ -49,7 +41,6 @@ class SwappedNorm(Swapped):
     weight_offset = 0.0
     # Whether the output has the input's dtype whatever the weight's is.
     mixes_dtypes = False
-
     has_bias = False
 
     def _shape(self) -> Sequence[int]:
@@ -65,7 +56,7 @@ class SwappedNorm(Swapped):
         bias = cast(Tensor | None, self.bias) if self.has_bias else None
         reason = self._reason_against(input, weight)
         if reason:
-            self._note(NormSite(self.label, False, reason))
+            self._note(LastCall(self.label, False, reason))
             return super().forward(input)
         ops = self._ops_that_wait()
         taken = None if ops is None else ops.normalise_sum(input, self._of_sum)
@@ -89,12 +80,8 @@ class SwappedNorm(Swapped):
             found = recorded(self, given[0])
             if found is not None:
                 return found
-        self._note(NormSite(self.label, False, "called by keyword or without a tensor"))
+        self._note(LastCall(self.label, False, "called by keyword or without a tensor"))
         return super().forward(*given, **named)
-
-    def _note(self, site: NormSite) -> None:
-        if not torch.compiler.is_compiling():
-            self.__dict__["_site"] = site
 
     def _reason_against(self, input: Tensor, weight: Tensor | None) -> str:
         """Why the op does not compute what the class does; "" if it does, but for rounding."""
@@ -120,7 +107,7 @@ class SwappedNorm(Swapped):
 
     def _run(
         self,
-        run: Callable[..., Any],
+        function: Callable[..., Any],
         op: RowNorm,
         input: Tensor,
         residual: Tensor | None,
@@ -129,7 +116,7 @@ class SwappedNorm(Swapped):
         sample_scale: Tensor | None,
         keeps_sum: bool,
     ) -> Any:
-        return run(
+        return function(
             op, input, residual, self.weight, self.bias if self.has_bias else None, sample_scale,
             seed, self._shape(), p, self._eps(input), self.weight_offset, input.dtype, keeps_sum,
         )  # fmt: skip

@@ -8,9 +8,9 @@ from torch import nn
 
 from gradfuse import reference
 from gradfuse.fuse.dropouts import SwappedPath
-from gradfuse.fuse.norms import NormSite, SwappedNorm
+from gradfuse.fuse.norms import SwappedNorm
 from gradfuse.fuse.swap import is_site, reason_against
-from gradfuse.fuse.swapped import Swapped
+from gradfuse.fuse.swapped import LastCall, Swapped
 
 __all__ = ["FuseReport", "Site", "fuse_report"]
 
@@ -67,7 +67,7 @@ def _site(path: str, module: nn.Module) -> Site:
     if not isinstance(module, Swapped):
         return Site(path, kind, False, reason_against(module))
     last = module._site
-    if isinstance(last, NormSite):
+    if isinstance(last, LastCall):
         return Site(path, *last)
     last = None if last is None else last.last
     if last is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,8 @@ from gradfuse import _native
 from gradfuse.ops.checks import is_transformed
 
 __all__ = [
-    "PLAIN", "Swapped", "become_plain", "is_large", "is_parameter", "is_plain", "is_recorded",
-    "recorded",
+    "PLAIN", "LastCall", "Swapped", "become_plain", "is_large", "is_parameter", "is_plain",
+    "is_recorded", "recorded",
 ]  # fmt: skip
 
 PLAIN = (Tensor, nn.Parameter, type(None))
@@ -25,6 +25,14 @@ _OWN = ("_site", "_ops", "_same_buffers")  # attributes that the plain class lac
 # than it costs (docs/performance.md).
 LEAST_BYTES = 1 << 16
 LEAST_BYTES_OF_SUM = 1 << 20
+
+
+class LastCall(NamedTuple):
+    """What a module did last, where no record of the compiled module tells."""
+
+    pattern: str
+    fused: bool
+    reason: str = ""
 
 
 class Swapped(nn.Module):
@@ -48,6 +56,10 @@ class Swapped(nn.Module):
             waits = hasattr(backend, "normalise_sum") and os.environ.get("GRADFUSE_DEFER") != "0"
             ops = self.__dict__["_ops"] = backend if waits else False
         return ops or None
+
+    def _note(self, call: LastCall) -> None:
+        if not torch.compiler.is_compiling():
+            self.__dict__["_site"] = call
 
     def _state(self) -> dict[str, Any]:
         """The attributes of the plain class."""
