@@ -94,7 +94,7 @@ class Stepper:
     def parameters(self) -> list[torch.Tensor]: ...
     def step(
         self,
-        groups: collections.abc.Sequence[gradfuse._records.AdamWGroup | gradfuse._records.SGDGroup],
+        groups: collections.abc.Sequence[gradfuse._records.StepGroup],
         max_norm: float,
         nonfinite: int,
         scale: torch.Tensor | None,
@@ -103,7 +103,7 @@ class Stepper:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
     def update(
         self,
-        groups: collections.abc.Sequence[gradfuse._records.AdamWGroup | gradfuse._records.SGDGroup],
+        groups: collections.abc.Sequence[gradfuse._records.StepGroup],
         plan: torch.Tensor | None,
         coefficients: torch.Tensor | None,
         options: gradfuse._records.StepOptions,

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from enum import IntEnum, IntFlag
 
-__all__ = ["STATE_NAMES", "Action", "Activation", "NonFinite", "RowNorm", "Rule", "Slot"]
+__all__ = [
+    "RULE_NAMES",
+    "STATE_NAMES",
+    "Action",
+    "Activation",
+    "LrScale",
+    "NonFinite",
+    "RowNorm",
+    "Rule",
+    "Slot",
+]
 
 
 class NonFinite(IntEnum):
@@ -31,6 +41,18 @@ class Rule(IntEnum):
 
     ADAMW = 0
     SGD = 1
+    ADAM = 2
+    LAMB = 3
+    LION = 4
+    SCHEDULE_FREE = 5
+
+
+class LrScale(IntEnum):
+    """What multiplies the learning rate of each parameter."""
+
+    NONE = 0
+    UPDATE_CLIP = 1
+    TRUST_RATIO = 2
 
 
 class Activation(IntEnum):
@@ -64,27 +86,43 @@ class RowNorm(IntEnum):
 
 
 class Slot(IntFlag):
-    """The tensors of a parameter's state. SGD keeps its momentum_buffer in EXP_AVG."""
+    """The tensors of a parameter's state. SGD keeps its momentum_buffer in EXP_AVG, and
+    ScheduleFreeAdamW its z."""
 
     EXP_AVG = 1
     EXP_AVG_SQ = 2
     MAX_EXP_AVG_SQ = 4
     MASTER_PARAM = 8
     STEP = 16
+    AVERAGING = 32
 
 
-# The keys of an optimizer's state, as torch's have them; master_param is gradfuse's own.
+_OF_ALL = {Slot.MASTER_PARAM: "master_param", Slot.STEP: "step"}
+_MOMENTS = {Slot.EXP_AVG: "exp_avg", Slot.EXP_AVG_SQ: "exp_avg_sq"}
+_OF_ADAM = {**_MOMENTS, Slot.MAX_EXP_AVG_SQ: "max_exp_avg_sq", **_OF_ALL}
+
+# The keys of an optimizer's state, as the usual implementations have them; master_param and
+# averaging are gradfuse's own.
 STATE_NAMES = {
-    Rule.ADAMW: {
-        Slot.EXP_AVG: "exp_avg",
+    Rule.ADAMW: _OF_ADAM,
+    Rule.SGD: {Slot.EXP_AVG: "momentum_buffer", **_OF_ALL},
+    Rule.ADAM: _OF_ADAM,
+    Rule.LAMB: {**_MOMENTS, **_OF_ALL},
+    Rule.LION: {Slot.EXP_AVG: "exp_avg", **_OF_ALL},
+    Rule.SCHEDULE_FREE: {
+        Slot.EXP_AVG: "z",
         Slot.EXP_AVG_SQ: "exp_avg_sq",
-        Slot.MAX_EXP_AVG_SQ: "max_exp_avg_sq",
-        Slot.MASTER_PARAM: "master_param",
-        Slot.STEP: "step",
+        **_OF_ALL,
+        Slot.AVERAGING: "averaging",
     },
-    Rule.SGD: {
-        Slot.EXP_AVG: "momentum_buffer",
-        Slot.MASTER_PARAM: "master_param",
-        Slot.STEP: "step",
-    },
+}
+
+# The optimizers' names, which begin their errors.
+RULE_NAMES = {
+    Rule.ADAMW: "AdamW",
+    Rule.SGD: "SGD",
+    Rule.ADAM: "Adam",
+    Rule.LAMB: "LAMB",
+    Rule.LION: "Lion",
+    Rule.SCHEDULE_FREE: "ScheduleFreeAdamW",
 }

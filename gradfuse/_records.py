@@ -6,23 +6,27 @@ The kernels take and return these as plain tuples and tensors of the same order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Generic, TypeVar
+from typing import Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 from typing_extensions import NamedTuple  # typing's is not generic in Python 3.10
 
 __all__ = [
-    "AdamWGroup",
+    "AdamGroup",
     "BatchNormCall",
     "BatchNormOptions",
     "BatchNormSaved",
     "ClipPlan",
     "ClipResult",
+    "LAMBGroup",
+    "LionGroup",
     "RowNormCall",
     "RowNormOptions",
     "RowNormSaved",
     "SGDGroup",
+    "ScheduleFreeGroup",
+    "StepGroup",
     "StepOptions",
     "TensorStats",
 ]
@@ -180,13 +184,15 @@ class StepOptions(NamedTuple):
     """What all parameters of an optimizer's step have in common."""
 
     bound: float  # largest magnitude of a gradient's element; inf for none
-    update_clip: bool
+    lr_scale: int  # an LrScale
+    eps_follows_clip: bool  # eps times the clip's coefficient
+    atan2: bool  # in place of a quotient with eps
     stochastic_rounding: bool
     materialize: bool  # write the clipped gradients
 
 
-class AdamWGroup(NamedTuple):
-    """A parameter group of AdamW."""
+class AdamGroup(NamedTuple):
+    """A parameter group of Adam and AdamW."""
 
     lr: float | Tensor
     maximize: bool
@@ -194,6 +200,7 @@ class AdamWGroup(NamedTuple):
     beta2: float
     eps: float
     weight_decay: float
+    decoupled: bool  # the decay of weights, as in AdamW
 
 
 class SGDGroup(NamedTuple):
@@ -205,3 +212,43 @@ class SGDGroup(NamedTuple):
     dampening: float
     weight_decay: float
     nesterov: bool
+
+
+class LAMBGroup(NamedTuple):
+    """A parameter group of LAMB."""
+
+    lr: float | Tensor
+    maximize: bool
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    adapts: bool  # else the trust ratio is 1
+    trust_clip: bool  # it is at most 1
+
+
+class LionGroup(NamedTuple):
+    """A parameter group of Lion."""
+
+    lr: float | Tensor
+    maximize: bool
+    beta1: float
+    beta2: float
+    weight_decay: float
+
+
+class ScheduleFreeGroup(NamedTuple):
+    """A parameter group of ScheduleFreeAdamW."""
+
+    lr: float | Tensor
+    maximize: bool
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    warmup_steps: float
+    r: float
+    weight_lr_power: float
+
+
+StepGroup: TypeAlias = AdamGroup | SGDGroup | LAMBGroup | LionGroup | ScheduleFreeGroup

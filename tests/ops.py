@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import papers
 import torch
 import torch.nn.functional as F
 from batch_norm_cases import FORMATS
@@ -726,8 +727,23 @@ SGDS = [
     {"weight_decay": 0.1, "maximize": True},
     {"momentum": 0.5, "weight_decay": 0.1, "maximize": True, "lr": torch.tensor(0.02)},
 ]
+# eps: torch in float16 is as far from the truth where a decayed gradient vanishes.
+ADAMS = [*ADAMW[:3], {"weight_decay": 0.3, "amsgrad": True, "eps": 1e-3}]
+LIONS = [{}, {"weight_decay": 0.3, "betas": (0.5, 0.7)}, {"maximize": True, "betas": (0.0, 0.9)}]
+LAMBS = [
+    {},
+    {"weight_decay": 0.0, "maximize": True},
+    {"weight_decay": 0.0, "always_adapt": True, "betas": (0.5, 0.7)},
+    {"weight_decay": 0.3, "trust_clip": True, "eps": 1e-3},
+]
+SCHEDULE_FREES = [
+    {},
+    {"weight_decay": 0.3, "maximize": True, "betas": (0.6, 0.8)},
+    {"warmup_steps": 2, "r": 0.5, "weight_lr_power": 1.0, "eps": 1e-3},
+]
 PARAMS = [(40, 30), (1,), (), (0,), (4099,), (7, 3, 2)]
 STEPS = 3
+NOT_COMPARED = ("step", "averaging")  # of the state: numbers, and gradfuse's own
 
 
 def stepped(optimizer: torch.optim.Optimizer, params: list[Tensor], grads: list[Tensor]) -> None:
@@ -743,7 +759,7 @@ def state_of(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> Outc
     for i, p in enumerate(params):
         found[f"param {i}"] = p.detach()
         for name, t in sorted(optimizer.state.get(p, {}).items()):
-            if isinstance(t, Tensor) and name != "step":
+            if isinstance(t, Tensor) and name not in NOT_COMPARED:
                 found[f"{name} {i}"] = t
     return found
 
@@ -810,17 +826,21 @@ def step_samples(options: list[dict], shapes: Sequence = PARAMS) -> Samples:
 
 
 def step_op(rule: type, options: list[dict], extra: list[dict]) -> Op:
-    torchs = getattr(torch.optim, rule.__name__)
+    torchs: Any = getattr(torch.optim, rule.__name__, None)
+    if torchs is None:
+        fused = plain = torchs_step(getattr(papers, rule.__name__))
+    else:
+        fused, plain = torchs_step(torchs, fused=True), torchs_step(torchs, foreach=False)
     many = [(1_200_000,), (33, 7), *[(5,)] * 50, (100_003,)]
     return Op(
         f"{rule.__name__}.step",
         clipped_step(rule),
-        torchs_step(torchs, fused=True),
+        fused,
         step_samples(options),
         (*REAL, *COMPLEX),
         large=lambda dtype: step_samples([*options[1:2], *extra], many)(dtype, "cpu"),
         compiles="",  # torch.compile leaves it out of its graphs
-        truth=lambda sample: torchs_step(torchs, foreach=False)(sample.wide()),
+        truth=lambda sample: plain(sample.wide()),
         compare=assert_steps,
         tolerance=(2e-5, 1e-10),
     )
@@ -837,6 +857,10 @@ OPS = {
         batch_norm_act,
         *ROW_NORMS,
         step_op(gradfuse.optim.AdamW, ADAMW, [{"update_clip": True}]),
+        step_op(gradfuse.optim.Adam, ADAMS, []),
+        step_op(gradfuse.optim.LAMB, LAMBS, []),
+        step_op(gradfuse.optim.Lion, LIONS, []),
+        step_op(gradfuse.optim.ScheduleFreeAdamW, SCHEDULE_FREES, []),
         step_op(gradfuse.optim.SGD, SGDS, [{"momentum": 0.9, "stochastic_rounding": True}]),
     )
 }

@@ -16,9 +16,18 @@ struct OptimKernels {
                 const ElementFactor& factor, const Rounding& rounding);
   void (*sgd)(const ParamRef& p, int64_t start, int64_t n, const SgdFactors<double>& factors,
               const ElementFactor& factor, const Rounding& rounding);
+  void (*lion)(const ParamRef& p, int64_t start, int64_t n, const LionFactors<double>& factors,
+               const ElementFactor& factor, const Rounding& rounding);
+  void (*schedule_free)(const ParamRef& p, int64_t start, int64_t n,
+                        const ScheduleFreeFactors<double>& factors, const ElementFactor& factor,
+                        const Rounding& rounding);
   // Sum of adamw_ratio over the elements. Writes nothing.
   double (*adamw_ratio_sum)(const ParamRef& p, int64_t start, int64_t n,
                             const AdamWFactors<double>& factors, const ElementFactor& factor);
+  // Sums of squares of the elements and of their lamb_direction. Writes only these.
+  void (*lamb_sums)(const ParamRef& p, int64_t start, int64_t n, double weight_decay,
+                    const AdamWFactors<double>& factors, const ElementFactor& factor,
+                    double* param_squares, double* update_squares);
 };
 GRADFUSE_KERNEL_TABLE(OptimKernels, optim_kernels)
 
@@ -216,6 +225,50 @@ void sgd_run(const ParamRef& p, int64_t start, int64_t n, const SgdFactors<doubl
   });
 }
 
+template <class T, class S, class G>
+void lion_run(const ParamRef& p, int64_t start, int64_t n, const LionFactors<double>& factors,
+              const ElementFactor& factor, const Rounding& given) {
+  using V = VecOfType<T>;
+  using E = typename Gradient<T>::S;
+  const LionFactors<E> f = narrowed<E>(factors);
+  const Gradient<T> gradient(factor);
+  T* const param = from<T>(p.param, start);
+  const G* const grad = static_cast<const G*>(p.grad) + start;
+  S* const exp_avg = from<S>(p.exp_avg, start);
+  float* const master = from<float>(p.master, start);
+  const Rounding rounding = {given.stochastic, given.key + static_cast<uint32_t>(start >> 32)};
+  for_each_vector<T>(n, [&](int64_t i, auto access) {
+    V x = value_of<V>(param, master, i, access), m = access.get(exp_avg + i);
+    lion_update(x, gradient(access.get(grad + i)), m, f);
+    put_value(param, master, x, i, start, rounding, access);
+    put_rounded(exp_avg + i, m, start + i, rounding, 1, access);
+  });
+}
+
+template <class T, class S, class G>
+void schedule_free_run(const ParamRef& p, int64_t start, int64_t n,
+                       const ScheduleFreeFactors<double>& factors, const ElementFactor& factor,
+                       const Rounding& given) {
+  using V = VecOfType<T>;
+  using E = typename Gradient<T>::S;
+  const ScheduleFreeFactors<E> f = narrowed<E>(factors);
+  const Gradient<T> gradient(factor);
+  T* const param = from<T>(p.param, start);
+  const G* const grad = static_cast<const G*>(p.grad) + start;
+  S* const state_z = from<S>(p.exp_avg, start);
+  S* const exp_avg_sq = from<S>(p.exp_avg_sq, start);
+  float* const master = from<float>(p.master, start);
+  const Rounding rounding = {given.stochastic, given.key + static_cast<uint32_t>(start >> 32)};
+  for_each_vector<T>(n, [&](int64_t i, auto access) {
+    V y = value_of<V>(param, master, i, access);
+    V z = access.get(state_z + i), v = access.get(exp_avg_sq + i);
+    schedule_free_update(y, gradient(access.get(grad + i)), z, v, f);
+    put_value(param, master, y, i, start, rounding, access);
+    put_rounded(state_z + i, z, start + i, rounding, 1, access);
+    put_rounded(exp_avg_sq + i, v, start + i, rounding, 2, access);
+  });
+}
+
 // Sum of adamw_ratio over elements [start, start + n): in the compute type over blocks of 256
 // vectors, in float64 over the blocks.
 template <class T, class S, class G>
@@ -238,6 +291,39 @@ double ratio_run(const ParamRef& p, int64_t start, int64_t n, const AdamWFactors
     total += lane_sum(sum);
   }
   return total;
+}
+
+// Adds the squares of the lanes, in float64: those of float32 numbers may be beyond float32.
+inline void add_squares(FloatVec v, DoubleVec& sum) {
+  const Pair<DoubleVec> wide = widen(v);
+  sum += wide.a * wide.a + wide.b * wide.b;
+}
+inline void add_squares(DoubleVec v, DoubleVec& sum) { sum += v * v; }
+
+template <class T, class S, class G>
+void lamb_run(const ParamRef& p, int64_t start, int64_t n, double weight_decay,
+              const AdamWFactors<double>& factors, const ElementFactor& factor,
+              double* param_squares, double* update_squares) {
+  using V = VecOfType<T>;
+  using E = typename Gradient<T>::S;
+  const AdamWFactors<E> f = narrowed<E>(factors);
+  const E decay = static_cast<E>(weight_decay);
+  const Gradient<T> gradient(factor);
+  const T* const param = from<T>(p.param, start);
+  const G* const grad = static_cast<const G*>(p.grad) + start;
+  const S* const exp_avg = from<S>(p.exp_avg, start);
+  const S* const exp_avg_sq = from<S>(p.exp_avg_sq, start);
+  const float* const master = from<float>(p.master, start);
+  DoubleVec params = {}, updates = {};
+  for_each_vector<T>(n, [&](int64_t i, auto access) {
+    const V x = value_of<V>(param, master, i, access);
+    add_squares(x, params);
+    add_squares(lamb_direction(x, gradient(access.get(grad + i)), access.get(exp_avg + i),
+                               access.get(exp_avg_sq + i), decay, f),
+                updates);
+  });
+  *param_squares = lane_sum(params);
+  *update_squares = lane_sum(updates);
 }
 
 // Calls run(Type<T>, Type<S>, Type<G>) with the types of a parameter, its state and its gradient.
@@ -264,6 +350,23 @@ void sgd(const ParamRef& p, int64_t start, int64_t n, const SgdFactors<double>& 
   });
 }
 
+void lion(const ParamRef& p, int64_t start, int64_t n, const LionFactors<double>& factors,
+          const ElementFactor& factor, const Rounding& rounding) {
+  with_types_of(p, [&](auto t, auto s, auto g) {
+    lion_run<TypeOf<decltype(t)>, TypeOf<decltype(s)>, TypeOf<decltype(g)>>(p, start, n, factors,
+                                                                            factor, rounding);
+  });
+}
+
+void schedule_free(const ParamRef& p, int64_t start, int64_t n,
+                   const ScheduleFreeFactors<double>& factors, const ElementFactor& factor,
+                   const Rounding& rounding) {
+  with_types_of(p, [&](auto t, auto s, auto g) {
+    schedule_free_run<TypeOf<decltype(t)>, TypeOf<decltype(s)>, TypeOf<decltype(g)>>(
+        p, start, n, factors, factor, rounding);
+  });
+}
+
 double adamw_ratio_sum(const ParamRef& p, int64_t start, int64_t n,
                        const AdamWFactors<double>& factors, const ElementFactor& factor) {
   return with_types_of(p, [&](auto t, auto s, auto g) {
@@ -272,8 +375,17 @@ double adamw_ratio_sum(const ParamRef& p, int64_t start, int64_t n,
   });
 }
 
+void lamb_sums(const ParamRef& p, int64_t start, int64_t n, double weight_decay,
+               const AdamWFactors<double>& factors, const ElementFactor& factor,
+               double* param_squares, double* update_squares) {
+  with_types_of(p, [&](auto t, auto s, auto g) {
+    lamb_run<TypeOf<decltype(t)>, TypeOf<decltype(s)>, TypeOf<decltype(g)>>(
+        p, start, n, weight_decay, factors, factor, param_squares, update_squares);
+  });
+}
+
 }  // namespace
 
-const OptimKernels optim_kernels = {adamw, sgd, adamw_ratio_sum};
+const OptimKernels optim_kernels = {adamw, sgd, lion, schedule_free, adamw_ratio_sum, lamb_sums};
 
 #endif

@@ -2,9 +2,12 @@
 //
 //   ratio_sums      a block per chunk, of update clipping: gradient and exp_avg_sq are read, the
 //                   sum of adamw_ratio goes into the chunk's slot
-//   merge_ratios    a block per parameter: its slots in order, the factor of its learning rate
+//   lamb_sums       the same for LAMB: all streams are read, the sums of squares of the parameter
+//                   and of its update go into two slots
+//   merge_sums      a block per parameter: its slots in order, the factor of its learning rate
 //   optim_update    a block per chunk: returns at once if the plan says Skip, else reads and writes
 //                   every stream once
+//   advance_means   a thread per parameter: the mean of a schedule-free one, after optim_update
 //   advance_steps   a thread per parameter: its step counter, after all launches have read it
 //
 // Assumes element-aligned data; a parameter whose streams all begin at a 16-byte boundary, as
@@ -13,6 +16,7 @@
 #include "../ops/optim.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "common.cuh"
 #include "launch.cuh"
@@ -36,11 +40,12 @@ struct ParamBatch {
   void* max_exp_avg_sq[kCapacity];
   float* master[kCapacity];
   float* step[kCapacity];
+  Averaging* averaging[kCapacity];
   int64_t numel[kCapacity];
   int32_t first_block[kCapacity];
   int32_t row[kCapacity];
   bool aligned[kCapacity];
-  int64_t first_slot;  // of update clipping
+  int64_t first_slot;  // of an LrScale
   int64_t first_param;  // among the step's parameters
   int64_t chunk;
   int32_t count;
@@ -48,33 +53,80 @@ struct ParamBatch {
 static_assert(sizeof(ParamBatch) + sizeof(GroupOptions) <= kMostParameterBytes,
               "a kernel's parameters are limited");
 
+// What the updates of all parameters have in common.
+struct StepFlags {
+  bool stochastic_rounding, eps_follows_clip, atan2;
+  double smallest;  // normal number of the moments' type
+};
+
 // Values shared by all elements of a parameter.
 template <Rule kRule, class W>
+struct FactorsOf {
+  using Type = AdamWFactors<W>;
+};
+template <class W>
+struct FactorsOf<Rule::Sgd, W> {
+  using Type = SgdFactors<W>;
+};
+template <class W>
+struct FactorsOf<Rule::Lion, W> {
+  using Type = LionFactors<W>;
+};
+template <class W>
+struct FactorsOf<Rule::ScheduleFree, W> {
+  using Type = ScheduleFreeFactors<W>;
+};
+template <Rule kRule, class W>
 struct Prepared {
-  std::conditional_t<kRule == Rule::AdamW, AdamWFactors<W>, SgdFactors<W>> rule;
+  typename FactorsOf<kRule, W>::Type rule;
   W first, second, third, bound;  // of the gradient
   Rounding rounding;
 };
 
-// `lr_scale` is update clipping's factor of the learning rate.
+__device__ double taken_by(const ParamBatch& batch, int run) {
+  return batch.step[run] ? *batch.step[run] : 0.0;
+}
+__device__ double lr_of(const GroupOptions& group) {
+  return group.lr_value ? *group.lr_value : group.lr;
+}
+__device__ ScheduleFreeStep schedule_free_of(const ParamBatch& batch, int run,
+                                             const GroupOptions& group, double eps) {
+  ScheduleFreeOptions options = group.schedule_free;
+  options.eps = eps;
+  return schedule_free_step(options, lr_of(group), taken_by(batch, run) + 1.0,
+                            *batch.averaging[run]);
+}
+
+// `lr_scale` multiplies the learning rate.
 template <Rule kRule, class W>
 __device__ Prepared<kRule, W> prepare(const ParamBatch& batch, int run, const GroupOptions& group,
-                                      const GradientUse& use, DType dtype, bool stochastic,
+                                      const GradientUse& use, DType dtype, StepFlags flags,
                                       double lr_scale) {
   Prepared<kRule, W> out;
-  const double taken = batch.step[run] ? *batch.step[run] : 0.0;
-  const double lr = (group.lr_value ? *group.lr_value : group.lr) * lr_scale;
-  if constexpr (kRule == Rule::AdamW)
-    out.rule = narrowed<W>(adamw_factors(group.adamw, lr, taken + 1.0));
-  else
+  const double taken = taken_by(batch, run);
+  const double lr = lr_of(group) * lr_scale;
+  const int32_t row = batch.row[run];
+  const auto eps = [&](const auto& options) {
+    if (!flags.eps_follows_clip) return options.eps;
+    return followed_eps(options.eps, options.beta2, use.coefficient_of_row(row), flags.smallest);
+  };
+  if constexpr (kRule == Rule::AdamW) {
+    AdamWOptions options = group.adamw;
+    options.eps = eps(options);
+    out.rule = narrowed<W>(adamw_factors(options, lr, taken + 1.0, flags.atan2));
+  } else if constexpr (kRule == Rule::Sgd) {
     out.rule = narrowed<W>(sgd_factors(group.sgd, lr, taken == 0.0));
-  const ElementFactor f =
-      element_factor(use.factor_of_row(batch.row[run]), dtype, use.bound, group.maximize);
+  } else if constexpr (kRule == Rule::Lion) {
+    out.rule = narrowed<W>(lion_factors(group.lion, lr));
+  } else {
+    out.rule = narrowed<W>(schedule_free_of(batch, run, group, eps(group.schedule_free)).factors);
+  }
+  const ElementFactor f = element_factor(use.factor_of_row(row), dtype, use.bound, group.maximize);
   out.first = static_cast<W>(f.first);
   out.second = static_cast<W>(f.second);
   out.third = static_cast<W>(f.third);
   out.bound = static_cast<W>(f.bound);
-  out.rounding = rounding_of(stochastic, batch.row[run], taken);
+  out.rounding = rounding_of(flags.stochastic_rounding, row, taken);
   return out;
 }
 
@@ -182,37 +234,49 @@ __device__ void get_from_master(const T* param, const float* master, float (&x)[
   }
 }
 
+// The parameter's values, from its master where it has one. Returns whether it has.
+template <int kCount, bool kWhole, class T, class S, class G, class W>
+__device__ bool get_param(const Streams<T, S, G>& s, int64_t i, W (&x)[kCount]) {
+  if constexpr (sizeof(T) == 2) {
+    if (s.master) {
+      get_from_master<kCount, kWhole>(s.param + i, s.master + i, x);
+      return true;
+    }
+  }
+  get<kCount, kWhole>(s.param + i, x);
+  return false;
+}
+
 template <Rule kRule, int kCount, bool kWhole, class T, class S, class G, class W>
 __device__ void update(const Streams<T, S, G>& s, int64_t i, const Prepared<kRule, W>& with) {
   W x[kCount], g[kCount], m[kCount], v[kCount], top[kCount];
-  bool from_master = false;
-  if constexpr (sizeof(T) == 2) {
-    from_master = s.master;
-    if (from_master) get_from_master<kCount, kWhole>(s.param + i, s.master + i, x);
-  }
-  if (!from_master) get<kCount, kWhole>(s.param + i, x);
+  const bool from_master = get_param<kCount, kWhole>(s, i, x);
   get<kCount, kWhole>(s.grad + i, g);
   if (s.exp_avg) get<kCount, kWhole>(s.exp_avg + i, m);
-  if constexpr (kRule == Rule::AdamW) {
+  if constexpr (kRule == Rule::AdamW || kRule == Rule::ScheduleFree)
     get<kCount, kWhole>(s.exp_avg_sq + i, v);
+  if constexpr (kRule == Rule::AdamW)
     if (s.max_exp_avg_sq) get<kCount, kWhole>(s.max_exp_avg_sq + i, top);
-  }
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
+    const W now = gradient(with, g[k]);
     if constexpr (kRule == Rule::AdamW)
-      adamw_update(x[k], gradient(with, g[k]), m[k], v[k], s.max_exp_avg_sq ? &top[k] : nullptr,
-                   with.rule);
+      adamw_update(x[k], now, m[k], v[k], s.max_exp_avg_sq ? &top[k] : nullptr, with.rule);
+    else if constexpr (kRule == Rule::Sgd)
+      sgd_update(x[k], now, s.exp_avg ? &m[k] : nullptr, with.rule);
+    else if constexpr (kRule == Rule::Lion)
+      lion_update(x[k], now, m[k], with.rule);
     else
-      sgd_update(x[k], gradient(with, g[k]), s.exp_avg ? &m[k] : nullptr, with.rule);
+      schedule_free_update(x[k], now, m[k], v[k], with.rule);
   }
   if constexpr (sizeof(T) == 2)
     if (from_master) put<kCount, kWhole>(s.master + i, x, i, with.rounding, 0);
   put<kCount, kWhole>(s.param + i, x, i, with.rounding, 0);
   if (s.exp_avg) put<kCount, kWhole>(s.exp_avg + i, m, i, with.rounding, 1);
-  if constexpr (kRule == Rule::AdamW) {
+  if constexpr (kRule == Rule::AdamW || kRule == Rule::ScheduleFree)
     put<kCount, kWhole>(s.exp_avg_sq + i, v, i, with.rounding, 2);
+  if constexpr (kRule == Rule::AdamW)
     if (s.max_exp_avg_sq) put<kCount, kWhole>(s.max_exp_avg_sq + i, top, i, with.rounding, 3);
-  }
 }
 
 // Calls many(i) for aligned groups of kCount elements of the chunk, one(i) for the rest.
@@ -230,7 +294,7 @@ template <Rule kRule, class T, class S, class G>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3)
     optim_update(const __grid_constant__ ParamBatch batch,
                  const __grid_constant__ GroupOptions group, GradientUse use, DType dtype,
-                 bool stochastic,
+                 StepFlags flags,
                  const double* lr_scale) {  // [params], or null
   using W = typename Element<T>::Wide;
   constexpr int kCount = kPer16Bytes<T>;
@@ -239,7 +303,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3)
   const int run = chunk.run;
   __shared__ Prepared<kRule, W> with;
   if (threadIdx.x == 0)
-    with = prepare<kRule, W>(batch, run, group, use, dtype, stochastic,
+    with = prepare<kRule, W>(batch, run, group, use, dtype, flags,
                              lr_scale ? lr_scale[batch.first_param + run] : 1.0);
   __syncthreads();
   const Streams<T, S, G> streams(batch, run);
@@ -249,58 +313,130 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3)
       [&](int64_t i) { update<kRule, 1, false>(streams, i, mine); });
 }
 
+// Elements that a thread sums at once. A float64 division is a call, around which ptxas spills what
+// two of them keep.
+template <class T>
+constexpr int kSummed = sizeof(T) == 8 ? 1 : kPer16Bytes<T>;
+
+template <int kCount, bool kWhole, class T, class S, class G, class W>
+__device__ void add_ratios(const Streams<T, S, G>& s, int64_t i,
+                           const Prepared<Rule::AdamW, W>& with, double& sum) {
+  W g[kCount], v[kCount], part = 0;
+  get<kCount, kWhole>(s.grad + i, g);
+  get<kCount, kWhole>(s.exp_avg_sq + i, v);
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) part += adamw_ratio(gradient(with, g[k]), v[k], with.rule);
+  sum += part;
+}
+
 template <class T, class S, class G>
 __global__ void __launch_bounds__(kThreads)
     ratio_sums(const __grid_constant__ ParamBatch batch, const __grid_constant__ GroupOptions group,
-               GradientUse use, DType dtype,
+               GradientUse use, DType dtype, StepFlags flags,
                double* slots) {  // [all chunks]
   using W = typename Element<T>::Wide;
-  constexpr int kCount = kPer16Bytes<T>;
-  // A float64 division is a call, around which ptxas spills what two of them at once keep.
-  constexpr int kAtOnce = sizeof(W) == 8 ? 1 : kCount;
+  constexpr int kCount = kSummed<T>;
   if (use.is_refused()) return;
   const BlockChunk chunk = chunk_of_block(batch, blockIdx.x);
   const int run = chunk.run;
   __shared__ Prepared<Rule::AdamW, W> with;
-  if (threadIdx.x == 0) with = prepare<Rule::AdamW, W>(batch, run, group, use, dtype, false, 1.0);
+  if (threadIdx.x == 0) with = prepare<Rule::AdamW, W>(batch, run, group, use, dtype, flags, 1.0);
   __syncthreads();
   const Streams<T, S, G> s(batch, run);
-  const Prepared<Rule::AdamW, W> mine = with;
+  const Prepared<Rule::AdamW, W>& mine = with;  // in registers it would spill around calls
   double sum = 0.0;
   for_each_group<kCount>(
-      batch, chunk,
-      [&](int64_t i) {
-        W g[kCount], v[kCount], part = 0;
-        get<kCount, true>(s.grad + i, g);
-        get<kCount, true>(s.exp_avg_sq + i, v);
-#pragma unroll kAtOnce
-        for (int k = 0; k < kCount; ++k) part += adamw_ratio(gradient(mine, g[k]), v[k], mine.rule);
-        sum += part;
-      },
-      [&](int64_t i) {
-        W g[1], v[1];
-        get<1, false>(s.grad + i, g);
-        get<1, false>(s.exp_avg_sq + i, v);
-        sum += adamw_ratio(gradient(mine, g[0]), v[0], mine.rule);
-      });
+      batch, chunk, [&](int64_t i) { add_ratios<kCount, (kCount > 1)>(s, i, mine, sum); },
+      [&](int64_t i) { add_ratios<1, false>(s, i, mine, sum); });
   const double total = block_reduce<kThreads>(sum, Plus());
   if (threadIdx.x == 0) slots[batch.first_slot + blockIdx.x] = total;
 }
 
+// The sums of squares of kCount elements and of their updates. In float64: the squares of float32
+// numbers may be beyond float32.
+struct Squares {
+  double param, update;
+};
+template <int kCount, bool kWhole, class T, class S, class G, class W>
+__device__ void add_squares(const Streams<T, S, G>& s, int64_t i,
+                            const Prepared<Rule::AdamW, W>& with, W weight_decay, Squares& sum) {
+  W x[kCount], g[kCount], m[kCount], v[kCount];
+  get_param<kCount, kWhole>(s, i, x);
+  get<kCount, kWhole>(s.grad + i, g);
+  get<kCount, kWhole>(s.exp_avg + i, m);
+  get<kCount, kWhole>(s.exp_avg_sq + i, v);
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    const double update =
+        lamb_direction(x[k], gradient(with, g[k]), m[k], v[k], weight_decay, with.rule);
+    const double param = x[k];
+    sum.param += param * param;
+    sum.update += update * update;
+  }
+}
+
+template <class T, class S, class G>
 __global__ void __launch_bounds__(kThreads)
-    merge_ratios(const __grid_constant__ ParamBatch batch, GradientUse use,
-                 const double* slots,  // [all chunks]
-                 double* lr_scale) {  // [params]
+    lamb_sums(const __grid_constant__ ParamBatch batch, const __grid_constant__ GroupOptions group,
+              GradientUse use, DType dtype, StepFlags flags,
+              double* slots) {  // [all chunks, 2]
+  using W = typename Element<T>::Wide;
+  constexpr int kCount = kSummed<T>;
+  if (use.is_refused()) return;
+  const BlockChunk chunk = chunk_of_block(batch, blockIdx.x);
+  const int run = chunk.run;
+  __shared__ Prepared<Rule::AdamW, W> with;
+  if (threadIdx.x == 0) with = prepare<Rule::AdamW, W>(batch, run, group, use, dtype, flags, 1.0);
+  __syncthreads();
+  const Streams<T, S, G> s(batch, run);
+  const Prepared<Rule::AdamW, W>& mine = with;  // in registers it would spill around calls
+  const W decay = static_cast<W>(group.adamw.weight_decay);
+  Squares sum = {0.0, 0.0};
+  for_each_group<kCount>(
+      batch, chunk, [&](int64_t i) { add_squares<kCount, (kCount > 1)>(s, i, mine, decay, sum); },
+      [&](int64_t i) { add_squares<1, false>(s, i, mine, decay, sum); });
+  const double param = block_reduce<kThreads>(sum.param, Plus());
+  const double update = block_reduce<kThreads>(sum.update, Plus());
+  if (threadIdx.x == 0) {
+    double* const mine_of = slots + 2 * (batch.first_slot + blockIdx.x);
+    mine_of[0] = param;
+    mine_of[1] = update;
+  }
+}
+
+// The sum of one of kFields slots of each chunk of a parameter.
+template <int kFields>
+__device__ double sum_of_slots(const double* slots, int64_t count, int field) {
+  double sum = 0.0;
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += slots[i * kFields + field];
+  return block_reduce<kThreads>(sum, Plus());
+}
+
+template <LrScale kScale>
+__global__ void __launch_bounds__(kThreads)
+    merge_sums(const __grid_constant__ ParamBatch batch, TrustOptions trust, GradientUse use,
+               const double* slots,  // [all chunks], or [all chunks, 2] for a trust ratio
+               double* lr_scale) {  // [params]
+  constexpr int kFields = kScale == LrScale::TrustRatio ? 2 : 1;
   if (use.is_refused()) return;
   const int64_t numel = batch.numel[blockIdx.x];
   const int64_t count = divided_up(numel, batch.chunk);
-  const double* mine = slots + batch.first_slot + batch.first_block[blockIdx.x];
-  double sum = 0.0;
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += mine[i];
-  const double total = block_reduce<kThreads>(sum, Plus());
-  if (threadIdx.x == 0)
-    lr_scale[batch.first_param + blockIdx.x] =
-        update_clip_factor(total / static_cast<double>(numel));
+  const double* mine = slots + kFields * (batch.first_slot + batch.first_block[blockIdx.x]);
+  const double first = sum_of_slots<kFields>(mine, count, 0);
+  double scale;
+  if constexpr (kScale == LrScale::TrustRatio)
+    scale = trust_ratio(first, sum_of_slots<kFields>(mine, count, 1), trust);
+  else
+    scale = update_clip_factor(first / static_cast<double>(numel));
+  if (threadIdx.x == 0) lr_scale[batch.first_param + blockIdx.x] = scale;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    advance_means(const __grid_constant__ ParamBatch batch,
+                  const __grid_constant__ GroupOptions group, GradientUse use) {
+  if (use.is_refused()) return;
+  for (int run = threadIdx.x; run < batch.count; run += kThreads)
+    *batch.averaging[run] = schedule_free_of(batch, run, group, group.schedule_free.eps).after;
 }
 
 struct StepBatch {
@@ -349,6 +485,7 @@ void for_each_batch(const OptimStep& step, Launch launch) {
     batch.max_exp_avg_sq[k] = p.max_exp_avg_sq;
     batch.master[k] = p.master;
     batch.step[k] = p.step;
+    batch.averaging[k] = p.averaging;
     batch.numel[k] = p.numel;
     batch.row[k] = p.row;
     batch.aligned[k] = is_aligned(p);
@@ -356,44 +493,70 @@ void for_each_batch(const OptimStep& step, Launch launch) {
   launches.flush();
 }
 
+template <Rule kRule>
+using RuleTag = std::integral_constant<Rule, kRule>;
+
 }  // namespace
 
 int64_t optim_scratch_bytes(const OptimStep& step) {
-  if (!step.update_clip) return 0;
+  if (step.lr_scale == LrScale::None) return 0;
   const int64_t chunk = chunk_elements(step.params);
-  int64_t slots = static_cast<int64_t>(step.params.size());
-  for (const ParamRef& p : step.params) slots += divided_up(p.numel, chunk);
-  return slots * static_cast<int64_t>(sizeof(double));
+  int64_t chunks = 0;
+  for (const ParamRef& p : step.params) chunks += divided_up(p.numel, chunk);
+  const int64_t sums = step.lr_scale == LrScale::TrustRatio ? 2 : 1;
+  return (static_cast<int64_t>(step.params.size()) + sums * chunks) *
+         static_cast<int64_t>(sizeof(double));
 }
 
 void optim_step(const OptimStep& step, void* scratch, Stream stream) {
-  // Scratch, of update clipping: a factor for each parameter, then the chunks' slots.
-  double* const lr_scale = step.update_clip ? static_cast<double*>(scratch) : nullptr;
-  double* const slots = step.update_clip ? lr_scale + step.params.size() : nullptr;
+  // Scratch, of an LrScale: a factor for each parameter, then the chunks' slots.
+  double* const lr_scale = step.lr_scale == LrScale::None ? nullptr : static_cast<double*>(scratch);
+  double* const slots = lr_scale ? lr_scale + step.params.size() : nullptr;
   for_each_batch(step, [&](const ParamBatch& batch, const ParamRef& like, unsigned blocks) {
     const GroupOptions& group = step.groups[like.group];
+    const StepFlags flags = {step.stochastic_rounding, step.eps_follows_clip, step.atan2,
+                             smallest_normal(like.state_dtype)};
     const auto launch = [&](auto type, auto state, auto grad) {
       using T = typename decltype(type)::type;
       using S = typename decltype(state)::type;
       using G = typename decltype(grad)::type;
-      if (step.rule == Rule::Sgd) {
-        optim_update<Rule::Sgd, T, S, G><<<blocks, kThreads, 0, stream>>>(
-            batch, group, step.use, like.dtype, step.stochastic_rounding, nullptr);
-        return check_launch("optim_update");
+      const auto update = [&](auto rule, const double* scales) {
+        optim_update<decltype(rule)::value, T, S, G>
+            <<<blocks, kThreads, 0, stream>>>(batch, group, step.use, like.dtype, flags, scales);
+        check_launch("optim_update");
+      };
+      switch (arithmetic_of(step.rule)) {
+        case Rule::Sgd: return update(RuleTag<Rule::Sgd>(), nullptr);
+        case Rule::Lion: return update(RuleTag<Rule::Lion>(), nullptr);
+        case Rule::ScheduleFree: return update(RuleTag<Rule::ScheduleFree>(), nullptr);
+        default: break;
       }
-      if (step.update_clip) {
+      if (step.lr_scale == LrScale::UpdateClip) {
         ratio_sums<T, S, G>
-            <<<blocks, kThreads, 0, stream>>>(batch, group, step.use, like.dtype, slots);
+            <<<blocks, kThreads, 0, stream>>>(batch, group, step.use, like.dtype, flags, slots);
         check_launch("ratio_sums");
-        merge_ratios<<<grid(batch.count), kThreads, 0, stream>>>(batch, step.use, slots, lr_scale);
-        check_launch("merge_ratios");
+        merge_sums<LrScale::UpdateClip><<<grid(batch.count), kThreads, 0, stream>>>(
+            batch, group.trust, step.use, slots, lr_scale);
+        check_launch("merge_sums");
       }
-      optim_update<Rule::AdamW, T, S, G><<<blocks, kThreads, 0, stream>>>(
-          batch, group, step.use, like.dtype, step.stochastic_rounding, lr_scale);
-      check_launch("optim_update");
+      const bool adapts = step.lr_scale == LrScale::TrustRatio && group.trust.adapts;
+      if (adapts) {
+        lamb_sums<T, S, G>
+            <<<blocks, kThreads, 0, stream>>>(batch, group, step.use, like.dtype, flags, slots);
+        check_launch("lamb_sums");
+        merge_sums<LrScale::TrustRatio><<<grid(batch.count), kThreads, 0, stream>>>(
+            batch, group.trust, step.use, slots, lr_scale);
+        check_launch("merge_sums");
+      }
+      const bool scaled = adapts || step.lr_scale == LrScale::UpdateClip;
+      update(RuleTag<Rule::AdamW>(), scaled ? lr_scale : nullptr);
     };
     if (blocks)
       with_types<__half, __nv_bfloat16>(like.dtype, like.state_dtype, like.grad_dtype, launch);
+    if (step.rule == Rule::ScheduleFree) {
+      advance_means<<<1, kThreads, 0, stream>>>(batch, group, step.use);
+      check_launch("advance_means");
+    }
   });
   StepBatch steps;
   int count = 0;

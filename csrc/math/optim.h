@@ -2,7 +2,9 @@
 #pragma once
 
 #include "adamw.h"
+#include "lion.h"
 #include "norm.h"
+#include "schedule_free.h"
 #include "sgd.h"
 
 namespace gradfuse {

@@ -87,10 +87,27 @@ int copy_items(PyObject* dict, std::vector<THPObjectPtr>& keys,
 }  // namespace
 
 const char* HeldParams::slot_name(int slot) const {
-  static constexpr const char* kNames[2][kSlots] = {
-      {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_param", "step"},
-      {"momentum_buffer", nullptr, nullptr, "master_param", "step"}};
-  return kNames[static_cast<int>(rule_)][slot];
+  switch (rule_) {
+    case Rule::Sgd:
+      if (slot == kExpAvg) return "momentum_buffer";
+      if (slot == kExpAvgSq || slot == kMaxExpAvgSq) return nullptr;
+      break;
+    case Rule::Lion:
+      if (slot == kExpAvgSq || slot == kMaxExpAvgSq) return nullptr;
+      break;
+    case Rule::Lamb:
+      if (slot == kMaxExpAvgSq) return nullptr;
+      break;
+    case Rule::ScheduleFree:
+      if (slot == kExpAvg) return "z";
+      if (slot == kMaxExpAvgSq) return nullptr;
+      break;
+    default: break;
+  }
+  if (slot == kAveraging && rule_ != Rule::ScheduleFree) return nullptr;
+  static constexpr const char* kNames[kSlots] = {"exp_avg",      "exp_avg_sq", "max_exp_avg_sq",
+                                                 "master_param", "step",       "averaging"};
+  return kNames[slot];
 }
 
 void HeldParams::Held::take(const at::Tensor& now) {

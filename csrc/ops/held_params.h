@@ -62,7 +62,7 @@ class HeldParams {
   int traverse(visitproc visit, void* arg) const;
 
   Rule rule() const { return rule_; }
-  const char* op() const { return rule_ == Rule::AdamW ? "AdamW.step" : "SGD.step"; }
+  const char* op() const { return names_of(rule_).step; }
   const char* slot_name(int slot) const;  // null where the rule has no such tensor
   size_t size() const { return held_.size(); }
   const Held& operator[](size_t i) const { return held_[i]; }

@@ -30,8 +30,9 @@ MeasureCall read_measure(double max_norm, int nonfinite, OptionalTensorArg scale
 class Stepper {
  public:
   explicit Stepper(int rule) : held_(std::make_shared<HeldParams>(static_cast<Rule>(rule))) {
-    if (rule != 0 && rule != 1)
-      fail<std::invalid_argument>("Stepper: rule must be 0 or 1, got ", rule);
+    if (rule < 0 || rule >= kRules)
+      fail<std::invalid_argument>("Stepper: rule must be between 0 and ", kRules - 1, ", got ",
+                                  rule);
   }
   int traverse(visitproc visit, void* arg) const { return held_->traverse(visit, arg); }
   void clear() { held_ = std::make_shared<HeldParams>(held_->rule()); }
@@ -81,13 +82,21 @@ class Stepper {
     held_->look_up();
     return held_;
   }
-  const char* event() const {
-    return held_->rule() == Rule::AdamW ? "gradfuse::AdamW.step" : "gradfuse::SGD.step";
-  }
+  // The name of a step in the profiler.
+  const char* event() const { return names_of(held_->rule()).event; }
 
-  // An AdamWGroup or SGDGroup.
+  static void read(Fields& fields, std::initializer_list<double*> numbers) {
+    for (double* number : numbers) *number = fields.next_as<double>();
+  }
+  // The record of a group has the fields of its rule after these.
   void read_group(py::handle record, StepCall& call) const {
-    Fields fields(held_->rule() == Rule::AdamW ? "AdamWGroup" : "SGDGroup", record, 6);
+    static constexpr struct {
+      const char* name;
+      size_t fields;
+    } kRecords[kRules] = {{"AdamGroup", 7}, {"SGDGroup", 6},  {"AdamGroup", 7},
+                          {"LAMBGroup", 8}, {"LionGroup", 5}, {"ScheduleFreeGroup", 9}};
+    const auto& expected = kRecords[static_cast<int>(held_->rule())];
+    Fields fields(expected.name, record, expected.fields);
     GroupOptions o = {};
     MaybeTensor lr_value;
     const py::handle lr = fields.next();
@@ -96,22 +105,39 @@ class Stepper {
     else
       o.lr = lr.cast<double>();
     o.maximize = fields.next_as<bool>();
-    if (held_->rule() == Rule::AdamW) {
-      for (double* field : {&o.adamw.beta1, &o.adamw.beta2, &o.adamw.eps, &o.adamw.weight_decay})
-        *field = fields.next_as<double>();
-    } else {
-      for (double* field : {&o.sgd.momentum, &o.sgd.dampening, &o.sgd.weight_decay})
-        *field = fields.next_as<double>();
-      o.sgd.nesterov = fields.next_as<bool>();
+    switch (held_->rule()) {
+      case Rule::AdamW:
+      case Rule::Adam:
+        read(fields, {&o.adamw.beta1, &o.adamw.beta2, &o.adamw.eps, &o.adamw.weight_decay});
+        o.adamw.decoupled = fields.next_as<bool>();
+        break;
+      case Rule::Lamb:
+        read(fields, {&o.adamw.beta1, &o.adamw.beta2, &o.adamw.eps, &o.adamw.weight_decay});
+        o.adamw.decoupled = true;
+        o.trust = {fields.next_as<bool>(), fields.next_as<bool>()};
+        break;
+      case Rule::Sgd:
+        read(fields, {&o.sgd.momentum, &o.sgd.dampening, &o.sgd.weight_decay});
+        o.sgd.nesterov = fields.next_as<bool>();
+        break;
+      case Rule::Lion: read(fields, {&o.lion.beta1, &o.lion.beta2, &o.lion.weight_decay}); break;
+      case Rule::ScheduleFree: {
+        ScheduleFreeOptions& f = o.schedule_free;
+        read(fields, {&f.beta1, &f.beta2, &f.eps, &f.weight_decay, &f.warmup_steps, &f.r,
+                      &f.weight_lr_power});
+        break;
+      }
     }
     call.groups.push_back(o);
     call.lr_values.push_back(lr_value);
   }
   StepCall read_step(StepGroupsArg groups, StepOptionsArg options) const {
-    Fields fields("StepOptions", options.object, 4);
+    Fields fields("StepOptions", options.object, 6);
     StepCall call = {};
     call.bound = fields.next_as<double>();
-    call.update_clip = fields.next_as<bool>();
+    call.lr_scale = static_cast<LrScale>(fields.next_as<int>());
+    call.eps_follows_clip = fields.next_as<bool>();
+    call.atan2 = fields.next_as<bool>();
     call.stochastic_rounding = fields.next_as<bool>();
     call.materialize = fields.next_as<bool>();
     for (const auto& group : checked_groups(groups.object, groups_)) read_group(group, call);
@@ -137,13 +163,23 @@ class Stepper {
 
 void bind_optim(py::module_& m) {
   add_codes(m, "Rule",
-            {{"ADAMW", static_cast<int>(Rule::AdamW)}, {"SGD", static_cast<int>(Rule::Sgd)}});
+            {{"ADAMW", static_cast<int>(Rule::AdamW)},
+             {"SGD", static_cast<int>(Rule::Sgd)},
+             {"ADAM", static_cast<int>(Rule::Adam)},
+             {"LAMB", static_cast<int>(Rule::Lamb)},
+             {"LION", static_cast<int>(Rule::Lion)},
+             {"SCHEDULE_FREE", static_cast<int>(Rule::ScheduleFree)}});
+  add_codes(m, "LrScale",
+            {{"NONE", static_cast<int>(LrScale::None)},
+             {"UPDATE_CLIP", static_cast<int>(LrScale::UpdateClip)},
+             {"TRUST_RATIO", static_cast<int>(LrScale::TrustRatio)}});
   add_codes(m, "Slot",
             {{"EXP_AVG", 1 << kExpAvg},
              {"EXP_AVG_SQ", 1 << kExpAvgSq},
              {"MAX_EXP_AVG_SQ", 1 << kMaxExpAvgSq},
              {"MASTER_PARAM", 1 << kMasterParam},
-             {"STEP", 1 << kStep}});
+             {"STEP", 1 << kStep},
+             {"AVERAGING", 1 << kAveraging}});
   py::class_<Stepper>(m, "Stepper", collects_garbage<Stepper>())
       .def(py::init<int>(), py::arg("rule"))
       .def("is_current", &Stepper::is_current, py::arg("groups"), py::arg("state"),

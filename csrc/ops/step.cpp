@@ -8,40 +8,31 @@
 namespace gradfuse {
 namespace {
 
-// The plan for gradients that are already multiplied.
-at::Tensor without_factor(const at::Tensor& plan) {
-  const at::Tensor out = dense_copy(plan, plan.strides());
-  constexpr int64_t kFactor = offsetof(ClipPlan, factor) / sizeof(double);
-  out.select(0, kFactor).fill_(1.0);
-  out.select(0, kFactor + 1).zero_();
-  return out;
-}
-
 // A GradientUse as tensors, which may still be on another device.
 struct Use {
   MaybeTensor plan, coefficients;
+  bool applied = false;  // to the gradients
 
   Use on(at::Device device) const {
     const auto there = [&](const MaybeTensor& t) {
       if (!t) return MaybeTensor();
       return MaybeTensor(is_host(device) ? on_host(*t) : t->to(device));
     };
-    return {there(plan), there(coefficients)};
+    return {there(plan), there(coefficients), applied};
   }
   GradientUse in_memory(double bound) const {
     return {plan ? plan_in(*plan) : nullptr,
-            coefficients ? coefficients->const_data_ptr<double>() : nullptr, bound};
+            coefficients ? coefficients->const_data_ptr<double>() : nullptr, bound, applied};
   }
 };
 
-// Applies the plan to the gradients and returns what is left of it for the update.
-Use materialize(const HeldParams& held, Walk& found, const Use& use) {
+// Applies the plan to the gradients.
+void materialize(const HeldParams& held, Walk& found, const Use& use) {
   GradList grads = check_gradients(held.op(), found.grads.tensors, Access::Write);
   grads.sparse = found.grads.sparse;
   apply_plan(grads, *use.plan, use.coefficients);
   for (std::vector<ParamRef>& params : found.params)  // writing may have moved them
     for (ParamRef& r : params) r.grad = found.grads.tensors[r.row].const_data_ptr();
-  return {without_factor(*use.plan), std::nullopt};
 }
 
 // A parameter and its gradient in the layout of the update: dense copies where they have gaps, the
@@ -132,12 +123,8 @@ std::vector<at::Tensor> read_lrs(const std::vector<MaybeTensor>& values, at::Dev
 void update_on(at::Device device, Rule rule, std::vector<ParamRef> params, const StepCall& call,
                const Use& use) {
   const Use here = use.on(device);
-  OptimStep step = {rule,
-                    std::move(params),
-                    call.groups,
-                    here.in_memory(call.bound),
-                    call.update_clip,
-                    call.stochastic_rounding};
+  OptimStep step = {rule,          std::move(params),     call.groups, here.in_memory(call.bound),
+                    call.lr_scale, call.eps_follows_clip, call.atan2,  call.stochastic_rounding};
   const std::vector<at::Tensor> lrs = read_lrs(call.lr_values, device, step.groups);
   run_on(
       device, [&] { cpu::optim_step(step); },
@@ -150,7 +137,8 @@ void update_on(at::Device device, Rule rule, std::vector<ParamRef> params, const
 void apply(const HeldParams& held, Walk& found, const StepCall& call, const Use& given) {
   materialize_all("an optimizer's step");
   const bool writes_grads = call.materialize && given.plan;
-  const Use use = writes_grads ? materialize(held, found, given) : given;
+  if (writes_grads) materialize(held, found, given);
+  const Use use = {given.plan, given.coefficients, writes_grads};
   for (const std::vector<ParamRef>& params : found.params)
     bump_versions(params.size(), [&](size_t k, auto f) {
       const HeldParams::Held& h = held[params[k].row];
@@ -181,14 +169,14 @@ ClipResult step(HeldParams& held, const MeasureCall& measurement, const StepCall
   const ClipResult result =
       measure_gradients(held.op(), found.grads, measurement.max_norm, norm_spec(2.0),
                         measurement.nonfinite, measurement.scale);
-  apply(held, found, call, {result.plan, std::nullopt});
+  apply(held, found, call, {result.plan, std::nullopt, false});
   return result;
 }
 
 void update(HeldParams& held, const StepCall& call, const MaybeTensor& plan,
             const MaybeTensor& coefficients) {
   Walk found = walk(held);
-  apply(held, found, call, {plan, coefficients});
+  apply(held, found, call, {plan, coefficients, false});
 }
 
 }  // namespace gradfuse

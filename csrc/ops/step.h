@@ -8,12 +8,14 @@
 
 namespace gradfuse {
 
-// What a step does. Python's StepOptions has the last four.
+// What a step does. Python's StepOptions has the last six.
 struct StepCall {
   std::vector<GroupOptions> groups;
   std::vector<MaybeTensor> lr_values;  // [groups], each [] on any device, in place of lr
   double bound;  // of each element of the gradients, after the factor
-  bool update_clip;
+  LrScale lr_scale;
+  bool eps_follows_clip;
+  bool atan2;
   bool stochastic_rounding;
   bool materialize;  // write the factor to the gradients as well
 };

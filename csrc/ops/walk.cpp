@@ -34,6 +34,16 @@ bool type_fits(at::ScalarType type, at::ScalarType param) {
   return type == param || (short_param && type == at::kFloat);
 }
 
+// The tensors of a state that are numbers about the parameter, and not of its shape.
+bool is_numbers(int slot) { return slot == kStep || slot == kAveraging; }
+caffe2::TypeMeta type_of_numbers(int slot) {
+  return slot == kStep ? caffe2::TypeMeta::Make<float>() : caffe2::TypeMeta::Make<double>();
+}
+at::IntArrayRef sizes_of_numbers(int slot) {
+  static constexpr int64_t kAveragingSizes[] = {kAveragingFields};
+  return slot == kStep ? at::IntArrayRef() : at::IntArrayRef(kAveragingSizes);
+}
+
 // Whether parameter, gradient and state are dense runs of one shape and device, of matching types.
 [[gnu::always_inline]] inline bool is_dense(const Held& h, const at::Tensor& grad) {
   const at::Tensor& p = h.param();
@@ -48,27 +58,32 @@ bool type_fits(at::ScalarType type, at::ScalarType param) {
   if (!goes_with(grad, grad.dtype()) || !type_fits(grad.scalar_type(), p.scalar_type()))
     return false;
   const caffe2::TypeMeta single = caffe2::TypeMeta::Make<float>();
-  const at::Tensor &moment = h.tensors[kExpAvg], &step = h.tensors[kStep];
+  const at::Tensor& moment = h.tensors[kExpAvg];
   if (moment.defined() && !type_fits(moment.scalar_type(), p.scalar_type())) return false;
   for (Slot slot : {kExpAvg, kExpAvgSq, kMaxExpAvgSq, kMasterParam}) {
     const at::Tensor& t = h.tensors[slot];
     if (t.defined() && !goes_with(t, slot == kMasterParam ? single : moment.dtype())) return false;
   }
-  return !step.defined() || (step.dtype() == single && is_dense_run(step) &&
-                             step.device() == device && step.dim() == 0);
+  for (Slot slot : {kStep, kAveraging}) {
+    const at::Tensor& t = h.tensors[slot];
+    if (t.defined() && !(t.dtype() == type_of_numbers(slot) && is_dense_run(t) &&
+                         t.device() == device && t.sizes().equals(sizes_of_numbers(slot))))
+      return false;
+  }
+  return true;
 }
 
 // Whether a tensor of the state has the type, device and layout that its parameter asks for.
 bool state_fits(const Held& h, int slot) {
   const at::Tensor &p = h.param(), &t = h.tensors[slot], &moment = h.tensors[kExpAvg];
   const at::ScalarType type = t.scalar_type();
-  const bool type_is_right = slot == kStep || slot == kMasterParam
-                                 ? type == at::kFloat
-                                 : type == moment.scalar_type() && type_fits(type, p.scalar_type());
+  bool type_is_right = type == moment.scalar_type() && type_fits(type, p.scalar_type());
+  if (slot == kMasterParam) type_is_right = type == at::kFloat;
+  if (is_numbers(slot)) type_is_right = t.dtype() == type_of_numbers(slot);
   if (!type_is_right || t.layout() != at::kStrided || is_wrapper(t) || missing_storage(t) ||
       t.device() != p.device())
     return false;
-  if (slot == kStep) return t.dim() == 0;
+  if (is_numbers(slot)) return is_dense_run(t) && t.sizes().equals(sizes_of_numbers(slot));
   return same_strides(t, layout_of(h)) && t.sizes().equals(p.sizes()) &&
          t.is_non_overlapping_and_dense();
 }
@@ -98,11 +113,12 @@ void check_param(const HeldParams& held, size_t index) {
   for (int slot = 0; slot < kSlots; ++slot)
     if (h.tensors[slot].defined() && !state_fits(h, slot)) {
       const at::Tensor& t = h.tensors[slot];
-      fail<std::invalid_argument>(op, ": expected state ", held.slot_name(slot), " of ",
-                                  slot == kStep ? at::IntArrayRef{} : p.sizes(), " on ", p.device(),
-                                  " in the type of its parameter or float32, got ", t.sizes(),
-                                  " of ", t.scalar_type(), " on ", t.device(), " for parameter ",
-                                  index);
+      fail<std::invalid_argument>(
+          op, ": expected state ", held.slot_name(slot), " of ",
+          is_numbers(slot) ? sizes_of_numbers(slot) : p.sizes(), " on ", p.device(),
+          is_numbers(slot) ? " in " : " in the type of its parameter or ",
+          slot == kAveraging ? "float64" : "float32", ", got ", t.sizes(), " of ", t.scalar_type(),
+          " on ", t.device(), " for parameter ", index);
     }
 }
 
@@ -129,9 +145,10 @@ void prefetch_grad_storage(const Held& h) {
 
 // Puts the values of a sparse gradient in its place.
 void read_sparse(const HeldParams& held, size_t index, GradList& grads) {
-  if (held.rule() == Rule::AdamW)
-    fail<std::runtime_error>(held.op(), ": AdamW does not support sparse gradients, got one for ",
-                             "parameter ", index, "; consider torch.optim.SparseAdam");
+  if (held.rule() != Rule::Sgd)
+    fail<std::runtime_error>(held.op(), ": ", names_of(held.rule()).name,
+                             " does not support sparse gradients, got one for parameter ", index,
+                             "; consider torch.optim.SparseAdam");
   at::Tensor& grad = grads.tensors[index];
   grads.sparse.push_back(grad);
   grad = coalesced_values(grad);
@@ -252,6 +269,7 @@ ParamRef ref_of(const HeldParams::Held& h, const at::Tensor& param, const at::Te
   r.max_exp_avg_sq = of_slot(kMaxExpAvgSq);
   r.master = static_cast<float*>(of_slot(kMasterParam));
   r.step = static_cast<float*>(of_slot(kStep));
+  r.averaging = static_cast<Averaging*>(of_slot(kAveraging));
   r.numel = param.numel() * (param.is_complex() ? 2 : 1);
   r.dtype = *dtype_of(param.scalar_type());
   r.grad_dtype = *dtype_of(grad.scalar_type());

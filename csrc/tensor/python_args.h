@@ -40,7 +40,7 @@ struct RowNormCallArg : Argument {};
 struct RowNormSavedArg : Argument {};
 struct RowNormOptionsArg : Argument {};
 struct StepOptionsArg : Argument {};
-struct StepGroupsArg : Argument {};  // a list of AdamWGroup or SGDGroup
+struct StepGroupsArg : Argument {};  // a list of AdamGroup, SGDGroup, ...
 
 bool is_tensor(py::handle object);
 
@@ -132,8 +132,6 @@ GRADFUSE_ARGUMENT(RowNormCallArg, "gradfuse._records.RowNormCall");
 GRADFUSE_ARGUMENT(RowNormSavedArg, "gradfuse._records.RowNormSaved");
 GRADFUSE_ARGUMENT(RowNormOptionsArg, "gradfuse._records.RowNormOptions");
 GRADFUSE_ARGUMENT(StepOptionsArg, "gradfuse._records.StepOptions");
-GRADFUSE_ARGUMENT(
-    StepGroupsArg,
-    "collections.abc.Sequence[gradfuse._records.AdamWGroup | gradfuse._records.SGDGroup]");
+GRADFUSE_ARGUMENT(StepGroupsArg, "collections.abc.Sequence[gradfuse._records.StepGroup]");
 
 #undef GRADFUSE_ARGUMENT

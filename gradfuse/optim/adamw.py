@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from gradfuse._codes import Rule, Slot
-from gradfuse._records import AdamWGroup
+from gradfuse._records import AdamGroup
 from gradfuse.optim.base import Clip, ClippedOptimizer, check_torchs_options
 
-__all__ = ["AdamW"]
+__all__ = ["AdamW", "adam_group", "adam_state"]
 
 _STATE = Slot.EXP_AVG | Slot.EXP_AVG_SQ | Slot.MASTER_PARAM | Slot.STEP
 _AMSGRAD_STATE = _STATE | Slot.MAX_EXP_AVG_SQ
@@ -48,6 +48,11 @@ class AdamW(ClippedOptimizer, torch.optim.AdamW):
         stochastic_rounding: round bfloat16 parameters and moments at random, right on average.
         update_clip: divide the learning rate of a parameter by the root mean square of
             g / sqrt(second moment), where that is above 1 (StableAdamW).
+        eps_follows_clip: multiply eps by the coefficient of the clip, so that the update does not
+            depend on the clip's scale: a small layer beside a large one is not stopped by eps.
+            Not below what the second moment's dtype resolves, 3e-18 for float32.
+        atan2: update by atan2(first moment, sqrt(second moment)) in place of their quotient with
+            eps, which is then not used. A constant gradient moves by pi / 4 of the learning rate.
 
     Raises:
         ValueError: an argument is out of range.
@@ -56,7 +61,8 @@ class AdamW(ClippedOptimizer, torch.optim.AdamW):
 
     Source: Loshchilov, Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2; Wortsman
     et al. 2023, "Stable and low-precision training for large-scale vision-language models",
-    algorithm 2 (update_clip).
+    algorithm 2 (update_clip); Everett et al. 2024, "Scaling Exponents Across Parameterizations and
+    Optimizers", section 4 (atan2).
     """
 
     _rule = Rule.ADAMW
@@ -82,11 +88,15 @@ class AdamW(ClippedOptimizer, torch.optim.AdamW):
         master_weights: bool = False,
         stochastic_rounding: bool = False,
         update_clip: bool = False,
+        eps_follows_clip: bool = False,
+        atan2: bool = False,
     ) -> None:
         self._configure(
             clip, nonfinite, materialize_clipped_grads, master_weights, stochastic_rounding
         )
         self._update_clip = update_clip
+        self._eps_follows_clip = eps_follows_clip
+        self._atan2 = atan2
         check_torchs_options("AdamW", fused, foreach, differentiable)
         if not decoupled_weight_decay:
             raise ValueError(
@@ -94,11 +104,20 @@ class AdamW(ClippedOptimizer, torch.optim.AdamW):
             )
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize)
 
-    def _group(self, group: dict[str, Any], lr: float | Tensor) -> AdamWGroup:
-        beta1, beta2 = group["betas"]
-        return AdamWGroup(
-            lr, group["maximize"], float(beta1), float(beta2), group["eps"], group["weight_decay"]
-        )
+    def _group(self, group: dict[str, Any], lr: float | Tensor) -> AdamGroup:
+        return adam_group(group, lr, decoupled=True)
 
     def _needed(self, group: dict[str, Any]) -> Slot:
-        return _AMSGRAD_STATE if group["amsgrad"] else _STATE
+        return adam_state(group)
+
+
+def adam_group(group: dict[str, Any], lr: float | Tensor, decoupled: bool) -> AdamGroup:
+    beta1, beta2 = group["betas"]
+    decay = float(group["weight_decay"])
+    return AdamGroup(
+        lr, group["maximize"], float(beta1), float(beta2), float(group["eps"]), decay, decoupled
+    )
+
+
+def adam_state(group: dict[str, Any]) -> Slot:
+    return _AMSGRAD_STATE if group["amsgrad"] else _STATE

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gradfuse import _native
-from gradfuse._codes import STATE_NAMES, Rule, Slot
+from gradfuse._codes import STATE_NAMES, LrScale, Rule, Slot
+from gradfuse._records import StepGroup
 from gradfuse.clipping.policy import Policy
 from gradfuse.clipping.report import GradReport
 from gradfuse.ops.checks import STEP_NONFINITE, check_max_norm, check_nonfinite
@@ -24,7 +25,16 @@ __all__ = ["Clip", "ClippedOptimizer", "as_number", "check_torchs_options", "par
 _SHORT = {torch.float16, torch.bfloat16}
 _LONG = {torch.float32, torch.float64, torch.complex64, torch.complex128}
 _OWN = "gradfuse"  # key in a state_dict's groups of what torch's optimizers do not have
-_SETTINGS = ("_nonfinite", "_materialize", "_master", "_stochastic", "_update_clip", "_clip")
+_SETTINGS = (
+    "_nonfinite",
+    "_materialize",
+    "_master",
+    "_stochastic",
+    "_update_clip",
+    "_eps_follows_clip",
+    "_atan2",
+    "_clip",
+)
 
 
 class ClippedOptimizer(torch.optim.Optimizer):
@@ -32,6 +42,8 @@ class ClippedOptimizer(torch.optim.Optimizer):
 
     _leaves_check = False  # our GradScaler sets it during a step, which then skips for NaN and inf
     _rule: ClassVar[Rule]
+    # Options that not every optimizer has.
+    _update_clip = _eps_follows_clip = _atan2 = False
 
     def _configure(
         self, clip: Clip, nonfinite: str, materialize: bool, master: bool, stochastic: bool
@@ -49,7 +61,6 @@ class ClippedOptimizer(torch.optim.Optimizer):
         self._materialize = materialize
         self._master = master
         self._stochastic = stochastic
-        self._update_clip = False
         self.clip = clip
         self._reset()
 
@@ -213,10 +224,19 @@ class ClippedOptimizer(torch.optim.Optimizer):
             self._nonfinite,
             getattr(self, "grad_scale", None),
             found_inf,
-            self._update_clip,
+            self._lr_scale(),
+            self._eps_follows_clip,
+            self._atan2,
             self._stochastic,
             self._materialize,
         )
+
+    def _lr_scale(self) -> LrScale:
+        return LrScale.UPDATE_CLIP if self._update_clip else LrScale.NONE
+
+    def _initial(self, slot: Slot, p: Tensor, dtype: torch.dtype) -> Tensor:
+        """A moment before the first step."""
+        return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
 
     def _warn_in_backward(self, parts: Sequence[Part]) -> None:
         if any(part.clip is not None for part in parts):
@@ -245,7 +265,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
             part.clip, part.indices = self._checked_clip(groups[i]["clip"]), [i]
         return [*([whole] if whole.indices else []), *self._apart.values()]
 
-    def _group(self, group: dict[str, Any], lr: float | Tensor) -> Any:
+    def _group(self, group: dict[str, Any], lr: float | Tensor) -> StepGroup:
         """A parameter group as the native update takes it."""
         raise NotImplementedError
 
@@ -283,6 +303,10 @@ class ClippedOptimizer(torch.optim.Optimizer):
                     taken = (1.0 if has_moments else 0.0) if old is None else old
                     step = torch.as_tensor(taken, dtype=torch.float32, device=p.device)
                     state[name] = step.reshape(())
+            elif slot == Slot.AVERAGING:
+                if slot in need:
+                    seen = (0.0, 0.0) if old is None else old
+                    state[name] = torch.as_tensor(seen, dtype=torch.float64, device=p.device)
             elif slot == Slot.MASTER_PARAM:
                 if is_wide:
                     like = p if old is None else old
@@ -291,7 +315,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
                 state[name] = _laid_out(old.to(dtype=dtype, device=p.device), p)
                 has_moments = True
             elif slot in need:
-                state[name] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+                state[name] = self._initial(slot, p, dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """The state as torch's optimizer has it, and in the parameter groups, as "gradfuse",
@@ -363,7 +387,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
             self._clip.load_state_dict(own["policy"])
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: self.__dict__[name] for name in _SETTINGS}
+        own = {name: getattr(self, name) for name in _SETTINGS}
         return {**super().__getstate__(), **own, "_skipped": self.skipped_steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from gradfuse import _native
-from gradfuse._codes import Action, NonFinite, Rule
-from gradfuse._records import AdamWGroup, ClipPlan, ClipResult, SGDGroup, StepOptions
+from gradfuse._codes import Action, LrScale, NonFinite, Rule
+from gradfuse._records import ClipPlan, ClipResult, StepGroup, StepOptions
 from gradfuse.clipping.policy import PlannedStep, Policy, plan_with_policy
 from gradfuse.clipping.report import GradReport
 from gradfuse.ops.clip import clip_grad_value_
@@ -19,7 +19,7 @@ from gradfuse.ops.clip import clip_grad_value_
 __all__ = ["Clip", "Part", "StepCall", "step_apart"]
 
 Clip: TypeAlias = "float | Policy | None"
-Groups: TypeAlias = "Sequence[AdamWGroup] | Sequence[SGDGroup]"
+Groups: TypeAlias = Sequence[StepGroup]
 
 
 class StepCall(NamedTuple):
@@ -29,12 +29,21 @@ class StepCall(NamedTuple):
     nonfinite: str  # its name in reports
     scale: Tensor | None  # the loss scale that the gradients carry
     found_inf: Tensor | None
-    update_clip: bool
+    lr_scale: LrScale
+    eps_follows_clip: bool
+    atan2: bool
     stochastic_rounding: bool
     materialize: bool
 
     def options(self, bound: float = math.inf) -> StepOptions:
-        return StepOptions(bound, self.update_clip, self.stochastic_rounding, self.materialize)
+        return StepOptions(
+            bound,
+            self.lr_scale,
+            self.eps_follows_clip,
+            self.atan2,
+            self.stochastic_rounding,
+            self.materialize,
+        )
 
 
 class Part:

@@ -9,15 +9,21 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from gradfuse._codes import STATE_NAMES, Action, Rule, Slot
-from gradfuse._records import AdamWGroup, ClipPlan, ClipResult, SGDGroup, StepOptions
+from gradfuse._codes import RULE_NAMES, STATE_NAMES, Action, Rule, Slot
+from gradfuse._records import ClipPlan, ClipResult, StepGroup, StepOptions
 from gradfuse.reference.clip import planned
 from gradfuse.reference.gradients import Access, GradList, check_gradients
+from gradfuse.reference.update import State, followed, updated
 
-Groups = Sequence[AdamWGroup] | Sequence[SGDGroup]
-State = dict[Slot, Tensor]
+Groups = Sequence[StepGroup]
 
 _MOMENTS = (Slot.EXP_AVG, Slot.EXP_AVG_SQ, Slot.MAX_EXP_AVG_SQ)
+_STATE_TYPES = {
+    Slot.MASTER_PARAM: {torch.float32},
+    Slot.STEP: {torch.float32},
+    Slot.AVERAGING: {torch.float64},
+}
+_STATE_SHAPES = {Slot.STEP: torch.Size(), Slot.AVERAGING: torch.Size([2])}
 
 
 Number = TypeVar("Number", int, Tensor)
@@ -58,7 +64,7 @@ class Stepper:
     def __init__(self, rule: int) -> None:
         self._rule = Rule(rule)
         self._names = STATE_NAMES[self._rule]
-        self._op = {Rule.ADAMW: "AdamW.step", Rule.SGD: "SGD.step"}[self._rule]
+        self._op = f"{RULE_NAMES[self._rule]}.step"
         self._params: list[tuple[Tensor, int]] = []  # with the index of its group
         self._kinds: list[tuple[torch.dtype, torch.device]] = []
         self._needs: list[int] = []
@@ -123,10 +129,10 @@ class Stepper:
 
     def _checked(self, listed: list[Tensor | None], access: Access) -> GradList:
         for i, g in enumerate(listed):
-            if g is not None and g.is_sparse and self._rule == Rule.ADAMW:
+            if g is not None and g.is_sparse and self._rule != Rule.SGD:
                 raise RuntimeError(
-                    f"{self._op}: AdamW does not support sparse gradients, got one for parameter "
-                    f"{i}; consider torch.optim.SparseAdam"
+                    f"{self._op}: {RULE_NAMES[self._rule]} does not support sparse gradients, got "
+                    f"one for parameter {i}; consider torch.optim.SparseAdam"
                 )
         return check_gradients(self._op, listed, access)
 
@@ -166,12 +172,13 @@ class Stepper:
         for i, g in enumerate(listed):
             if g is not None:
                 self._check(i, g)
-        factor = 1.0
+        factor = coefficient = 1.0
         if plan is not None:
             fields = ClipPlan.read(plan)
             if fields.action in (Action.REFUSE, Action.SKIP):
                 return
             factor = fields.factor * 2.0**fields.factor_exponent
+            coefficient = fields.coefficient
         scaled: dict[int, Tensor] = {}
         for i, grad in grads.each:
             own = factor if coefficients is None else factor * float(coefficients[i])
@@ -188,9 +195,10 @@ class Stepper:
                 rows = self._rows_of(i, sparse, group)
                 if rows is None:
                     g = _dense(sparse, g)
-            self._update(i, g, group, options, rows)
+            own = coefficient if coefficients is None else coefficient * float(coefficients[i])
+            self._update(i, g, group, options, own, rows)
 
-    def _rows_of(self, i: int, sparse: Tensor, group: AdamWGroup | SGDGroup) -> Tensor | None:
+    def _rows_of(self, i: int, sparse: Tensor, group: StepGroup) -> Tensor | None:
         """The rows that a sparse gradient has, if an update changes nothing else."""
         state = self._state_of(i)
         only = Slot.EXP_AVG not in state and Slot.MASTER_PARAM not in state
@@ -213,13 +221,13 @@ class Stepper:
                 f"got another kind for parameter {i}"
             )
         for slot, t in self._state_of(i).items():
-            of_state = {torch.float32} if slot in (Slot.MASTER_PARAM, Slot.STEP) else types
-            shape = torch.Size() if slot == Slot.STEP else p.shape
+            of_state = _STATE_TYPES.get(slot, types)
+            shape = _STATE_SHAPES.get(slot, p.shape)
             if t.dtype not in of_state or t.shape != shape:
+                named = " or ".join(str(dtype) for dtype in sorted(of_state, key=str))
                 raise ValueError(
-                    f"{self._op}: expected state {self._names[slot]} of {list(shape)} in the type "
-                    f"of its parameter or float32, got {list(t.shape)} of {t.dtype} for parameter "
-                    f"{i}"
+                    f"{self._op}: expected state {self._names[slot]} of {list(shape)} in {named}, "
+                    f"got {list(t.shape)} of {t.dtype} for parameter {i}"
                 )
 
     def _state_of(self, i: int) -> State:
@@ -235,8 +243,9 @@ class Stepper:
         self,
         i: int,
         g: Tensor,
-        group: AdamWGroup | SGDGroup,
+        group: StepGroup,
         options: StepOptions,
+        coefficient: float,
         rows: Tensor | None,
     ) -> None:
         """Updates a parameter, or some rows of it, by its gradient."""
@@ -251,10 +260,11 @@ class Stepper:
         if master is not None and _is_short(p):
             # Elsewhere someone wrote the parameter since the last step, and that value counts.
             x = torch.where(_same(master.to(p.dtype), p.detach()), master.detach(), x)
-        if isinstance(group, AdamWGroup):
-            x, new = _adamw(x, g, moments, group, taken + 1.0, options.update_clip)
-        else:
-            x, new = _sgd(x, g, moments, group, taken == 0.0)
+        if options.eps_follows_clip:
+            smallest = torch.finfo(state[Slot.EXP_AVG_SQ].dtype).smallest_normal
+            group = followed(group, coefficient, smallest)
+        averaging = state.get(Slot.AVERAGING)
+        x, new = updated(x, g, moments, averaging, group, taken, options)
         for stream, slot in enumerate(_MOMENTS, 1):
             if slot in new:
                 _put(moments[slot], new[slot], key, stream)
@@ -298,40 +308,3 @@ def _wide(t: Tensor) -> torch.dtype:
 def _real(t: Tensor) -> Tensor:
     t = t.detach()
     return torch.view_as_real(t) if t.is_complex() else t
-
-
-def _adamw(
-    x: Tensor, g: Tensor, state: State, group: AdamWGroup, step: float, update_clip: bool
-) -> tuple[Tensor, State]:
-    """The parameter and its moments after the step."""
-    lr = float(group.lr)
-    bias_correction1, bias_correction2 = 1.0 - group.beta1**step, 1.0 - group.beta2**step
-    exp_avg = state[Slot.EXP_AVG].to(g.dtype).lerp(g, 1.0 - group.beta1)
-    exp_avg_sq = state[Slot.EXP_AVG_SQ].to(g.dtype) * group.beta2 + g * g * (1.0 - group.beta2)
-    new = {Slot.EXP_AVG: exp_avg, Slot.EXP_AVG_SQ: exp_avg_sq}
-    if update_clip and g.numel():
-        least = group.eps * group.eps
-        ratio = float((g * g / (exp_avg_sq / bias_correction2).clamp(min=least)).double().mean())
-        lr /= max(1.0, math.sqrt(ratio))
-    denominator = exp_avg_sq
-    if Slot.MAX_EXP_AVG_SQ in state:
-        denominator = torch.maximum(state[Slot.MAX_EXP_AVG_SQ].to(g.dtype), exp_avg_sq)
-        new[Slot.MAX_EXP_AVG_SQ] = denominator
-    denominator = denominator.sqrt() / math.sqrt(bias_correction2) + group.eps
-    return x * (1.0 - lr * group.weight_decay) - lr / bias_correction1 * exp_avg / denominator, new
-
-
-def _sgd(
-    x: Tensor, g: Tensor, state: State, group: SGDGroup, is_first: bool
-) -> tuple[Tensor, State]:
-    """The parameter and its momentum buffer after the step."""
-    lr = float(group.lr)
-    if group.weight_decay:
-        g = g + x * group.weight_decay
-    if Slot.EXP_AVG not in state:
-        return x - g * lr, {}
-    dampening = 0.0 if is_first else group.dampening
-    buffer = state[Slot.EXP_AVG].to(g.dtype) * group.momentum + g * (1.0 - dampening)
-    return x - (g + buffer * group.momentum if group.nesterov else buffer) * lr, {
-        Slot.EXP_AVG: buffer
-    }
