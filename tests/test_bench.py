@@ -19,6 +19,7 @@ from gradfuse.bench.floor import FLOOR, FRESH_FLOOR
 from gradfuse.bench.gradients import CACHE
 from gradfuse.bench.harness import Contender, Plan, Result, Workload, interleave, measure, summarise
 from gradfuse.bench.models import MODELS, NormSite, resnet50_norms
+from gradfuse.bench.peers import USUAL, usual_optimizer
 from gradfuse.bench.profiled import norm_events, norm_seconds, profiled
 from gradfuse.bench.ratios import median_interval
 from gradfuse.bench.resnet_norms import setup_model
@@ -172,6 +173,18 @@ def calls(contenders: Sequence[Contender]) -> dict[str, Callable[[], object]]:
     return {c.name: c.run for c in contenders}
 
 
+def rows_against_packages(dtype: torch.dtype) -> list[tuple[Workload, list[tuple[int, bool]]]]:
+    """Of the rules that torch lacks, if what they are measured against is installed."""
+    passes = {
+        "Lion": [(1, False), (5, True)],
+        "LAMB": [(1, False), (4, False), (7, True)],
+        "ScheduleFreeAdamW": [(1, False), (7, True)],
+    }
+    assert set(passes) == set(USUAL)
+    found = [rule for rule in passes if usual_optimizer(rule)]
+    return [(optim.setup("tiny", rule, dtype), passes[rule]) for rule in found]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bytes_of_the_floors(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of clip and step: each pass by itself, and all of them what the table says that must move."""
@@ -186,6 +199,8 @@ def test_bytes_of_the_floors(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
         (optim.setup("tiny", "AdamW", dtype), [(1, False), (7, True)]),
         (optim.setup("tiny", "SGD", dtype), [(1, False), (5, True)]),
         (optim.setup("tiny", "AdamW", dtype, clips=False), [(7, False)]),
+        (optim.setup("tiny", "Adam", dtype), [(1, False), (7, True)]),
+        *rows_against_packages(dtype),
     ]
     for row, passes in rows:
         stream.passes.clear()

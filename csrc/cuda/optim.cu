@@ -357,6 +357,10 @@ __global__ void __launch_bounds__(kThreads)
 struct Squares {
   double param, update;
 };
+__device__ Squares operator+(Squares a, Squares b) {
+  return {a.param + b.param, a.update + b.update};
+}
+
 template <int kCount, bool kWhole, class T, class S, class G, class W>
 __device__ void add_squares(const Streams<T, S, G>& s, int64_t i,
                             const Prepared<Rule::AdamW, W>& with, W weight_decay, Squares& sum) {
@@ -379,7 +383,7 @@ template <class T, class S, class G>
 __global__ void __launch_bounds__(kThreads)
     lamb_sums(const __grid_constant__ ParamBatch batch, const __grid_constant__ GroupOptions group,
               GradientUse use, DType dtype, StepFlags flags,
-              double* slots) {  // [all chunks, 2]
+              Squares* slots) {  // [all chunks]
   using W = typename Element<T>::Wide;
   constexpr int kCount = kSummed<T>;
   if (use.is_refused()) return;
@@ -395,40 +399,29 @@ __global__ void __launch_bounds__(kThreads)
   for_each_group<kCount>(
       batch, chunk, [&](int64_t i) { add_squares<kCount, (kCount > 1)>(s, i, mine, decay, sum); },
       [&](int64_t i) { add_squares<1, false>(s, i, mine, decay, sum); });
-  const double param = block_reduce<kThreads>(sum.param, Plus());
-  const double update = block_reduce<kThreads>(sum.update, Plus());
-  if (threadIdx.x == 0) {
-    double* const mine_of = slots + 2 * (batch.first_slot + blockIdx.x);
-    mine_of[0] = param;
-    mine_of[1] = update;
-  }
+  const Squares total = block_reduce<kThreads>(sum, Plus());
+  if (threadIdx.x == 0) slots[batch.first_slot + blockIdx.x] = total;
 }
 
-// The sum of one of kFields slots of each chunk of a parameter.
-template <int kFields>
-__device__ double sum_of_slots(const double* slots, int64_t count, int field) {
-  double sum = 0.0;
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += slots[i * kFields + field];
-  return block_reduce<kThreads>(sum, Plus());
-}
-
-template <LrScale kScale>
+// Sum: a double of update clipping, or Squares of LAMB.
+template <class Sum>
 __global__ void __launch_bounds__(kThreads)
     merge_sums(const __grid_constant__ ParamBatch batch, TrustOptions trust, GradientUse use,
-               const double* slots,  // [all chunks], or [all chunks, 2] for a trust ratio
+               const Sum* slots,  // [all chunks]
                double* lr_scale) {  // [params]
-  constexpr int kFields = kScale == LrScale::TrustRatio ? 2 : 1;
   if (use.is_refused()) return;
   const int64_t numel = batch.numel[blockIdx.x];
   const int64_t count = divided_up(numel, batch.chunk);
-  const double* mine = slots + kFields * (batch.first_slot + batch.first_block[blockIdx.x]);
-  const double first = sum_of_slots<kFields>(mine, count, 0);
-  double scale;
-  if constexpr (kScale == LrScale::TrustRatio)
-    scale = trust_ratio(first, sum_of_slots<kFields>(mine, count, 1), trust);
+  const Sum* mine = slots + batch.first_slot + batch.first_block[blockIdx.x];
+  Sum sum = {};
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum = sum + mine[i];
+  const Sum total = block_reduce<kThreads>(sum, Plus());
+  if (threadIdx.x) return;
+  double& scale = lr_scale[batch.first_param + blockIdx.x];
+  if constexpr (std::is_same_v<Sum, Squares>)
+    scale = trust_ratio(total.param, total.update, trust);
   else
-    scale = update_clip_factor(first / static_cast<double>(numel));
-  if (threadIdx.x == 0) lr_scale[batch.first_param + blockIdx.x] = scale;
+    scale = update_clip_factor(total / static_cast<double>(numel));
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -503,9 +496,10 @@ int64_t optim_scratch_bytes(const OptimStep& step) {
   const int64_t chunk = chunk_elements(step.params);
   int64_t chunks = 0;
   for (const ParamRef& p : step.params) chunks += divided_up(p.numel, chunk);
-  const int64_t sums = step.lr_scale == LrScale::TrustRatio ? 2 : 1;
-  return (static_cast<int64_t>(step.params.size()) + sums * chunks) *
-         static_cast<int64_t>(sizeof(double));
+  const bool is_trust = step.lr_scale == LrScale::TrustRatio;
+  const size_t slot = is_trust ? sizeof(Squares) : sizeof(double);
+  return static_cast<int64_t>(step.params.size() * sizeof(double)) +
+         chunks * static_cast<int64_t>(slot);
 }
 
 void optim_step(const OptimStep& step, void* scratch, Stream stream) {
@@ -535,17 +529,18 @@ void optim_step(const OptimStep& step, void* scratch, Stream stream) {
         ratio_sums<T, S, G>
             <<<blocks, kThreads, 0, stream>>>(batch, group, step.use, like.dtype, flags, slots);
         check_launch("ratio_sums");
-        merge_sums<LrScale::UpdateClip><<<grid(batch.count), kThreads, 0, stream>>>(
-            batch, group.trust, step.use, slots, lr_scale);
+        merge_sums<double><<<grid(batch.count), kThreads, 0, stream>>>(batch, group.trust, step.use,
+                                                                       slots, lr_scale);
         check_launch("merge_sums");
       }
       const bool adapts = step.lr_scale == LrScale::TrustRatio && group.trust.adapts;
       if (adapts) {
+        Squares* const squares = reinterpret_cast<Squares*>(slots);
         lamb_sums<T, S, G>
-            <<<blocks, kThreads, 0, stream>>>(batch, group, step.use, like.dtype, flags, slots);
+            <<<blocks, kThreads, 0, stream>>>(batch, group, step.use, like.dtype, flags, squares);
         check_launch("lamb_sums");
-        merge_sums<LrScale::TrustRatio><<<grid(batch.count), kThreads, 0, stream>>>(
-            batch, group.trust, step.use, slots, lr_scale);
+        merge_sums<Squares><<<grid(batch.count), kThreads, 0, stream>>>(
+            batch, group.trust, step.use, squares, lr_scale);
         check_launch("merge_sums");
       }
       const bool scaled = adapts || step.lr_scale == LrScale::UpdateClip;

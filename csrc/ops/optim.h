@@ -92,9 +92,10 @@ struct GradientUse {
     if (coefficients) factor.value *= coefficients[row];
     return factor;
   }
-  // What clipping multiplied, without the loss scale.
+  // What clipping multiplied, without the loss scale. Beside coefficients the plan has their mean.
   GRADFUSE_HD double coefficient_of_row(int32_t row) const {
-    return (plan ? plan->coefficient : 1.0) * (coefficients ? coefficients[row] : 1.0);
+    if (coefficients) return coefficients[row];
+    return plan ? plan->coefficient : 1.0;
   }
 };
 

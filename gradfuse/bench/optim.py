@@ -18,7 +18,7 @@ from gradfuse.bench.floor import FLOOR, Pass, flat_bytes, floor
 from gradfuse.bench.gradients import CACHE, random_gradients
 from gradfuse.bench.harness import Contender, Plan, Target, Workload
 from gradfuse.bench.models import MODELS, dtype_name
-from gradfuse.bench.peers import apex
+from gradfuse.bench.peers import USUAL, apex, usual_optimizer
 from gradfuse.bench.registry import Bench
 from gradfuse.bench.training import CharLstm, CharTransformer, Maker, setup_training
 
@@ -37,23 +37,32 @@ TARGETS = {
     "ResNet-50, AdamW, GradScaler": Target(1.7),
     "ResNet-50, SGD": Target(1.6),
     "ResNet-50, update alone": Target(0.0, 1.1),
+    "ResNet-50, Lion": Target(2.0),
 }
 LR = 1e-4
-OPTIONS: dict[str, dict[str, Any]] = {"AdamW": {}, "SGD": {"momentum": 0.9}}
-STREAMS = {"AdamW": (4, 3), "SGD": (3, 2)}  # (read, written) by an update
+OPTIONS: dict[str, dict[str, Any]] = {"SGD": {"momentum": 0.9}, "LAMB": {"weight_decay": 0.01}}
+STREAMS = {"SGD": (3, 2), "Lion": (3, 2)}  # (read, written) by an update
+MOMENTS = (4, 3)  # the same with two moments
 MAX_NORM = 1.0
 
 
 def options(rule: str) -> dict[str, Any]:
     """On a GPU those of a step that can be captured: its learning rate is a tensor."""
     if device() == "cpu":
-        return {"lr": LR, **OPTIONS[rule]}
+        return {"lr": LR, **OPTIONS.get(rule, {})}
     captured = {"capturable": True} if rule == "AdamW" else {}
-    return {"lr": torch.tensor(LR), **OPTIONS[rule], **captured}
+    return {"lr": torch.tensor(LR), **OPTIONS.get(rule, {}), **captured}
 
 
-def torch_step(rule: str, parameters: list[Parameter], clips: bool = True) -> Callable[[], object]:
-    optimizer = getattr(torch.optim, rule)(parameters, fused=True, **options(rule))
+def usual_step(
+    rule: str,
+    make: Callable[..., torch.optim.Optimizer],
+    parameters: list[Parameter],
+    clips: bool = True,
+) -> Callable[[], object]:
+    optimizer = make(parameters, **options(rule))
+    if hasattr(optimizer, "train"):  # of schedulefree
+        optimizer.train()
 
     def run() -> None:
         if clips:
@@ -144,9 +153,11 @@ def least(nbytes: int, rule: str, clips: bool) -> Contender:
     """What a step cannot do without: the update reads the gradients, and reads and writes
     parameters and state, which have the dtype of the parameters and so as many bytes. A clip reads
     the gradients before; then the update goes backwards, to find their end in the caches."""
-    reads, writes = STREAMS[rule]
+    reads, writes = STREAMS.get(rule, MOMENTS)
     streams = [flat_bytes(nbytes) for _ in range(reads)]
     passes = [Pass(streams, streams[:writes], backwards=clips)]
+    if rule == "LAMB":  # the norms of parameters and updates
+        passes.insert(0, Pass(streams))
     if clips:
         passes.insert(0, Pass(streams[-1:]))
     return floor(*passes)
@@ -161,8 +172,11 @@ def setup(
     for p in ps:
         nn.init.ones_(p)
     contenders = []
+    usual = usual_optimizer(rule)
+    assert usual
+    baseline, make = usual
     makers: dict[str, Maker] = {
-        TORCH: partial(torch_step, rule, clips=clips),
+        baseline: partial(usual_step, rule, make, clips=clips),
         FUSED: partial(fused_step, rule, clips=clips),
     }
     if compiled:
@@ -170,21 +184,22 @@ def setup(
     if rule == "AdamW" and clips and has_apex():
         makers[APEX] = apex_step
     own = []
-    for name, make in makers.items():  # each gets its own parameters and gradients
+    for name, maker in makers.items():  # each gets its own parameters and gradients
         mine = [Parameter(p.detach().clone()) for p in ps]
         for p, g in zip(mine, sources, strict=True):
             p.grad = g.clone()
         own.append([p.grad for p in mine])
-        contenders.append(Contender(name, make(mine)))
-    reads, writes = STREAMS[rule]
+        contenders.append(Contender(name, maker(mine)))
+    reads, writes = STREAMS.get(rule, MOMENTS)
+    twice = reads if rule == "LAMB" else 0
     contenders.append(least(gradients.nbytes, rule, clips))
     name = f"{model}, {rule}" if clips else f"{model}, update alone"
     return Workload(
         name=name,
         dtype=dtype_name(dtype),
         contenders=contenders,
-        bytes_moved=gradients.nbytes * (reads + writes + clips),
-        baseline=TORCH,
+        bytes_moved=gradients.nbytes * (reads + writes + clips + twice),
+        baseline=baseline,
         floor=FLOOR,
         prepare=preparation(own, sources),
         targets={FUSED: TARGETS[name]} if name in TARGETS else {},
@@ -256,11 +271,17 @@ def workloads(arguments: argparse.Namespace, notes: list[str]) -> Iterator[Workl
     yield setup_scaled(large)
     yield setup(large, "SGD", torch.float32)
     yield setup(large, "AdamW", torch.float32, clips=False)
+    yield setup(large, "Adam", torch.float32)
+    for rule in USUAL:
+        if usual_optimizer(rule):
+            yield setup(large, rule, torch.float32)
+        else:
+            notes.append(f"{rule}: left out, {USUAL[rule][0]} is not installed")
     yield setup("2,000 small", "AdamW", torch.float32)
     if not arguments.quick:
         yield setup("GPT-2 small", "AdamW", torch.float32)
     steps: dict[str, Maker] = {
-        TORCH: partial(torch_step, "AdamW"),
+        TORCH: partial(usual_step, "AdamW", partial(torch.optim.AdamW, fused=True)),
         FUSED: partial(fused_step, "AdamW"),
     }
     yield setup_training(CharLstm, "LSTM", steps, TORCH)

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,21 @@ from torch.nn.utils import clip_grad_norm_
 from gradfuse.bench.gradients import random_gradients
 from gradfuse.bench.models import Shape, dtype_name
 
-__all__ = ["adaptive_clip_loop", "apex", "compile_clip", "compiles_in_time", "timm_agc"]
+__all__ = [
+    "adaptive_clip_loop",
+    "apex",
+    "compile_clip",
+    "compiles_in_time",
+    "timm_agc",
+    "usual_optimizer",
+]
+
+# The usual implementations of optimizers that torch lacks, with the options of their fastest form.
+USUAL: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "LAMB": ("timm.optim", "Lamb", {"foreach": True, "max_grad_norm": None}),
+    "Lion": ("timm.optim", "Lion", {"foreach": True}),
+    "ScheduleFreeAdamW": ("schedulefree", "AdamWScheduleFree", {"foreach": True}),
+}
 
 COMPILE_COST = 0.3  # approximate seconds that torch.compile needs per tensor of a CPU clip
 
@@ -67,6 +82,19 @@ def timm_agc() -> Callable[..., object] | None:
         return None
     function: Callable[..., object] = module.adaptive_clip_grad
     return function
+
+
+def usual_optimizer(rule: str) -> tuple[str, Callable[..., torch.optim.Optimizer]] | None:
+    """What a clip and an optimizer of gradfuse are measured against, and its name: torch's fused
+    one, else that of a package, if it is installed."""
+    if rule not in USUAL:
+        return "torch clip + fused step", partial(getattr(torch.optim, rule), fused=True)
+    package, name, options = USUAL[rule]
+    try:
+        made = getattr(importlib.import_module(package), name)
+    except ImportError:
+        return None
+    return f"torch clip + {package.partition('.')[0]}'s foreach {name}", partial(made, **options)
 
 
 def apex(name: str) -> Callable[..., Any] | None:

@@ -60,6 +60,12 @@ class OptionsOfGroups(ClippedOptimizer):
             self._check({**self.defaults, **group})
         super().load_state_dict(state_dict)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # as others made them, they lack options
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+
     def _adopted(self, group: dict[str, Any], name: str) -> list[dict[str, Any]]:
         """The states of a group's parameters that have no `name`: others made them."""
         states = [self.state[p] for p in group["params"] if p in self.state]

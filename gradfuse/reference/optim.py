@@ -195,7 +195,7 @@ class Stepper:
                 rows = self._rows_of(i, sparse, group)
                 if rows is None:
                     g = _dense(sparse, g)
-            own = coefficient if coefficients is None else coefficient * float(coefficients[i])
+            own = coefficient if coefficients is None else float(coefficients[i])
             self._update(i, g, group, options, own, rows)
 
     def _rows_of(self, i: int, sparse: Tensor, group: StepGroup) -> Tensor | None:

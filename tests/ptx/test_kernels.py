@@ -127,6 +127,9 @@ def test_every_kernel_was_run(ptx):
             for optimizer in (
                 gradfuse.optim.AdamW(params, master_weights=master, update_clip=True),
                 gradfuse.optim.SGD(params, momentum=0.9, master_weights=master),
+                gradfuse.optim.LAMB(params, master_weights=master),
+                gradfuse.optim.Lion(params, master_weights=master),
+                gradfuse.optim.ScheduleFreeAdamW(params, master_weights=master),
             ):
                 for of_grad in {dtype, torch.float32 if dtype.itemsize == 2 else dtype}:
                     params[0].grad = None

@@ -7,15 +7,32 @@ import pytest
 import torch
 from helpers import bits, random, short
 
-from gradfuse.optim import SGD, AdamW
+from gradfuse.optim import LAMB, SGD, Adam, AdamW, Lion, ScheduleFreeAdamW
 from gradfuse.policies import AGC, AdaGC, AutoClip, Norm, SpikeSkip, Value, ZClip
 from ptx.test_traffic import Operations
 
 SIZES = (32, 4096, 40_960)
-BOTH = pytest.mark.parametrize("rule", [AdamW, SGD], ids=lambda r: r.__name__)
+# A rule for each arithmetic of an update; EVERY has those that share one, too.
+RULES = pytest.mark.parametrize(
+    "rule", [AdamW, SGD, Lion, ScheduleFreeAdamW], ids=lambda r: r.__name__
+)
+EVERY = pytest.mark.parametrize(
+    "rule", [AdamW, SGD, Adam, LAMB, Lion, ScheduleFreeAdamW], ids=lambda r: r.__name__
+)
+MOMENTS = {SGD: 1, Lion: 1}  # else 2
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 
-OPTIONS = {AdamW: {"update_clip": True, "amsgrad": True}, SGD: {"stochastic_rounding": True}}
+OPTIONS = {
+    AdamW: {"update_clip": True, "amsgrad": True},
+    SGD: {"stochastic_rounding": True},
+    Adam: {"atan2": True, "weight_decay": 0.1},
+    LAMB: {"eps_follows_clip": True},
+    Lion: {"stochastic_rounding": True, "weight_decay": 0.1},
+    ScheduleFreeAdamW: {"warmup_steps": 2, "weight_decay": 0.1},
+}
+
+
+SWEEPS = ("ratio_sums", "lamb_sums", "merge_sums")  # of an LrScale
 
 
 def made(rule, params, **options):
@@ -32,7 +49,7 @@ def parameters(dtype, sizes=SIZES):
 
 
 def moments(optimizer, p):
-    return [t for name, t in optimizer.state[p].items() if name != "step"]
+    return [t for name, t in optimizer.state[p].items() if name not in ("step", "averaging")]
 
 
 def moved(ptx, launches, t):
@@ -51,11 +68,11 @@ def moved(ptx, launches, t):
 
 def of_the_update(ptx):
     """The launches of the last step, without those that compute the norm."""
-    kernels = ("optim_update", "ratio_sums", "merge_ratios", "advance_steps")
+    kernels = (*SWEEPS, "optim_update", "advance_means", "advance_steps")
     return [launch for launch in ptx.launches if launch.kernel.partition("<")[0] in kernels]
 
 
-@BOTH
+@RULES
 @DTYPES
 def test_every_stream_is_read_once_and_written_once(ptx, rule, dtype):
     params = parameters(dtype)
@@ -64,18 +81,19 @@ def test_every_stream_is_read_once_and_written_once(ptx, rule, dtype):
         optimizer.step()
     assert ptx.runtime.waits == 0
     launches = of_the_update(ptx)
-    assert [launch.kernel.partition("<")[0] for launch in launches] == [
-        "optim_update",
-        "advance_steps",
-    ]
+    assert {launch.kernel.partition("<")[0] for launch in launches} == (
+        {"optim_update"}
+        | ({"advance_means"} if rule is ScheduleFreeAdamW else set())
+        | ({"advance_steps"} if rule is not Lion else set())
+    )
     for p in params:
         assert moved(ptx, launches, p.grad) == ({16: p.nbytes}, {})
-        assert len(moments(optimizer, p)) == (2 if rule is AdamW else 1)
+        assert len(moments(optimizer, p)) == MOMENTS.get(rule, 2)
         for t in (p, *moments(optimizer, p)):
             assert moved(ptx, launches, t) == ({16: t.nbytes}, {16: t.nbytes})
 
 
-@BOTH
+@RULES
 def test_a_master_costs_one_read_of_the_parameter_more(ptx, rule):
     """It says whether someone wrote the parameter. A float32 gradient is read as it is."""
     params = parameters(torch.bfloat16)
@@ -90,12 +108,12 @@ def test_a_master_costs_one_read_of_the_parameter_more(ptx, rule):
     launches = of_the_update(ptx)
     for p in params:
         assert moved(ptx, launches, p.grad) == ({16: p.grad.nbytes}, {})
-        assert len(moments(optimizer, p)) == (3 if rule is AdamW else 2)
+        assert len(moments(optimizer, p)) == 1 + MOMENTS.get(rule, 2)
         for t in (p, *moments(optimizer, p)):
             assert moved(ptx, launches, t) == ({16: t.nbytes}, {16: t.nbytes})
 
 
-@BOTH
+@RULES
 def test_the_norm_reads_gradients_once_and_does_not_wait(ptx, rule):
     params = parameters(torch.float32)
     made(rule, params, clip=0.1).step()
@@ -108,7 +126,7 @@ def test_the_norm_reads_gradients_once_and_does_not_wait(ptx, rule):
         assert moved(ptx, taken, p) == ({}, {})
 
 
-@BOTH
+@RULES
 @DTYPES
 def test_a_skipped_step_moves_nothing(ptx, rule, dtype):
     params = parameters(dtype)
@@ -140,15 +158,33 @@ def test_update_clipping_reads_gradient_and_second_moment_once_more(ptx, dtype):
         assert moved(ptx, launches, p) == ({16: n}, {16: n})
 
 
-@BOTH
+@DTYPES
+def test_a_trust_ratio_reads_every_stream_once_more(ptx, dtype):
+    """12 values an element with those of the norm. Groups whose ratio is 1 take one sweep."""
+    adapted, left = parameters(dtype), parameters(dtype)
+    groups = [{"params": adapted}, {"params": left, "weight_decay": 0.0}]
+    optimizer = LAMB(groups, lr=0.01, clip=0.1)
+    for _ in range(2):
+        optimizer.step()
+    launches = of_the_update(ptx)
+    for params, times in ((adapted, 2), (left, 1)):
+        for p in params:
+            assert moved(ptx, launches, p.grad) == ({16: times * p.nbytes}, {})
+            for t in (p, *moments(optimizer, p)):
+                assert moved(ptx, launches, t) == ({16: times * t.nbytes}, {16: t.nbytes})
+
+
+@RULES
 def test_700_parameters_take_a_launch_for_each_320(ptx, rule):
     params = parameters(torch.float32, [1 + i % 67 for i in range(700)])
     made(rule, params, clip=0.1).step()
     names = [launch.kernel.partition("<")[0] for launch in of_the_update(ptx)]
-    assert names == ["optim_update"] * 3 + ["advance_steps"] * 3
+    assert names.count("optim_update") == 3
+    assert names.count("advance_means") == (3 if rule is ScheduleFreeAdamW else 0)
+    assert names.count("advance_steps") == (0 if rule is Lion else 3)
 
 
-@BOTH
+@RULES
 def test_a_learning_rate_on_the_device_is_not_waited_for(ptx, rule, monkeypatch):
     """The emulator treats every tensor as on the device; torch sees them all on the host."""
     outcomes = []
@@ -165,7 +201,7 @@ def test_a_learning_rate_on_the_device_is_not_waited_for(ptx, rule, monkeypatch)
 POLICIES = (None, 1.0, Norm(1.0), Value(0.1), AGC(), ZClip(), AutoClip(), AdaGC(), SpikeSkip())
 
 
-@BOTH
+@RULES
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda p: type(p).__name__)
 def test_no_policy_waits(ptx, rule, policy, monkeypatch):
     """The emulator does not see .item() as a wait, because its memory is the host's."""
@@ -179,7 +215,7 @@ def test_no_policy_waits(ptx, rule, policy, monkeypatch):
     assert "_local_scalar_dense" not in operations.names
 
 
-@BOTH
+@EVERY
 @DTYPES
 def test_a_step_captured_in_a_graph(ptx, rule, dtype, monkeypatch):
     """A replay takes all that may change from the device: gradients, the learning rate, the number
@@ -210,7 +246,7 @@ def test_a_step_captured_in_a_graph(ptx, rule, dtype, monkeypatch):
     assert bits(moments_of[0]) == bits(moments_of[1])
 
 
-@BOTH
+@EVERY
 @DTYPES
 def test_any_order_of_the_blocks_gives_the_same_bits(ptx, rule, dtype):
     found = {}

@@ -27,7 +27,7 @@ from gradfuse._records import (
     RowNormOptions,
     RowNormSaved,
 )
-from gradfuse.optim import SGD, AdamW
+from gradfuse.optim import LAMB, SGD, Adam, AdamW, Lion, ScheduleFreeAdamW
 from ptx.emulator import emulated
 from ptx.emulator.counts import Launch, Traffic
 from ptx.emulator.parser import Module
@@ -197,6 +197,10 @@ CASES = [
     Case("clip and AdamW", step(AdamW), 8),
     Case("clip and AdamW, amsgrad", step(AdamW, amsgrad=True), 10),
     Case("clip and AdamW, skipped", step(AdamW, nan=True), 1),
+    Case("clip and Adam, weight decay", step(Adam, weight_decay=0.1), 8),
+    Case("clip and LAMB", step(LAMB), 12),
+    Case("clip and Lion", step(Lion), 6),
+    Case("clip and ScheduleFreeAdamW", step(ScheduleFreeAdamW), 8),
     Case("clip and SGD, momentum", step(SGD, momentum=0.9), 6),
     *batch_norm_cases(),
     *row_norm_cases(),
