@@ -12,6 +12,7 @@ from rich.console import Console
 
 from gradfuse.demo.clip import compare_clips
 from gradfuse.demo.digits import Digits
+from gradfuse.demo.frozen import compare_frozen
 from gradfuse.demo.fuse import compare_fused
 from gradfuse.demo.policies import compare_bfloat16, compare_policies
 
@@ -70,4 +71,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     with threads(arguments.threads):
         compare_policies(digits, steps, seed, out, console)
         compare_bfloat16(digits, steps, seed, console)
+        compare_frozen(console)
     return 0
