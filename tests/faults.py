@@ -23,6 +23,7 @@ NORM = "tests/test_ops.py tests/test_batch_norm.py tests/test_batch_norm_hypothe
 ROWS = "tests/test_layer_norm.py tests/test_ops.py"
 DROPOUT = "tests/test_dropout.py"
 STEP = "tests/test_ops.py tests/test_optim.py"
+RULES = "tests/test_optim_rules.py"
 
 FAULTS = [
     # Arithmetic of host and device.
@@ -669,6 +670,79 @@ FAULTS = [
         "",
         "a void step leaves elements",
         "tests/test_nonfinite.py",
+    ),
+    # Rules of steps.
+    Fault(
+        "eps follows the clip without a limit",
+        MATH,
+        "return followed < least ? least : followed;",
+        "return followed;",
+        "a layer whose second moment underflows jumps",
+        RULES,
+    ),
+    Fault(
+        "eps follows the mean of all coefficients",
+        "csrc/ops",
+        "if (coefficients) return coefficients[row];\n    return plan",
+        "return plan",
+        "a parameter clipped by a policy of its own has another's eps",
+        RULES,
+    ),
+    Fault(
+        "the arctangent is that of the smaller quotient",
+        MATH,
+        "r = (a > x) ? 2 * kQuarter - r : r;",
+        "",
+        "large updates of atan2 become small ones",
+        RULES,
+    ),
+    Fault(
+        "a sign of NaN is 0",
+        MATH,
+        "? zero + f.lr : mean * S(0);",
+        "? zero + f.lr : zero;",
+        "Lion hides a NaN gradient where it should propagate",
+        RULES,
+    ),
+    Fault(
+        "a trust ratio squares in float32",
+        CPU,
+        "sum += wide.a * wide.a + wide.b * wide.b;",
+        "const Pair<DoubleVec> squared = widen(v * v);\n  sum += squared.a + squared.b;",
+        "parameters of 1e30 have an infinite norm",
+        RULES,
+    ),
+    Fault(
+        "the decay of Adam is AdamW's",
+        MATH,
+        "o.decoupled ? 0.0 : o.weight_decay,",
+        "0.0,",
+        "weight decay does not enter the moments",
+        STEP,
+    ),
+    Fault(
+        "the mean's weights forget the fastest rate",
+        MATH,
+        "if (lr > after.lr_max) after.lr_max = lr;",
+        "after.lr_max = lr;",
+        "a falling learning rate weighs less than its paper says",
+        RULES,
+    ),
+    Fault(
+        "a mean stands still",
+        "csrc/cuda",
+        ".after;",
+        "\n            .after.lr_max > 0.0 ? *batch.averaging[run] : Averaging{};",
+        "schedule-free AdamW never averages on a GPU",
+        "tests/test_ops.py",
+    ),
+    Fault(
+        "a state of another implementation begins anew",
+        "gradfuse/optim",
+        'state["step"] = float(taken)',
+        "pass",
+        "LAMB corrects the bias of a loaded state as in its first steps",
+        RULES,
     ),
     # Python.
     Fault(

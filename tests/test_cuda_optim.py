@@ -8,13 +8,23 @@ import pytest
 import torch
 
 import gradfuse
-from gradfuse.optim import SGD, AdamW
+from gradfuse.optim import LAMB, SGD, Adam, AdamW, Lion, ScheduleFreeAdamW
 from gradfuse.policies import AGC, AdaGC, AutoClip, Norm, SpikeSkip, Value, ZClip
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 RULES = pytest.mark.parametrize(
-    "make", [lambda p, **o: SGD(p, lr=0.1, momentum=0.9, **o), AdamW], ids=["SGD", "AdamW"]
+    "make",
+    [
+        partial(SGD, lr=0.1, momentum=0.9),
+        AdamW,
+        partial(Adam, weight_decay=0.1, eps_follows_clip=True),
+        partial(Adam, atan2=True),
+        LAMB,
+        Lion,
+        ScheduleFreeAdamW,
+    ],
+    ids=["SGD", "AdamW", "Adam", "atan2", "LAMB", "Lion", "ScheduleFreeAdamW"],
 )
 
 

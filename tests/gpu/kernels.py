@@ -13,6 +13,7 @@ import itertools
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import gradfuse
+
+sys.path.append(str(Path(__file__).parents[1]))  # python -m leaves it out, pytest does not
+import papers
 
 REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Layout = torch.memory_format
@@ -280,7 +284,13 @@ STEPS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "SGD nesterov": (gradfuse.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
     "AdamW": (gradfuse.optim.AdamW, {"lr": 1e-2}),
     "AdamW amsgrad": (gradfuse.optim.AdamW, {"lr": 1e-2, "amsgrad": True}),
+    "Adam": (gradfuse.optim.Adam, {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-3}),
+    "LAMB": (gradfuse.optim.LAMB, {"lr": 1e-2}),
+    # The sign of the gradient: that of a mean is another one where it rounds to 0.
+    "Lion": (gradfuse.optim.Lion, {"lr": 1e-2, "betas": (0.0, 0.9)}),
+    "ScheduleFreeAdamW": (gradfuse.optim.ScheduleFreeAdamW, {"lr": 1e-2}),
 }
+HALF_SAFE = (gradfuse.optim.SGD, gradfuse.optim.Lion)  # they keep no squares of gradients
 OWN = {
     "masters": {"master_weights": True},
     "stochastic": {"stochastic_rounding": True},
@@ -296,12 +306,13 @@ def step(
     ps = gradients(make, sizes, dtype, offset)
     copies = [Parameter(wide(p)) for p in ps]
     more = dict(OWN.get(own or "", {}))
-    if dtype == torch.float16 and cls is gradfuse.optim.AdamW:
+    if dtype == torch.float16 and cls not in HALF_SAFE:
         more["master_weights"] = True  # squares of gradients are below float16
     if own == "tensor lr":
         more["lr"] = torch.tensor(options["lr"], device=make.device)
     ours = cls(ps, **{**options, **more}, clip=1.0)
-    theirs = getattr(torch.optim, cls.__name__)(copies, **options)
+    where = torch.optim if hasattr(torch.optim, cls.__name__) else papers
+    theirs = getattr(where, cls.__name__)(copies, **options)
     rounds = 2
     for i in range(rounds):
         for p, c in zip(ps, copies, strict=True):
