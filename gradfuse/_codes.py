@@ -94,15 +94,16 @@ class Slot(IntFlag):
     MAX_EXP_AVG_SQ = 4
     MASTER_PARAM = 8
     STEP = 16
-    AVERAGING = 32
+    WEIGHT_SUM = 32
+    LR_MAX = 64
 
 
 _OF_ALL = {Slot.MASTER_PARAM: "master_param", Slot.STEP: "step"}
 _MOMENTS = {Slot.EXP_AVG: "exp_avg", Slot.EXP_AVG_SQ: "exp_avg_sq"}
 _OF_ADAM = {**_MOMENTS, Slot.MAX_EXP_AVG_SQ: "max_exp_avg_sq", **_OF_ALL}
 
-# The keys of an optimizer's state, as the usual implementations have them; master_param and
-# averaging are gradfuse's own.
+# The keys of an optimizer's state, as the usual implementations have them; master_param,
+# weight_sum and lr_max are gradfuse's own.
 STATE_NAMES = {
     Rule.ADAMW: _OF_ADAM,
     Rule.SGD: {Slot.EXP_AVG: "momentum_buffer", **_OF_ALL},
@@ -113,7 +114,8 @@ STATE_NAMES = {
         Slot.EXP_AVG: "z",
         Slot.EXP_AVG_SQ: "exp_avg_sq",
         **_OF_ALL,
-        Slot.AVERAGING: "averaging",
+        Slot.WEIGHT_SUM: "weight_sum",
+        Slot.LR_MAX: "lr_max",
     },
 }
 

@@ -743,7 +743,7 @@ SCHEDULE_FREES = [
 ]
 PARAMS = [(40, 30), (1,), (), (0,), (4099,), (7, 3, 2)]
 STEPS = 3
-NOT_COMPARED = ("step", "averaging")  # of the state: numbers, and gradfuse's own
+NOT_COMPARED = ("step", "weight_sum", "lr_max")  # of the state: numbers
 
 
 def stepped(optimizer: torch.optim.Optimizer, params: list[Tensor], grads: list[Tensor]) -> None:

@@ -222,31 +222,28 @@ def test_state_dicts_of_schedule_free_go_to_its_package_and_back():
 
 
 def exchange(rule, usual, options, only=None):
-    """Three steps here and three there, both ways round, against six of the usual one."""
-    runs = []
-    for order in ("there", "here then there", "there then here"):
+    """Twelve steps, handed over between this implementation and the usual one."""
+    found = {}
+    for hands in ("there", "here there", "there here", "here there here"):
         params = parameters(shapes=[(9, 4), (5,)])
-        for name in order.split(" then "):
-            of_here = name == "here"
-            before = runs[-1][1] if runs and runs[-1][0] is params else None
-            made = (
-                rule(params, lr=0.01, **options)
-                if of_here
-                else usual(params, lr=0.01, **options, **(only or {}))
-            )
-            if before is not None:
-                made.load_state_dict(copy.deepcopy(before.state_dict()))
-            if hasattr(made, "train"):
-                made.train()
-            first = 3 if before is not None else 0
-            for step in range(first, 6 if order == "there" else first + 3):
+        state, step = None, 0
+        for name in hands.split():
+            own = only or {} if name == "there" else {}
+            optimizer = (rule if name == "here" else usual)(params, lr=0.01, **options, **own)
+            if state is not None:
+                optimizer.load_state_dict(state)
+                optimizer.state_dict()  # may be saved again at once
+            if hasattr(optimizer, "train"):
+                optimizer.train()
+            for _ in range(12 // len(hands.split())):
                 fill(params, step)
-                made.step()
-            runs.append((params, made))
-    alone, here_last, there_last = runs[0][0], runs[2][0], runs[4][0]
-    for p, q, r in zip(alone, here_last, there_last, strict=True):
-        torch.testing.assert_close(q, p, rtol=1e-12, atol=1e-13)
-        torch.testing.assert_close(r, p, rtol=1e-12, atol=1e-13)
+                optimizer.step()
+                step += 1
+            state = copy.deepcopy(optimizer.state_dict())
+        found[hands] = params
+    for hands, params in found.items():
+        for p, q in zip(params, found["there"], strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13, msg=hands)
 
 
 @NEW
@@ -361,10 +358,48 @@ def test_with_a_master_the_mode_loses_nothing(device):
     torch.testing.assert_close(optimizer.state[params[0]]["master_param"], y)
 
 
+def test_a_parameter_written_before_eval_counts(device):
+    params = parameters(torch.bfloat16, device, [(9, 4)])
+    optimizer = ScheduleFreeAdamW(params, lr=0.05, master_weights=True)
+    fill(params, 0)
+    optimizer.step()
+    with torch.no_grad():
+        params[0].fill_(100.0)
+    optimizer.eval()
+    x = torch.lerp(torch.full_like(params[0], 100.0).float(), optimizer.state[params[0]]["z"],
+                   1 - 1 / 0.9)  # fmt: skip
+    torch.testing.assert_close(params[0].float(), x, rtol=1e-2, atol=0.0)
+    optimizer.train()
+    assert params[0].eq(100.0).all()
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_modes_take_a_repeated_parameter_once_and_write_nothing_where_they_fail(device):
+    once, twice = parameters(device=device, shapes=[(9,)]), parameters(device=device, shapes=[(9,)])
+    a, b = ScheduleFreeAdamW(once), ScheduleFreeAdamW([*twice, *twice])
+    for params, optimizer in ((once, a), (twice, b)):
+        fill(params, 0)
+        optimizer.step()
+        optimizer.eval()
+    assert bits(once) == bits(twice)
+
+    params = parameters(device=device, shapes=[(9,), (4,)])
+    optimizer = ScheduleFreeAdamW(params)
+    fill(params, 0)
+    optimizer.step()
+    optimizer.state[params[1]]["z"] = torch.zeros(7, device=device)
+    before = bits(params)
+    with pytest.raises(ValueError, match=r"expected state z of \[4\] .*, got \[7\]$"):
+        optimizer.eval()
+    assert bits(params) == before
+    assert optimizer.param_groups[0]["train_mode"]
+
+
 # Errors.
 
 BAD = [
     (Lion, {"lr": -1.0}, r"^Lion: lr must be a finite number >= 0, got -1\.0$"),
+    (Lion, {"lr": torch.tensor(-1.0)}, r"^Lion: lr must be a finite number >= 0, got -1\.0$"),
     (Lion, {"betas": (0.9, 1.0)}, r"^Lion: betas must be two numbers in \[0, 1\), got"),
     (Lion, {"betas": 0.9}, r"^Lion: betas must be two numbers in \[0, 1\), got 0\.9$"),
     (LAMB, {"eps": math.nan}, r"^LAMB: eps must be a finite number >= 0, got nan$"),
@@ -405,6 +440,27 @@ def test_a_state_with_what_this_one_cannot_do_is_refused(rule, option, words):
     with pytest.raises(ValueError, match=words):
         optimizer.load_state_dict(state)
     assert optimizer.state_dict() == before
+
+
+@pytest.mark.no_kernel
+def test_a_state_of_another_rule_or_shape_is_refused():
+    p = parameters(shapes=[(9,)])
+    fill(p, 0)
+    other = torch.optim.AdamW(p)
+    other.step()
+    optimizer = ScheduleFreeAdamW(p)
+    state = other.state_dict()
+    state["param_groups"][0] |= {"warmup_steps": 0, "r": 0.0, "weight_lr_power": 2.0}
+    with pytest.raises(ValueError, match="state_dict must be of a schedule-free AdamW"):
+        optimizer.load_state_dict(state)
+    assert optimizer.state_dict()["state"] == {}
+    lion = Lion(p)
+    lion.state[p[0]] = {"exp_avg": torch.zeros(1, dtype=torch.float64)}
+    before = bits(p)
+    words = r"^Lion\.step: expected state exp_avg of \[9\] for a parameter of \[9\], got \[1\]$"
+    with pytest.raises(ValueError, match=words):
+        lion.step()
+    assert bits(p) == before
 
 
 @NEW

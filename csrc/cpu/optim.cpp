@@ -76,7 +76,7 @@ ScheduleFreeStep schedule_free_of(const OptimStep& step, const ParamRef& p, doub
   const GroupOptions& group = step.groups[p.group];
   ScheduleFreeOptions options = group.schedule_free;
   options.eps = eps_of(step, p, options);
-  return schedule_free_step(options, group.lr, taken + 1.0, *p.averaging);
+  return schedule_free_step(options, group.lr, taken + 1.0, {*p.weight_sum, *p.lr_max});
 }
 
 Prepared prepare(const OptimStep& step, const ParamRef& p, const Source& source) {
@@ -104,7 +104,7 @@ Preparations prepare(const OptimStep& step) {
     Source source = {p.group, p.dtype, p.state_dtype, taken, step.use.factor_of_row(p.row),
                      1.0,     {}};
     if (step.eps_follows_clip) source.coefficient = step.use.coefficient_of_row(p.row);
-    if (p.averaging) source.averaging = *p.averaging;
+    if (p.weight_sum) source.averaging = {*p.weight_sum, *p.lr_max};
     // An LrScale gives each parameter its own step size. NaN never compares equal.
     if (out.distinct.empty() || step.lr_scale != LrScale::None || !(source == last))
       out.distinct.push_back(prepare(step, p, source));
@@ -216,7 +216,10 @@ void optim_step(const OptimStep& step) {
   for (size_t i = 0; i < step.params.size(); ++i) {
     const ParamRef& p = step.params[i];
     if (p.step) *p.step = prepared.taken[i] + 1.0f;
-    if (p.averaging) *p.averaging = prepared[i].schedule_free.after;
+    if (!p.weight_sum) continue;
+    const Averaging& after = prepared[i].schedule_free.after;
+    *p.weight_sum = after.weight_sum;
+    *p.lr_max = after.lr_max;
   }
 }
 

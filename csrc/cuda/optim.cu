@@ -40,7 +40,8 @@ struct ParamBatch {
   void* max_exp_avg_sq[kCapacity];
   float* master[kCapacity];
   float* step[kCapacity];
-  Averaging* averaging[kCapacity];
+  double* weight_sum[kCapacity];
+  double* lr_max[kCapacity];
   int64_t numel[kCapacity];
   int32_t first_block[kCapacity];
   int32_t row[kCapacity];
@@ -94,7 +95,7 @@ __device__ ScheduleFreeStep schedule_free_of(const ParamBatch& batch, int run,
   ScheduleFreeOptions options = group.schedule_free;
   options.eps = eps;
   return schedule_free_step(options, lr_of(group), taken_by(batch, run) + 1.0,
-                            *batch.averaging[run]);
+                            {*batch.weight_sum[run], *batch.lr_max[run]});
 }
 
 // `lr_scale` multiplies the learning rate.
@@ -428,8 +429,11 @@ __global__ void __launch_bounds__(kThreads)
     advance_means(const __grid_constant__ ParamBatch batch,
                   const __grid_constant__ GroupOptions group, GradientUse use) {
   if (use.is_refused()) return;
-  for (int run = threadIdx.x; run < batch.count; run += kThreads)
-    *batch.averaging[run] = schedule_free_of(batch, run, group, group.schedule_free.eps).after;
+  for (int run = threadIdx.x; run < batch.count; run += kThreads) {
+    const Averaging after = schedule_free_of(batch, run, group, group.schedule_free.eps).after;
+    *batch.weight_sum[run] = after.weight_sum;
+    *batch.lr_max[run] = after.lr_max;
+  }
 }
 
 struct StepBatch {
@@ -478,7 +482,8 @@ void for_each_batch(const OptimStep& step, Launch launch) {
     batch.max_exp_avg_sq[k] = p.max_exp_avg_sq;
     batch.master[k] = p.master;
     batch.step[k] = p.step;
-    batch.averaging[k] = p.averaging;
+    batch.weight_sum[k] = p.weight_sum;
+    batch.lr_max[k] = p.lr_max;
     batch.numel[k] = p.numel;
     batch.row[k] = p.row;
     batch.aligned[k] = is_aligned(p);

@@ -20,13 +20,11 @@ struct ScheduleFreeOptions {
   double r, weight_lr_power;
 };
 
-// What the mean has seen, stored as a float64 tensor [2] for each parameter.
+// What the mean has seen, stored as two float64 tensors [] for each parameter.
 struct Averaging {
   double weight_sum;
   double lr_max;
 };
-constexpr int64_t kAveragingFields = 2;
-static_assert(sizeof(Averaging) == kAveragingFields * sizeof(double), "a float64 tensor [2]");
 
 // Values shared by all elements of a parameter in one step.
 template <class S>

@@ -104,9 +104,9 @@ const char* HeldParams::slot_name(int slot) const {
       break;
     default: break;
   }
-  if (slot == kAveraging && rule_ != Rule::ScheduleFree) return nullptr;
-  static constexpr const char* kNames[kSlots] = {"exp_avg",      "exp_avg_sq", "max_exp_avg_sq",
-                                                 "master_param", "step",       "averaging"};
+  if (slot > kStep && rule_ != Rule::ScheduleFree) return nullptr;
+  static constexpr const char* kNames[kSlots] = {
+      "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_param", "step", "weight_sum", "lr_max"};
   return kNames[slot];
 }
 

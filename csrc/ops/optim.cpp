@@ -179,7 +179,8 @@ void bind_optim(py::module_& m) {
              {"MAX_EXP_AVG_SQ", 1 << kMaxExpAvgSq},
              {"MASTER_PARAM", 1 << kMasterParam},
              {"STEP", 1 << kStep},
-             {"AVERAGING", 1 << kAveraging}});
+             {"WEIGHT_SUM", 1 << kWeightSum},
+             {"LR_MAX", 1 << kLrMax}});
   py::class_<Stepper>(m, "Stepper", collects_garbage<Stepper>())
       .def(py::init<int>(), py::arg("rule"))
       .def("is_current", &Stepper::is_current, py::arg("groups"), py::arg("state"),

@@ -41,7 +41,16 @@ enum class LrScale : int32_t {
 };
 
 // The tensors of a parameter's state. Slot i is bit i of Python's Slot.
-enum Slot : int { kExpAvg, kExpAvgSq, kMaxExpAvgSq, kMasterParam, kStep, kAveraging, kSlots };
+enum Slot : int {
+  kExpAvg,
+  kExpAvgSq,
+  kMaxExpAvgSq,
+  kMasterParam,
+  kStep,
+  kWeightSum,
+  kLrMax,
+  kSlots
+};
 
 // A parameter, its gradient and its state: dense runs of numel elements in one order. A complex
 // element counts as two.
@@ -54,7 +63,8 @@ struct ParamRef {
   float* master;  // float32 copy of a 16-bit parameter that has one; else null. Where param is no
                   // longer its rounding, param counts
   float* step;  // []: steps taken; advanced by an update that is not skipped. Null: not counted
-  Averaging* averaging;  // schedule-free; advanced with step. Else null
+  double* weight_sum;  // [], schedule-free; advanced with step. Else null
+  double* lr_max;  // the same
   int64_t numel;
   DType dtype;
   DType state_dtype;  // of the moments: dtype, or Float for a 16-bit one

@@ -34,14 +34,10 @@ bool type_fits(at::ScalarType type, at::ScalarType param) {
   return type == param || (short_param && type == at::kFloat);
 }
 
-// The tensors of a state that are numbers about the parameter, and not of its shape.
-bool is_numbers(int slot) { return slot == kStep || slot == kAveraging; }
-caffe2::TypeMeta type_of_numbers(int slot) {
+// Whether a tensor of the state is a number about the parameter, and not of its shape.
+bool is_number(int slot) { return slot >= kStep; }
+caffe2::TypeMeta type_of_number(int slot) {
   return slot == kStep ? caffe2::TypeMeta::Make<float>() : caffe2::TypeMeta::Make<double>();
-}
-at::IntArrayRef sizes_of_numbers(int slot) {
-  static constexpr int64_t kAveragingSizes[] = {kAveragingFields};
-  return slot == kStep ? at::IntArrayRef() : at::IntArrayRef(kAveragingSizes);
 }
 
 // Whether parameter, gradient and state are dense runs of one shape and device, of matching types.
@@ -64,10 +60,10 @@ at::IntArrayRef sizes_of_numbers(int slot) {
     const at::Tensor& t = h.tensors[slot];
     if (t.defined() && !goes_with(t, slot == kMasterParam ? single : moment.dtype())) return false;
   }
-  for (Slot slot : {kStep, kAveraging}) {
+  for (Slot slot : {kStep, kWeightSum, kLrMax}) {
     const at::Tensor& t = h.tensors[slot];
-    if (t.defined() && !(t.dtype() == type_of_numbers(slot) && is_dense_run(t) &&
-                         t.device() == device && t.sizes().equals(sizes_of_numbers(slot))))
+    if (t.defined() && !(t.dtype() == type_of_number(slot) && is_dense_run(t) &&
+                         t.device() == device && t.dim() == 0))
       return false;
   }
   return true;
@@ -79,11 +75,11 @@ bool state_fits(const Held& h, int slot) {
   const at::ScalarType type = t.scalar_type();
   bool type_is_right = type == moment.scalar_type() && type_fits(type, p.scalar_type());
   if (slot == kMasterParam) type_is_right = type == at::kFloat;
-  if (is_numbers(slot)) type_is_right = t.dtype() == type_of_numbers(slot);
+  if (is_number(slot)) type_is_right = t.dtype() == type_of_number(slot);
   if (!type_is_right || t.layout() != at::kStrided || is_wrapper(t) || missing_storage(t) ||
       t.device() != p.device())
     return false;
-  if (is_numbers(slot)) return is_dense_run(t) && t.sizes().equals(sizes_of_numbers(slot));
+  if (is_number(slot)) return is_dense_run(t) && t.dim() == 0;
   return same_strides(t, layout_of(h)) && t.sizes().equals(p.sizes()) &&
          t.is_non_overlapping_and_dense();
 }
@@ -113,12 +109,12 @@ void check_param(const HeldParams& held, size_t index) {
   for (int slot = 0; slot < kSlots; ++slot)
     if (h.tensors[slot].defined() && !state_fits(h, slot)) {
       const at::Tensor& t = h.tensors[slot];
-      fail<std::invalid_argument>(
-          op, ": expected state ", held.slot_name(slot), " of ",
-          is_numbers(slot) ? sizes_of_numbers(slot) : p.sizes(), " on ", p.device(),
-          is_numbers(slot) ? " in " : " in the type of its parameter or ",
-          slot == kAveraging ? "float64" : "float32", ", got ", t.sizes(), " of ", t.scalar_type(),
-          " on ", t.device(), " for parameter ", index);
+      fail<std::invalid_argument>(op, ": expected state ", held.slot_name(slot), " of ",
+                                  is_number(slot) ? at::IntArrayRef() : p.sizes(), " on ",
+                                  p.device(),
+                                  is_number(slot) ? " in " : " in the type of its parameter or ",
+                                  slot > kStep ? "float64" : "float32", ", got ", t.sizes(), " of ",
+                                  t.scalar_type(), " on ", t.device(), " for parameter ", index);
     }
 }
 
@@ -269,7 +265,8 @@ ParamRef ref_of(const HeldParams::Held& h, const at::Tensor& param, const at::Te
   r.max_exp_avg_sq = of_slot(kMaxExpAvgSq);
   r.master = static_cast<float*>(of_slot(kMasterParam));
   r.step = static_cast<float*>(of_slot(kStep));
-  r.averaging = static_cast<Averaging*>(of_slot(kAveraging));
+  r.weight_sum = static_cast<double*>(of_slot(kWeightSum));
+  r.lr_max = static_cast<double*>(of_slot(kLrMax));
   r.numel = param.numel() * (param.is_complex() ? 2 : 1);
   r.dtype = *dtype_of(param.scalar_type());
   r.grad_dtype = *dtype_of(grad.scalar_type());

@@ -92,7 +92,7 @@ def usual_optimizer(rule: str) -> tuple[str, Callable[..., torch.optim.Optimizer
     package, name, options = USUAL[rule]
     try:
         made = getattr(importlib.import_module(package), name)
-    except ImportError:
+    except (ImportError, AttributeError):  # an old version may lack it
         return None
     return f"torch clip + {package.partition('.')[0]}'s foreach {name}", partial(made, **options)
 

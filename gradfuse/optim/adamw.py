@@ -50,9 +50,11 @@ class AdamW(ClippedOptimizer, torch.optim.AdamW):
             g / sqrt(second moment), where that is above 1 (StableAdamW).
         eps_follows_clip: multiply eps by the coefficient of the clip, so that the update does not
             depend on the clip's scale: a small layer beside a large one is not stopped by eps.
-            Not below what the second moment's dtype resolves, 3e-18 for float32.
+            Not below what the second moment's dtype resolves, 3e-18 for float32. Where a single
+            step is clipped, elements that eps damps move by a learning rate at most in that step.
         atan2: update by atan2(first moment, sqrt(second moment)) in place of their quotient with
-            eps, which is then not used. A constant gradient moves by pi / 4 of the learning rate.
+            eps, which then bounds update_clip's ratio alone. A constant gradient moves by pi / 4 of
+            the learning rate.
 
     Raises:
         ValueError: an argument is out of range.
@@ -100,7 +102,7 @@ class AdamW(ClippedOptimizer, torch.optim.AdamW):
         check_torchs_options("AdamW", fused, foreach, differentiable)
         if not decoupled_weight_decay:
             raise ValueError(
-                "AdamW: decoupled_weight_decay must be True, got False; that is torch.optim.Adam"
+                "AdamW: decoupled_weight_decay must be True, got False; that is gradfuse.optim.Adam"
             )
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize)
 

@@ -171,11 +171,12 @@ class ClippedOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: nonfinite="error" and a gradient is NaN or inf; nothing was written. Or a
-                gradient of AdamW is sparse, a tracer is recording, or a CUDA graph is captured
-                while lr is a number.
+                gradient is sparse (SGD takes them), a tracer is recording, a CUDA graph is captured
+                while lr is a number, or ScheduleFreeAdamW is in eval().
             ValueError: a gradient has another shape or dtype than its parameter.
             TypeError: a gradient or parameter is an integer or on an unsupported device.
         """
+        self._check_ready()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -230,6 +231,9 @@ class ClippedOptimizer(torch.optim.Optimizer):
             self._stochastic,
             self._materialize,
         )
+
+    def _check_ready(self) -> None:
+        """Raises where a step would be one on the wrong values."""
 
     def _lr_scale(self) -> LrScale:
         return LrScale.UPDATE_CLIP if self._update_clip else LrScale.NONE
@@ -298,15 +302,15 @@ class ClippedOptimizer(torch.optim.Optimizer):
         has_moments = False
         for slot, name in STATE_NAMES[self._rule].items():
             old = state.get(name)
-            if slot == Slot.STEP:
+            if isinstance(old, Tensor):
+                self._check_shape(name, old, p, slot)
+            if slot >= Slot.STEP:
                 if slot in need:
-                    taken = (1.0 if has_moments else 0.0) if old is None else old
-                    step = torch.as_tensor(taken, dtype=torch.float32, device=p.device)
-                    state[name] = step.reshape(())
-            elif slot == Slot.AVERAGING:
-                if slot in need:
-                    seen = (0.0, 0.0) if old is None else old
-                    state[name] = torch.as_tensor(seen, dtype=torch.float64, device=p.device)
+                    if old is None:
+                        old = 1.0 if has_moments and slot == Slot.STEP else 0.0
+                    number_type = torch.float32 if slot == Slot.STEP else torch.float64
+                    number = torch.as_tensor(old, dtype=number_type, device=p.device)
+                    state[name] = number.reshape(())
             elif slot == Slot.MASTER_PARAM:
                 if is_wide:
                     like = p if old is None else old
@@ -316,6 +320,15 @@ class ClippedOptimizer(torch.optim.Optimizer):
                 has_moments = True
             elif slot in need:
                 state[name] = self._initial(slot, p, dtype)
+
+    def _check_shape(self, name: str, t: Tensor, p: Tensor, slot: Slot) -> None:
+        """Refuses what copying into a parameter's shape would broadcast."""
+        if t.numel() != 1 if slot >= Slot.STEP else t.shape != p.shape:
+            shape = [] if slot >= Slot.STEP else list(p.shape)
+            raise ValueError(
+                f"{self._step_name}: expected state {name} of {shape} for a parameter of "
+                f"{list(p.shape)}, got {list(t.shape)}"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The state as torch's optimizer has it, and in the parameter groups, as "gradfuse",

@@ -118,10 +118,10 @@ class LAMB(OptionsOfGroups, ClippedOptimizer):
     def _check(self, group: dict[str, Any]) -> None:
         super()._check(group)
         bound = group.get("max_grad_norm")  # of a state_dict of timm or apex
-        if bound is not None and bound != self._clip:
+        clip = group.get("clip", self._clip)
+        if bound is not None and bound not in (clip, getattr(clip, "max_norm", clip)):
             raise ValueError(
-                f"LAMB: clip must be the max_grad_norm of the loaded group, {bound}, got "
-                f"{self._clip!r}"
+                f"LAMB: clip must be the max_grad_norm of the loaded group, {bound}, got {clip!r}"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -135,6 +135,4 @@ class LAMB(OptionsOfGroups, ClippedOptimizer):
         super()._load_own(state_dict, old_groups)
         for group in self.param_groups:
             group.pop("max_grad_norm", None)
-            taken = group.pop("step", 0.0)
-            for state in self._adopted(group, "step"):
-                state["step"] = float(taken)
+            self._advance(group, float(group.pop("step", 0.0)))

@@ -10,6 +10,7 @@ import math
 from numbers import Real
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from gradfuse.optim.base import ClippedOptimizer
@@ -34,9 +35,11 @@ class OptionsOfGroups(ClippedOptimizer):
         for name in ("lr", "eps", "weight_decay"):
             value = group.get(name, 0.0)
             if isinstance(value, Tensor):
-                if name == "lr" and value.numel() == 1:
-                    continue  # on a device, which is not waited for
-            elif isinstance(value, Real) and 0.0 <= float(value) < math.inf:
+                # On a device it is not waited for.
+                if name == "lr" and value.numel() == 1 and value.device.type != "cpu":
+                    continue
+                value = float(value) if name == "lr" and value.numel() == 1 else value
+            if isinstance(value, Real) and 0.0 <= float(value) < math.inf:
                 continue
             raise ValueError(f"{op}: {name} must be a finite number >= 0, got {value!r}")
         betas = group["betas"]
@@ -50,28 +53,35 @@ class OptionsOfGroups(ClippedOptimizer):
             if group.get(name, only) != only:
                 raise ValueError(f"{op}: {name} must be {only}, got {group[name]!r}")
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As gradfuse.optim.AdamW's; also takes the state_dict of the usual implementation.
-
-        Raises:
-            ValueError: a group has an option that this optimizer does not have.
-        """
-        for group in state_dict["param_groups"]:
-            self._check({**self.defaults, **group})
-        super().load_state_dict(state_dict)
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:  # as others made them, they lack options
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 
-    def _adopted(self, group: dict[str, Any], name: str) -> list[dict[str, Any]]:
-        """The states of a group's parameters that have no `name`: others made them."""
-        states = [self.state[p] for p in group["params"] if p in self.state]
-        return [state for state in states if state and name not in state]
+    def _load_own(self, state_dict: dict[str, Any], old_groups: list[dict[str, Any]]) -> None:
+        """As ClippedOptimizer's; refuses a group that has what this optimizer cannot do."""
+        super()._load_own(state_dict, old_groups)
+        for group in self.param_groups:
+            self._check(group)
 
     def _taken(self, group: dict[str, Any]) -> float:
         """The most steps that a parameter of a group has taken. On CUDA this waits."""
-        steps = [self.state[p]["step"] for p in group["params"] if "step" in self.state.get(p, ())]
-        return max((float(step) for step in steps), default=0.0)
+        return max((float(s["step"]) for s in self._states(group) if "step" in s), default=0.0)
+
+    def _states(self, group: dict[str, Any]) -> list[dict[str, Any]]:
+        return [self.state[p] for p in group["params"] if self.state.get(p)]
+
+    def _advance(self, group: dict[str, Any], count: float) -> bool:
+        """Brings the states of a loaded group to the steps that another implementation counted.
+
+        It may have kept ours as it was while it stepped. Returns whether it has stepped.
+        """
+        more = count - self._taken(group)
+        if more <= 0.0:
+            return False
+        for p in group["params"]:
+            if state := self.state.get(p):
+                taken = float(state.get("step", 0.0)) + more
+                state["step"] = torch.tensor(taken, dtype=torch.float32, device=p.device)
+        return True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
@@ -26,7 +25,7 @@ class ScheduleFreeAdamW(OptionsOfGroups, ClippedOptimizer):
     the mean, which is to be validated and saved. Moves 8 values per element, as AdamW. Works as
     gradfuse.optim.AdamW in all else; the package schedulefree loads its state_dict, and it that
     package's. Steps, and the weights of the mean, count for each parameter: one without a gradient
-    stands still.
+    stands still. betas[0] must stay as it is: OneCycleLR and CyclicLR take cycle_momentum=False.
 
     Args:
         params: tensors, (name, tensor) pairs or parameter groups.
@@ -109,25 +108,27 @@ class ScheduleFreeAdamW(OptionsOfGroups, ClippedOptimizer):
                 f"mean, got {group['betas']!r}"
             )
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """As gradfuse.optim.AdamW.step.
-
-        Raises:
-            RuntimeError: also if parameters hold the mean, see eval().
-        """
+    def _check_ready(self) -> None:
         if not all(group["train_mode"] for group in self.param_groups):
             raise RuntimeError(
                 "ScheduleFreeAdamW.step: parameters hold the mean; call train() of the optimizer "
                 "before a step"
             )
-        return super().step(closure)
 
     @torch.no_grad()
     def eval(self) -> None:
-        """Puts x, the mean, into the parameters. Does nothing where they hold it already."""
-        for group, p, state in self._leave_mode(True):
-            x = _mixed(_wide(p, state), state["z"], 1.0 - 1.0 / group["betas"][0])
-            p.copy_(x)  # a master keeps y
+        """Puts x, the mean, into the parameters. Does nothing where they hold it already.
+
+        Raises:
+            ValueError: a state z has another shape than its parameter; nothing was written.
+        """
+        for group, p, state in self._stepped_in(train_mode=True):
+            y, master = p, state.get("master_param")
+            if master is not None:
+                y = torch.where(_same(master.to(p.dtype), p), master, p)  # a written p counts
+                master.copy_(y)  # and keeps y for train()
+            p.copy_(_mixed(y, state["z"], 1.0 - 1.0 / group["betas"][0]))
+        self._set_mode(False)
 
     @torch.no_grad()
     def train(self) -> None:
@@ -135,26 +136,36 @@ class ScheduleFreeAdamW(OptionsOfGroups, ClippedOptimizer):
 
         With master_weights bit for bit what it was before eval(), unless someone wrote the
         parameter in between; else to rounding.
+
+        Raises:
+            ValueError: as eval().
         """
-        for group, p, state in self._leave_mode(False):
+        for group, p, state in self._stepped_in(train_mode=False):
             beta1 = group["betas"][0]
-            y = _mixed(p, state["z"], 1.0 - beta1)
-            master = state.get("master_param")
+            y, master = _mixed(p, state["z"], 1.0 - beta1), state.get("master_param")
             if master is not None:
                 x = _mixed(master, state["z"], 1.0 - 1.0 / beta1).to(p.dtype)
-                y = torch.where((x == p) | (x.isnan() & p.isnan()), master, y)
+                y = torch.where(_same(x, p), master, y)
                 master.copy_(y)
             p.copy_(y)
+        self._set_mode(True)
 
-    def _leave_mode(self, train_mode: bool) -> list[tuple[dict[str, Any], Tensor, dict[str, Any]]]:
-        """Switches the groups in a mode, and returns their parameters that have taken a step."""
-        found = []
+    def _stepped_in(self, train_mode: bool) -> list[tuple[dict[str, Any], Tensor, dict[str, Any]]]:
+        """The parameters of the groups in a mode that have taken a step, each once."""
+        found, seen = [], set()
         for group in self.param_groups:
-            if bool(group["train_mode"]) == train_mode:
-                group["train_mode"] = not train_mode
-                stepped = [p for p in group["params"] if "z" in self.state.get(p, ())]
-                found += [(group, p, self.state[p]) for p in stepped]
+            for p in group["params"] if bool(group["train_mode"]) == train_mode else ():
+                state = self.state.get(p) or {}
+                if "z" not in state or id(p) in seen:
+                    continue
+                self._check_shape("z", state["z"], p, Slot.EXP_AVG)
+                seen.add(id(p))
+                found.append((group, p, state))
         return found
+
+    def _set_mode(self, train_mode: bool) -> None:
+        for group in self.param_groups:
+            group["train_mode"] = train_mode
 
     def _group(self, group: dict[str, Any], lr: float | Tensor) -> ScheduleFreeGroup:
         beta1, beta2 = group["betas"]
@@ -164,7 +175,7 @@ class ScheduleFreeAdamW(OptionsOfGroups, ClippedOptimizer):
 
     def _needed(self, group: dict[str, Any]) -> Slot:
         moments = Slot.EXP_AVG | Slot.EXP_AVG_SQ
-        return moments | Slot.MASTER_PARAM | Slot.STEP | Slot.AVERAGING
+        return moments | Slot.MASTER_PARAM | Slot.STEP | Slot.WEIGHT_SUM | Slot.LR_MAX
 
     def _initial(self, slot: Slot, p: Tensor, dtype: torch.dtype) -> Tensor:
         if slot == Slot.EXP_AVG:  # z begins at the parameter
@@ -176,27 +187,42 @@ class ScheduleFreeAdamW(OptionsOfGroups, ClippedOptimizer):
         """As gradfuse.optim.AdamW's, with what the package schedulefree keeps in each group."""
         out = super().state_dict()
         for saved, group in zip(out["param_groups"], self.param_groups, strict=True):
-            states = [self.state.get(p, {}) for p in group["params"]]
-            seen = [state["averaging"].tolist() for state in states if "averaging" in state]
-            weight_sum, lr_max = max(seen, default=[0.0, -1.0])
+            seen = [(float(s["weight_sum"]), float(s["lr_max"])) for s in self._averaged(group)]
+            weight_sum, lr_max = max(seen, default=(0.0, -1.0))
             counts = {"k": int(self._taken(group)), "weight_sum": weight_sum, "lr_max": lr_max}
             saved |= {**counts, "scheduled_lr": 0.0, "foreach": True}
         return out
 
+    def _averaged(self, group: dict[str, Any]) -> list[dict[str, Any]]:
+        return [state for state in self._states(group) if "weight_sum" in state]
+
     def _load_own(self, state_dict: dict[str, Any], old_groups: list[dict[str, Any]]) -> None:
         super()._load_own(state_dict, old_groups)
         for group in self.param_groups:
+            for state in self._states(group):
+                if "z" not in state:
+                    raise ValueError(
+                        "ScheduleFreeAdamW: state_dict must be of a schedule-free AdamW, with z of "
+                        f"each parameter, got {', '.join(state)}"
+                    )
+            seen = {"weight_sum": group.pop("weight_sum", 0.0), "lr_max": group.pop("lr_max", 0.0)}
             group.pop("scheduled_lr", None)
             group.pop("foreach", None)
-            k, weight_sum = group.pop("k", 0), group.pop("weight_sum", 0.0)
-            seen = [weight_sum, max(group.pop("lr_max", 0.0), 0.0)]
-            for state in self._adopted(group, "averaging"):
-                state |= {"step": float(k), "averaging": seen}
+            has_stepped = self._advance(group, float(group.pop("k", 0)))
+            for p in group["params"]:
+                state = self.state.get(p) or {}
+                own = state.get("weight_sum")
+                # The package keeps ours as it was, in the parameter's dtype.
+                if state and (has_stepped or own is None or own.dtype != torch.float64):
+                    numbers = {name: max(float(value), 0.0) for name, value in seen.items()}
+                    state |= {
+                        name: torch.tensor(value, dtype=torch.float64, device=p.device)
+                        for name, value in numbers.items()
+                    }
 
 
-def _wide(p: Tensor, state: dict[str, Any]) -> Tensor:
-    master: Tensor | None = state.get("master_param")
-    return p if master is None else master
+def _same(a: Tensor, b: Tensor) -> Tensor:
+    return (a == b) | (a.isnan() & b.isnan())
 
 
 def _mixed(start: Tensor, end: Tensor, weight: float) -> Tensor:

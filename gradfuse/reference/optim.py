@@ -21,9 +21,10 @@ _MOMENTS = (Slot.EXP_AVG, Slot.EXP_AVG_SQ, Slot.MAX_EXP_AVG_SQ)
 _STATE_TYPES = {
     Slot.MASTER_PARAM: {torch.float32},
     Slot.STEP: {torch.float32},
-    Slot.AVERAGING: {torch.float64},
+    Slot.WEIGHT_SUM: {torch.float64},
+    Slot.LR_MAX: {torch.float64},
 }
-_STATE_SHAPES = {Slot.STEP: torch.Size(), Slot.AVERAGING: torch.Size([2])}
+_STATE_SHAPES = dict.fromkeys((Slot.STEP, Slot.WEIGHT_SUM, Slot.LR_MAX), torch.Size())
 
 
 Number = TypeVar("Number", int, Tensor)
@@ -185,6 +186,7 @@ class Stepper:
             scaled[i] = _real(grad).to(torch.float64).mul(own).to(_wide(grad))
             if options.materialize:
                 _real(grad).copy_(scaled[i])
+                scaled[i] = _real(grad).to(scaled[i].dtype)  # rounded, as it was written
         scaled |= {i: scaled[first] for i, first in grads.repeats}
         for i, g in sorted(scaled.items()):
             if not math.isinf(options.bound):
@@ -263,8 +265,7 @@ class Stepper:
         if options.eps_follows_clip:
             smallest = torch.finfo(state[Slot.EXP_AVG_SQ].dtype).smallest_normal
             group = followed(group, coefficient, smallest)
-        averaging = state.get(Slot.AVERAGING)
-        x, new = updated(x, g, moments, averaging, group, taken, options)
+        x, new = updated(x, g, moments, state, group, taken, options)
         for stream, slot in enumerate(_MOMENTS, 1):
             if slot in new:
                 _put(moments[slot], new[slot], key, stream)

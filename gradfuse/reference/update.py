@@ -39,12 +39,12 @@ def updated(
     x: Tensor,
     g: Tensor,
     moments: State,
-    averaging: Tensor | None,
+    numbers: State,
     group: StepGroup,
     taken: float,
     options: StepOptions,
 ) -> tuple[Tensor, State]:
-    """The parameter and its moments after the step; updates averaging.
+    """The parameter and its moments after the step; updates WEIGHT_SUM and LR_MAX in numbers.
 
     Args:
         taken: the steps before this one.
@@ -54,8 +54,7 @@ def updated(
     if isinstance(group, LionGroup):
         return _lion(x, g, moments, group)
     if isinstance(group, ScheduleFreeGroup):
-        assert averaging is not None
-        return _schedule_free(x, g, moments, averaging, group, taken + 1.0)
+        return _schedule_free(x, g, moments, numbers, group, taken + 1.0)
     return _adam(x, g, moments, group, taken + 1.0, options)
 
 
@@ -131,7 +130,7 @@ def _schedule_free(
     y: Tensor,
     g: Tensor,
     state: State,
-    averaging: Tensor,
+    numbers: State,
     group: ScheduleFreeGroup,
     step: float,
 ) -> tuple[Tensor, State]:
@@ -139,12 +138,11 @@ def _schedule_free(
     lr = float(group.lr)
     if step <= group.warmup_steps:
         lr *= step / group.warmup_steps
-    weight_sum, lr_max = averaging.tolist()
-    lr_max = max(lr_max, lr)
+    weight_sum, lr_max = float(numbers[Slot.WEIGHT_SUM]), max(float(numbers[Slot.LR_MAX]), lr)
     weight = step**group.r * lr_max**group.weight_lr_power
     weight_sum += weight
-    for place, value in zip(averaging.unbind(), (weight_sum, lr_max), strict=True):
-        place.fill_(value)
+    numbers[Slot.WEIGHT_SUM].fill_(weight_sum)
+    numbers[Slot.LR_MAX].fill_(lr_max)
     c = weight / weight_sum if weight_sum > 0.0 else 0.0
     bias_correction2 = 1.0 - group.beta2**step
     z = state[Slot.EXP_AVG].to(g.dtype)

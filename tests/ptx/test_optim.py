@@ -49,7 +49,7 @@ def parameters(dtype, sizes=SIZES):
 
 
 def moments(optimizer, p):
-    return [t for name, t in optimizer.state[p].items() if name not in ("step", "averaging")]
+    return [t for t in optimizer.state[p].values() if t.dim()]
 
 
 def moved(ptx, launches, t):
