@@ -20,7 +20,7 @@ from helpers import (
 )
 
 import gradfuse
-from gradfuse.optim import SGD, AdamW
+from gradfuse.optim import LAMB, SGD, Adam, AdamW, Lion, ScheduleFreeAdamW
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -28,6 +28,9 @@ SHAPES = [(40, 30), (1,), (), (0,), (4099,), (7, 3, 2)]
 TORCHS = {AdamW: torch.optim.AdamW, SGD: torch.optim.SGD}
 plain_code = pytest.mark.skipif(SANITIZED, reason="a sanitizer finds as much in a few steps")
 BOTH = pytest.mark.parametrize("rule", [AdamW, SGD], ids=lambda r: r.__name__)
+EVERY = pytest.mark.parametrize(
+    "rule", [AdamW, SGD, Adam, LAMB, Lion, ScheduleFreeAdamW], ids=lambda r: r.__name__
+)
 
 
 def named(option):

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from helpers import HOST_BACKENDS, bits
-from test_optim import BOTH, TORCHS, contents, fill, fresh, made
+from test_optim import BOTH, EVERY, TORCHS, contents, fill, fresh, made
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from gradfuse import optim
@@ -43,7 +43,7 @@ def test_step_without_unscale(rule, backend):
         torch.testing.assert_close(p.detach(), q.detach(), rtol=2e-6, atol=1e-7)
 
 
-@BOTH
+@EVERY
 def test_step_after_unscale(rule, backend):
     """Unscaled once, not twice."""
     ours, theirs = fresh(), fresh()
@@ -171,7 +171,7 @@ def torchs_checks(monkeypatch):
     return calls
 
 
-@BOTH
+@EVERY
 @pytest.mark.parametrize("nonfinite", ["skip", "error", "propagate"])
 @pytest.mark.parametrize("clip", [None, 1.0, Norm(1.0)], ids=["none", "number", "policy"])
 def test_our_scaler_does_what_torchs_does(rule, nonfinite, clip, backend, torchs_checks):
@@ -183,7 +183,7 @@ def test_our_scaler_does_what_torchs_does(rule, nonfinite, clip, backend, torchs
     assert len(torchs_checks) == 12  # by torch's scaler alone
 
 
-@BOTH
+@EVERY
 def test_our_scaler_neither_reads_nor_writes_gradients(rule, backend, monkeypatch):
     (params, optimizer, scaler), _ = pair(rule, clip=1.0)
     monkeypatch.delattr(torch, "_amp_foreach_non_finite_check_and_unscale_")
@@ -198,7 +198,7 @@ def test_our_scaler_neither_reads_nor_writes_gradients(rule, backend, monkeypatc
     assert scaler.get_scale() == 512.0
 
 
-@BOTH
+@EVERY
 def test_after_unscale_the_check_is_torchs(rule, backend, torchs_checks):
     both = pair(rule, clip=1.0)
     for step in range(6):
