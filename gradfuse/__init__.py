@@ -1,6 +1,6 @@
 """Gradient clipping and fused norms for PyTorch, right where gradients explode."""
 
-from gradfuse import nn, optim, policies
+from gradfuse import init, nn, optim, policies
 from gradfuse.clipping import GradClipper, GradReport, ParameterGrad
 from gradfuse.fuse import (
     FuseReport,
@@ -44,6 +44,7 @@ __all__ = [
     "fuse_graph",
     "fuse_report",
     "get_total_norm",
+    "init",
     "layer_norm",
     "nn",
     "optim",

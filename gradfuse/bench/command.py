@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from gradfuse import _native
-from gradfuse.bench import batch_norm, clip, fuse, history, layer_norm, optim
+from gradfuse.bench import batch_norm, clip, fuse, history, init, layer_norm, optim
 from gradfuse.bench.gpu import on_gpu, timed_on_gpu
 from gradfuse.bench.harness import Result, Workload, measure, timed_calls
 from gradfuse.bench.machine import machine
@@ -32,9 +32,10 @@ def parser_of(bench: Bench | None) -> argparse.ArgumentParser:
         parser = argparse.ArgumentParser(
             prog="python -m gradfuse bench",
             description="Times gradfuse against its peers: one op, or all in turn. "
-            "`bench OP -h` lists an op's own options. `bench history` draws what --history kept.",
+            "`bench OP -h` lists an op's own options. `bench history` draws what --history kept, "
+            "`bench init` measures initialisations.",
         )
-        parser.add_argument("op", nargs="?", choices=[*BENCHES, "history"])
+        parser.add_argument("op", nargs="?", choices=[*BENCHES, "history", "init"])
     else:
         parser = argparse.ArgumentParser(
             prog=f"python -m gradfuse bench {bench.op}",
@@ -136,6 +137,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if argv and argv[0] == "history":
         return history.main(argv[1:])
+    if argv and argv[0] == "init":
+        return init.main(argv[1:])
     parser = parser_of(None)
     if parser.parse_args(argv).op:
         parser.error("the op comes first, options after it")
