@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["Draw", "constant", "random"]
+__all__ = ["Draw", "constant"]
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,6 @@ class Draw:
             q = q * torch.sign(torch.diagonal(r))  # uniform over all orthogonal matrices
             blocks.append(q if rows >= columns else q.T)
         return (self.size * torch.cat(blocks)).reshape(tuple(shape))
-
-
-def random(
-    distribution: str, std: float, parts: tuple[float, ...] = (1.0,), groups: int = 1
-) -> Draw:
-    """Independent values of this standard deviation, or orthogonal ones."""
-    return Draw(distribution, std, parts, groups)
 
 
 def constant(value: float) -> Draw:

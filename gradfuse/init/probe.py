@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gradfuse.init.graph import Node, Recorder
+from gradfuse.init.graph import Recorder
 from gradfuse.init.slots import Slot, seen_tensors
 from gradfuse.init.watch import restore
 
@@ -72,11 +72,6 @@ def recorded(
         with recorder:
             call(model, inputs)
     return recorder
-
-
-def first_node(recorder: Recorder, path: str) -> Node | None:
-    """The first op that takes the weight of this path."""
-    return next((n for n in recorder.nodes if n.use is not None and n.use.slot == path), None)
 
 
 def floats(value: Any) -> list[Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-__all__ = ["Slot", "all_parameters", "seen_tensors", "slots_of"]
+__all__ = ["Slot", "seen_tensors", "slots_of"]
 
 
 @dataclass
@@ -128,8 +128,3 @@ def seen_tensors(slots: dict[str, Slot]) -> Iterator[dict[str, Tensor]]:
     """The tensors that the model's ops see in the block, where parametrized ones are made once."""
     with parametrize.cached():
         yield {path: slot.value for path, slot in slots.items()}
-
-
-def all_parameters(model: nn.Module) -> list[Tensor]:
-    """Parameters and buffers, those of parametrizations too."""
-    return [*model.parameters(), *model.buffers()]
