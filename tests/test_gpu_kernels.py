@@ -1,6 +1,7 @@
 """The scripts for a machine with a GPU: they run here as far as they can."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -31,7 +32,7 @@ def test_a_wrong_element_is_found(backend, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["kernels", "--device", "cpu", "--small", "--only", "clip rag"])
     assert kernels.main() == 1
     out = capsys.readouterr().out
-    assert "FAILED clip ragged float32 +3: clamped 1: element 4 is" in out
+    assert re.search(r"FAILED clip ragged float32 \+3: clamped 1: element \d is", out)
     assert "0 passed, 4 failed" in out
 
 

@@ -68,7 +68,7 @@ def moments(f: Activation) -> Moments:
     )
 
 
-WORKING = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+WORKING = (1.0, 6.0, 8.0)
 STABLE = 0.985  # a margin for what widths of some 100 units do to it
 
 
