@@ -739,8 +739,8 @@ FAULTS = [
     Fault(
         "a state of another implementation begins anew",
         "gradfuse/optim",
-        'state["step"] = float(taken)',
-        "pass",
+        'self._advance(group, float(group.pop("step", 0.0)))',
+        'group.pop("step", None)',
         "LAMB corrects the bias of a loaded state as in its first steps",
         RULES,
     ),
