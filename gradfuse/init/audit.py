@@ -214,14 +214,14 @@ def _units(case: Case) -> Iterator[AuditFinding]:
         if node.figures is None or node.kind != "pointwise":
             continue
         source = _weight_before(node)
-        if source is None:
+        if source is None or source.use is None:
             continue
         if node.figures.dead > DEAD and (source.figures is None or source.figures.dead < DEAD):
             remedy = "set the bias to 0: initialize_(model, batch)"
-            yield AuditFinding(source.use.slot, "dead units", node.figures.dead, remedy)  # type: ignore[union-attr]
+            yield AuditFinding(source.use.slot, "dead units", node.figures.dead, remedy)
         if node.figures.flat > FLAT:
             remedy = "a smaller gain or bias: initialize_(model, batch)"
-            yield AuditFinding(source.use.slot, "saturated", node.figures.flat, remedy)  # type: ignore[union-attr]
+            yield AuditFinding(source.use.slot, "saturated", node.figures.flat, remedy)
 
 
 def _weight_before(node: Node) -> Node | None:
@@ -235,9 +235,12 @@ def _weight_before(node: Node) -> Node | None:
 def _depth(case: Case) -> Iterator[AuditFinding]:
     """Signals and gradients that change their size through the model."""
     remedy = "correct by data: initialize_(model, batch)"
-    run = [(p, w) for p, w, _ in case.weights() if w.node is not None and w.node.figures]
+    run, sizes = [], []
+    for path, weight, _ in case.weights():
+        if weight.node is not None and weight.node.figures:
+            run.append((path, weight))
+            sizes.append(weight.node.figures.rms)
     if len(run) > 2:
-        sizes = [w.node.figures.rms for _, w in run]  # type: ignore[union-attr]
         start = sizes[0]
         worst = max(range(len(run)), key=lambda i: sizes[i] if sizes[i] == sizes[i] else math.inf)
         if start > 0 and not sizes[worst] / start < GROWTH:

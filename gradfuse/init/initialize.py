@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -166,7 +167,7 @@ def _layers(slots: dict[str, Slot], findings: Findings, scheme: str) -> list[Lay
             continue
         if scheme == "lsuv" or _is_plain(weight):
             found[path] = weight
-    layers = []
+    layers: list[tuple[int, Layer]] = []
     for path, weight in found.items():
         assert weight.node is not None
         assert weight.after is not None
@@ -176,17 +177,16 @@ def _layers(slots: dict[str, Slot], findings: Findings, scheme: str) -> list[Lay
         chained = before is not None and before.use is not None and before.use.slot in found
         bias = slots.get(weight.use.bias or "")
         function = weight.after.function
-        layers.append(
-            Layer(
-                path,
-                slots[path].value,
-                bias.value if bias is not None and not bias.left else None,
-                hidden=chained and not tail and not weight.after.residual,
-                working=1.0 if function is None else working_rms(function),
-                tail=tail,
-            )
+        layer = Layer(
+            path,
+            slots[path].value,
+            bias.value if bias is not None and not bias.left else None,
+            hidden=chained and not tail and not weight.after.residual,
+            working=1.0 if function is None else working_rms(function),
+            tail=tail,
         )
-    return sorted(layers, key=lambda layer: found[layer.path].node.index)  # type: ignore[union-attr]
+        layers.append((weight.node.index, layer))
+    return [layer for _, layer in sorted(layers, key=itemgetter(0))]
 
 
 def _is_plain(weight: Weight) -> bool:
