@@ -104,12 +104,16 @@ class BatchNormCall(NamedTuple):
     running_mean: Tensor | None  # [C]
     running_var: Tensor | None  # [C]
     training: bool
-    momentum: float | Tensor
+    momentum: float | Tensor  # a Tensor has one element, or one for each ghost batch
     eps: float
     activation: int  # an Activation
     negative_slope: float
     wants_mask: bool
     sample_scale: Tensor | None = None  # [N], of the normalised input; 0 leaves a sample out
+    ghost_size: int = 0  # samples at most that share statistics; 0 for all
+    renorm: Sequence[float] | None = None  # r_max, d_max, and steps: begin, r_end, d_end
+    step: Tensor | None = None  # int64 [], of renorm's warm-up
+    drift: Tensor | None = None  # [4, C]; sets the momentum, and is updated
 
 
 class BatchNormSaved(NamedTuple):
@@ -121,7 +125,9 @@ class BatchNormSaved(NamedTuple):
     mask: Tensor | None  # uint8, a bit an element
     weight: Tensor | None
     bias: Tensor | None
-    stats: Tensor  # [3, C] float32 (float64 if input is): mean, its rest, sqrt(var + eps)
+    # [ghost batches * 3, C] float32 (float64 if input is): mean, its rest, sqrt(var + eps); with
+    # renorm 5 rows each, whose last are r and d.
+    stats: Tensor
     sample_scale: Tensor | None = None
 
 
@@ -133,6 +139,7 @@ class BatchNormOptions(NamedTuple):
     eps: float
     activation: int  # an Activation
     negative_slope: float
+    ghost_size: int = 0
 
 
 class RowNormCall(NamedTuple):

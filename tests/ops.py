@@ -13,6 +13,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import batch_norm_papers
 import numpy as np
 import papers
 import torch
@@ -496,7 +497,8 @@ def through_backward(
         y = wrap(lambda: function(sample, leaves))()
         y.backward(t["grad of y"])
         grads = {name: leaf.grad for name, leaf in leaves.items()}
-        return {"y": y.detach(), "mean": t["mean"], "var": t["var"], **grads}
+        updated = {name: t[name] for name in ("mean", "var", "drift") if name in t}
+        return {"y": y.detach(), **updated, **grads}
 
     return run
 
@@ -505,15 +507,19 @@ def ours_batch_norm(sample: Sample, leaf: dict[str, Tensor]) -> Tensor:
     t = sample.tensors
     return gradfuse.batch_norm_act(
         leaf["x"], t["mean"], t["var"], leaf["w"], leaf["b"], residual=leaf.get("r"),
-        **sample.options,
+        step=t.get("step"), drift=t.get("drift"), **sample.options,
     )  # fmt: skip
 
 
 def stock_batch_norm(sample: Sample, leaf: dict[str, Tensor]) -> Tensor:
     t, o = sample.tensors, sample.options
-    z = F.batch_norm(
-        leaf["x"], t["mean"], t["var"], leaf["w"], leaf["b"], o["training"], o["momentum"], o["eps"]
-    )
+    if o["training"] and ("ghost_size" in o or "renorm" in o or "drift" in t):
+        z = batch_norm_papers.by_mode(leaf, t, **o)
+    else:
+        z = F.batch_norm(
+            leaf["x"], t["mean"], t["var"], leaf["w"], leaf["b"], o["training"], o["momentum"],
+            o["eps"],
+        )  # fmt: skip
     z = dropped(z, o)
     z = z + leaf["r"] if "r" in leaf else z
     return activate(z, o["activation"], o.get("negative_slope", 0.01))
@@ -540,6 +546,38 @@ DROPS = [
     {"p": 0.4},
     {"p": 0.4, "drop_path": 0.4, "activation": "gelu"},
 ]
+# Ghost batches of unequal size, corrections within their limits and beyond, in and after a warm-up.
+MODES: list[dict[str, Any]] = [
+    {"ghost_size": 2, "activation": "relu"},
+    {"ghost_size": 2, "activation": "silu", "drop_path": 0.4, "shape": (5, 24, 5, 4)},
+    {"renorm": (1.2, 0.1), "activation": "gelu"},
+    {"renorm": (9.0, 9.0, 2.0, 7.0, 30.0), "step": 5, "activation": "hardswish"},
+    {"drift": True, "activation": None, "shape": (5, 70)},
+    {"ghost_size": 3, "renorm": (1.5, 0.4), "drift": True, "shape": (10, 8, 9, 8)},
+    {"ghost_size": 2, "renorm": (1.5, 0.4), "activation": "tanh", "shape": (4, 1, 9, 9)},
+    {"ghost_size": 4, "momentum": (0.5, 0.2), "activation": "leaky_relu", "shape": (7, 9)},
+    {"ghost_size": 2, "renorm": (1.5, 0.4), "training": False},
+    {"ghost_size": 2, "drift": True, "p": 0.3, "shape": (4, 3, 50, 60)},
+]
+
+
+def batch_norm_in_mode(
+    shape: Sequence[int] = (5, 17, 4, 5), *like: Any, drift: bool = False,
+    step: int | None = None, momentum: Any = 0.3, **options: Any,
+) -> Sample:  # fmt: skip
+    sample = batch_norm_sample(shape, *like, momentum=momentum, **options)
+    t = sample.tensors
+    if drift:
+        t["drift"] = torch.cat([torch.stack([t["w"], t["b"]]) / 4, t["var"][None], t["var"][None]])
+        t["drift"][3] = 7
+    if step is not None:
+        t["step"] = torch.tensor(step, device=t["x"].device)
+    if isinstance(momentum, tuple):
+        numbers = torch.tensor(momentum, dtype=torch.float64, device=t["x"].device)
+        sample.options["momentum"] = numbers
+    return sample
+
+
 MAPS = [
     ((3, 17, 4, 5), False),
     ((3, 17, 4, 5), True),
@@ -564,6 +602,11 @@ def batch_norm_samples(dtype: torch.dtype, device: torch.device | str) -> Iterab
     for i, drops in enumerate(DROPS):
         shape, last = MAPS[(3 * i + 1) % len(MAPS)]
         yield batch_norm_sample(shape, last, dtype, device, i != 3, **drops)
+    for i, mode in enumerate(MODES):
+        shape = mode.get("shape", (5, 17, 4, 5))
+        last = i % 2 == 1 and len(shape) == 4
+        options = {k: v for k, v in mode.items() if k != "shape"}
+        yield batch_norm_in_mode(shape, last, dtype, device, i % 3 != 0, **options)
     # Channels that no block of CUDA threads holds.
     yield batch_norm_sample((4, 24, 28, 28), True, dtype, device, drop_path=0.5)
     yield batch_norm_sample((4, 2, 56, 56), False, dtype, device, drop_path=0.5)
@@ -598,6 +641,22 @@ def batch_norm_derivatives() -> dict[str, Callable[[], tuple[Callable, Sequence[
             make, activation, True, "output", True, drop_path=0.4
         )
     found["dropout"] = partial(make, "relu", True, "output", True, p=0.4)
+
+    def in_mode(activation: str, **modes: Any) -> tuple[Callable, Sequence[Tensor]]:
+        """With r and d at their limits: r and d within them are no constants of differences."""
+        t = batch_norm_sample((4, 2, 2), dtype=torch.float64).tensors
+
+        def call(x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
+            return gradfuse.batch_norm_act(
+                x, t["mean"] + 100.0, t["var"] * 1e-4, w, b, residual=r, activation=activation,
+                training=True, **modes,
+            )  # fmt: skip
+
+        return call, [t[name].requires_grad_() for name in ("x", "w", "b", "r")]
+
+    found["ghosts"] = partial(in_mode, "relu", ghost_size=2)
+    found["renorm"] = partial(in_mode, "silu", renorm=(1.5, 0.4))
+    found["renormalised ghosts"] = partial(in_mode, "tanh", renorm=(1.5, 0.4), ghost_size=2)
     return found
 
 
@@ -614,16 +673,24 @@ def library_forward(dtype: torch.dtype) -> Iterable[tuple]:
         scale = torch.tensor([0.0, 1.5, 1.0, 2.0]) if i in (1, 3) else None
         rest = (bool(i % 2), 0.1, 1e-5, code, 0.01, masked, factor, scale)
         yield (x, t["r"], t["w"], t["b"], *stats, *rest)
+    for code, masked in ((A.RELU, True), (A.SILU, False)):
+        sample = batch_norm_in_mode((5, 3, 4, 2), code == A.RELU, dtype, drift=True, step=3)
+        t = sample.tensors
+        modes = (2, [1.5, 0.4, 1.0, 4.0, 9.0], t["step"], t["drift"])
+        rest = (True, 0.1, 1e-5, code, 0.01, masked, None, None, *modes)
+        yield (t["x"].requires_grad_(), t["r"], t["w"], t["b"], t["mean"], t["var"], *rest)
 
 
 def library_backward(dtype: torch.dtype) -> Iterable[tuple]:
     for i, call in enumerate(library_forward(dtype)):
-        x, r, w, b, _, _, training, _, eps, code, slope, masked, _, scale = call
+        x, r, w, b, _, _, training, _, eps, code, slope, masked, _, scale, *modes = call
         x = x.detach()
-        y, mask, stats, _, _ = torch.ops.gradfuse.batch_norm_act(x, *call[1:])
+        y, mask, stats, *_ = torch.ops.gradfuse.batch_norm_act(x, *call[1:])
         saved = (x, r, y, mask if masked else None, w, b, stats, scale)
         wanted = [i != 1, code != Activation.NONE and i != 2, True, i != 3]
-        yield (x.cos(), *saved, not y.is_contiguous(), training, eps, code, slope, wanted)
+        ghost_size = modes[0] if modes else 0
+        last = not y.is_contiguous()
+        yield (x.cos(), *saved, last, training, eps, code, slope, ghost_size, wanted)
 
 
 def large_maps(dtype: torch.dtype) -> Iterable[Sample]:
@@ -677,6 +744,26 @@ BATCH_NORM_ERRORS = [
     bad_call("running_var must have one element per channel", kernel=True, var=ONES(4)),
     bad_call("running_mean must have one element per channel", kernel=True, mean=ONES(1)),
     bad_call("expanded tensor", RuntimeError, kernel=True, mean=torch.zeros(1).expand(3)),
+    bad_call("ghost_size must be >= 1, got 0", ghost_size=0),
+    bad_call("ghost_size must be an int or None, got 2.0", TypeError, ghost_size=2.0),
+    bad_call("ghost_size must be an int or None, got True", TypeError, ghost_size=True),
+    bad_call(
+        "ghost_size must leave more than 1 value per channel", kernel=True,
+        ghost_size=1, x=ONES(4, 3), r=None,
+    ),
+    bad_call("r_max must be finite and >= 1, got 0.5", renorm=(0.5, 1.0)),
+    bad_call("d_max must be finite and >= 0, got nan", renorm=(2.0, math.nan)),
+    bad_call("renorm must be two or five numbers, got 3", renorm=(2.0, 1.0, 1.0)),
+    bad_call("renorm must be two or five numbers, got 'no'", TypeError, renorm="no"),
+    bad_call("warm-up must have 0 <= begin <= r_end", renorm=(2.0, 1.0, 5, 4, 9)),
+    bad_call("renorm must come with running statistics", renorm=(2.0, 1.0), mean=None, var=None),
+    bad_call("drift must come with running statistics", drift=ONES(4, 3), mean=None, var=None),
+    bad_call("drift must be a Tensor, got list", TypeError, drift=[1.0]),
+    bad_call(r"drift must be \[4, 3\], got \[3, 3\]", kernel=True, drift=ONES(3, 3)),
+    bad_call("drift must be float16", TypeError, kernel=True, drift=ONES(4, 3, dtype=torch.int64)),
+    bad_call("step must be a Tensor, got int", TypeError, renorm=(2.0, 1.0), step=3),
+    bad_call("step must be one int64", kernel=True, renorm=(2.0, 1.0), step=ONES(1)),
+    bad_call("one for each ghost batch", kernel=True, ghost_size=2, momentum=ONES(3)),
 ]  # fmt: skip
 
 

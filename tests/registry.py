@@ -116,7 +116,8 @@ def leaf_of(t: Any) -> Any:
 
 # Arguments of ops that are no tensors of a sample. Those of its options need not be here.
 OPTIONS = (
-    "activation", "drop_mode", "drop_path", "eps", "momentum", "negative_slope", "p",
+    "activation", "drop_mode", "drop_path", "eps", "ghost_size", "momentum", "negative_slope", "p",
+    "renorm",
     "residual_dtype", "save", "training",
 )  # fmt: skip
 

@@ -77,7 +77,7 @@ def test_backward_arguments_are_checked(native):
     with pytest.raises(ValueError, match="got None for input, output or mask"):
         backward(native, g, relu, stats=stats)
     for wrong in (stats[:2], stats.double()):
-        with pytest.raises(ValueError, match=r"stats must be \[3, channels\] of Float"):
+        with pytest.raises(ValueError, match=r"stats must be \[3 or 5, channels\] of Float"):
             backward(native, g, relu, input=g, output=g, stats=wrong)
     with pytest.raises(ValueError, match="activation must be"):
         backward(native, g, relu._replace(activation=11), input=g, output=g, stats=stats)

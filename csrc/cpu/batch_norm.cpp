@@ -171,20 +171,8 @@ struct Forward {
   void finish(const Columns<F>& columns, const double* sums) const {
     for (int64_t c = columns.channel; c < columns.end; ++c) {
       const double* s = sums + c - columns.channel;
-      double mean, variance;
-      if (call.training) {
-        const double count = static_cast<double>(call.shape.count());
-        const Moments m = moments({s[0], s[columns.stride]}, columns(kMean, c), count);
-        mean = m.mean, variance = m.variance;
-        update_running(call.running_mean, c, mean);
-        update_running(call.running_var, c, unbiased(variance, count));
-      } else {
-        mean = read(call.running_mean, c, 0.0);
-        variance = read(call.running_var, c, 1.0);
-      }
-      const KeptStatistics kept =
-          keep_statistics<F>(call.stats, call.shape.channels, c, mean, variance, call.eps);
-      const auto n = normalisation<F>(kept, read(call.weight, c, 1.0), read(call.bias, c, 0.0));
+      const Normalisation<F> n =
+          call.training ? finish_training(c, {s[0], s[columns.stride]}, columns) : finish_eval(c);
       columns(kMean, c) = n.mean;
       columns(kScale, c) = n.scale;
       columns(kShift, c) = n.shift;
@@ -195,9 +183,46 @@ struct Forward {
   }
 
  private:
-  void update_running(ChannelRef average, int64_t c, double now) const {
-    const double momentum = call.momentum_value ? *call.momentum_value : call.momentum;
-    write(average, c, running_average(read(average, c, 0.0), now, momentum));
+  KeptStatistics keep(int64_t c, double mean, double variance) const {
+    return keep_statistics<F>(call.stats, call.shape.channels, c, mean, variance, call.eps);
+  }
+  Normalisation<F> finish_eval(int64_t c) const {
+    const KeptStatistics kept =
+        keep(c, read(call.running_mean, c, 0.0), read(call.running_var, c, 1.0));
+    return normalisation<F>(kept, read(call.weight, c, 1.0), read(call.bias, c, 0.0));
+  }
+  Normalisation<F> finish_training(int64_t c, ChannelSums sums, const Columns<F>& columns) const {
+    const double count = static_cast<double>(call.shape.count());
+    const Moments now = moments(sums, columns(kMean, c), count);
+    const KeptStatistics kept = keep(c, now.mean, now.variance);
+    Correction correction = {1.0, 0.0};
+    if (call.renormalises) {
+      const double step = call.step ? static_cast<double>(*call.step) : HUGE_VAL;
+      const double mean = read(call.running_mean, c, 0.0), var = read(call.running_var, c, 1.0);
+      correction =
+          keep_correction<F>(call.stats, call.shape.channels, c,
+                             renormalisation(call.renorm, step, kept, mean, var, call.eps));
+    }
+    if (call.running_mean.data) update_running(c, now.mean, unbiased(now.variance, count));
+    const double weight = read(call.weight, c, 1.0), bias = read(call.bias, c, 0.0);
+    return normalisation<F>(kept, correction.weight(weight), correction.bias(weight, bias));
+  }
+  void update_running(int64_t c, double mean, double var) const {
+    const double old_mean = read(call.running_mean, c, 0.0),
+                 old_var = read(call.running_var, c, 1.0);
+    double momentum = call.momentum_value ? *call.momentum_value : call.momentum;
+    if (call.drift.data) {
+      const auto row = [&](int64_t k) { return k * call.shape.channels + c; };
+      const auto old = [&](int64_t k) { return read(call.drift, row(k), 0.0); };
+      Drift drift = {old(0), old(1), old(2), old(3)};
+      momentum = adaptive_momentum(drift, mean, var, old_mean, old_var, call.eps);
+      write(call.drift, row(0), drift.mean);
+      write(call.drift, row(1), drift.variance);
+      write(call.drift, row(2), drift.square);
+      write(call.drift, row(3), drift.batches);
+    }
+    write(call.running_mean, c, running_average(old_mean, mean, momentum));
+    write(call.running_var, c, running_average(old_var, var, momentum));
   }
 };
 
@@ -224,6 +249,10 @@ struct Backward {
   KeptStatistics kept(int64_t c) const {
     return kept_statistics<F>(call.stats, call.shape.channels, c);
   }
+  Correction correction(int64_t c) const {
+    if (!call.renormalises) return {1.0, 0.0};
+    return kept_correction<F>(call.stats, call.shape.channels, c);
+  }
 
   bool has_sums() const {
     return call.grad_weight.data || call.grad_bias.data || (call.training && call.grad_input);
@@ -236,7 +265,9 @@ struct Backward {
 
   void prepare(const Columns<F>& columns) const {
     for (int64_t c = columns.channel; c < columns.end; ++c) {
-      const auto n = normalisation<F>(kept(c), read(call.weight, c, 1.0), read(call.bias, c, 0.0));
+      const double weight = read(call.weight, c, 1.0), bias = read(call.bias, c, 0.0);
+      const auto n =
+          normalisation<F>(kept(c), correction(c).weight(weight), correction(c).bias(weight, bias));
       columns(kMean, c) = n.mean;
       columns(kScale, c) = n.scale;
       columns(kShift, c) = n.shift;
@@ -251,13 +282,13 @@ struct Backward {
     for (int64_t c = columns.channel; c < columns.end; ++c) {
       const double* s = sums + c - columns.channel;
       const GradientSums total = {s[0], s[columns.stride]};
-      const auto g =
-          input_gradient<F>(kept(c), read(call.weight, c, 1.0), total, count, call.training);
+      const double weight = correction(c).weight(read(call.weight, c, 1.0));
+      const auto g = input_gradient<F>(kept(c), weight, total, count, call.training);
       columns(kDirect, c) = g.direct;
       columns(kSlope, c) = g.slope;
       columns(kOffset, c) = g.shift;
       const double offset = normalisation_offset(static_cast<double>(g.mean), kept(c));
-      write(call.grad_weight, c, weight_gradient(total, offset));
+      write(call.grad_weight, c, weight_gradient(total, offset, correction(c)));
       write(call.grad_bias, c, total.sum);
     }
   }

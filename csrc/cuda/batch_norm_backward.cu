@@ -18,9 +18,17 @@ __device__ KeptStatistics kept_of(const BatchNormBackward& call, int64_t c) {
 }
 
 template <class W>
+__device__ Correction correction_of(const BatchNormBackward& call, int64_t c) {
+  if (!call.renormalises) return {1.0, 0.0};
+  return kept_correction<W>(call.stats, call.shape.channels, c);
+}
+
+template <class W>
 __device__ Normalisation<W> normalisation_of(const BatchNormBackward& call, int64_t c) {
-  return normalisation<W>(kept_of<W>(call, c), read_channel(call.weight, c, 1.0),
-                          read_channel(call.bias, c, 0.0));
+  const Correction correction = correction_of<W>(call, c);
+  const double weight = read_channel(call.weight, c, 1.0), bias = read_channel(call.bias, c, 0.0);
+  return normalisation<W>(kept_of<W>(call, c), correction.weight(weight),
+                          correction.bias(weight, bias));
 }
 template <class W>
 struct Group {
@@ -37,11 +45,12 @@ template <class W>
 __device__ InputGradient<W> finish_channel(const BatchNormBackward& call, int64_t c, TwoSums sums) {
   const KeptStatistics kept = kept_of<W>(call, c);
   const GradientSums s = {sums.first, sums.second};
+  const Correction correction = correction_of<W>(call, c);
   const InputGradient<W> g =
-      input_gradient<W>(kept, read_channel(call.weight, c, 1.0), s,
+      input_gradient<W>(kept, correction.weight(read_channel(call.weight, c, 1.0)), s,
                         static_cast<double>(call.shape.count()), call.training);
   const double offset = normalisation_offset(static_cast<double>(g.mean), kept);
-  write_channel(call.grad_weight, c, weight_gradient(s, offset));
+  write_channel(call.grad_weight, c, weight_gradient(s, offset, correction));
   write_channel(call.grad_bias, c, s.sum);
   return g;
 }

@@ -3,7 +3,7 @@
 // the type that elements are computed in.
 //
 // Ioffe, Szegedy 2015, "Batch Normalization: Accelerating Deep Network Training by Reducing
-// Internal Covariate Shift", algorithm 1 and section 3.
+// Internal Covariate Shift", algorithm 1 and section 3; Ioffe 2017, "Batch Renormalization".
 #pragma once
 
 #include <cmath>
@@ -71,6 +71,98 @@ GRADFUSE_HD double running_average(double old, double now, double momentum) {
   return (1.0 - momentum) * old + momentum * now;
 }
 
+// Limits of batch renormalisation after warm-up, and the steps of it: r_limit grows from 1 and
+// d_limit from 0, from step `begin` to r_end and d_end.
+struct Renorm {
+  double r_limit, d_limit;
+  double begin, r_end, d_end;
+};
+
+GRADFUSE_HD double risen(double step, double begin, double end) {
+  if (step >= end) return 1.0;
+  return step <= begin ? 0.0 : (step - begin) / (end - begin);
+}
+
+// What a channel's affine part is composed with: z = (h * scale + shift) * weight + bias, where h
+// is normalised by the batch. Constants of the gradient; 1 and 0 without renormalisation.
+struct Correction {
+  double scale, shift;
+
+  GRADFUSE_HD double weight(double w) const { return w * scale; }
+  GRADFUSE_HD double bias(double w, double b) const { return b + w * shift; }
+};
+
+GRADFUSE_HD double bounded(double x, double low, double high) {
+  return x < low ? low : x > high ? high : x;  // NaN stays
+}
+
+// r and d of algorithm 1: with neither at its limit, z is what the running statistics would give.
+GRADFUSE_HD Correction renormalisation(const Renorm& renorm, double step, KeptStatistics kept,
+                                       double running_mean, double running_var, double eps) {
+  const double r = 1.0 + (renorm.r_limit - 1.0) * risen(step, renorm.begin, renorm.r_end);
+  const double d = renorm.d_limit * risen(step, renorm.begin, renorm.d_end);
+  const double deviation = std::sqrt(running_var + eps);
+  return {bounded(1.0 / (kept.invstd * deviation), 1.0 / r, r),
+          bounded((kept.mean - running_mean) / deviation, -d, d)};
+}
+
+// The forward keeps a correction in two rows behind the statistics.
+constexpr int64_t kStatistics = 3;
+constexpr int64_t kStatisticsAndCorrection = 5;
+
+template <class F>
+GRADFUSE_HD Correction kept_correction(const void* stats, int64_t channels, int64_t c) {
+  const F* rows = static_cast<const F*>(stats) + kStatistics * channels + c;
+  return {static_cast<double>(rows[0]), static_cast<double>(rows[channels])};
+}
+template <class F>
+GRADFUSE_HD Correction keep_correction(void* stats, int64_t channels, int64_t c, Correction now) {
+  F* rows = static_cast<F*>(stats) + kStatistics * channels + c;
+  rows[0] = static_cast<F>(now.scale);
+  rows[channels] = static_cast<F>(now.shift);
+  return kept_correction<F>(stats, channels, c);
+}
+
+// How a channel's batches differ from its running statistics: smoothed differences of the mean and
+// of the variance, the smoothed square of both, and the batches counted.
+struct Drift {
+  double mean, variance, square, batches;
+};
+constexpr int64_t kDriftRows = 4;
+constexpr double kDriftSmoothing = 0.1;
+constexpr double kLeastMomentum = 0.02;
+constexpr double kMostMomentum = 0.5;
+constexpr double kMostDifference = 4.0;  // in standard deviations: an outlier counts as no more
+
+// The momentum of the next update, from the tracking signal of Trigg, Leach 1967, "Exponential
+// smoothing with an adaptive response rate": the smoothed difference over the difference's smoothed
+// size, which is 1 where all have one sign. Noise alone gives smoothing / (2 - smoothing) to its
+// square; the momentum grows with what exceeds that. Few batches are averaged: 1 / (batches + 1).
+GRADFUSE_HD double adaptive_momentum(Drift& drift, double mean, double variance,
+                                     double running_mean, double running_var, double eps) {
+  const double average = 1.0 / (drift.batches + 1.0);
+  drift.batches += 1.0;
+  if (average >= 1.0) return 1.0;
+  const double scale = 1.0 / (running_var + eps);
+  const double of_mean =
+      bounded((mean - running_mean) * std::sqrt(scale), -kMostDifference, kMostDifference);
+  const double of_variance =
+      bounded((variance - running_var) * scale * std::sqrt(0.5), -kMostDifference, kMostDifference);
+  double momentum = kLeastMomentum;
+  if (std::isfinite(of_mean + of_variance)) {
+    const double square = of_mean * of_mean + of_variance * of_variance;
+    drift.mean = running_average(drift.mean, of_mean, kDriftSmoothing);
+    drift.variance = running_average(drift.variance, of_variance, kDriftSmoothing);
+    drift.square = running_average(drift.square, square, kDriftSmoothing);
+    const double noise = kDriftSmoothing / (2.0 - kDriftSmoothing);
+    const double smoothed = drift.mean * drift.mean + drift.variance * drift.variance;
+    const double share = drift.square > 0.0 ? smoothed / drift.square : 0.0;
+    const double signal = bounded((share - noise) / (1.0 - noise), 0.0, 1.0);
+    momentum += (kMostMomentum - kLeastMomentum) * signal;
+  }
+  return momentum > average ? momentum : average;
+}
+
 // Elements and means are multiplied by this, which is exact and part of a fused multiply-add. Then
 // no difference of finite values overflows, and the scale of the largest values is not subnormal.
 constexpr double kShrink = 0x1p-4;
@@ -117,8 +209,11 @@ struct GradientSums {
   double dot;
 };
 
-// Sum of g * (normalised element): the gradient of weight.
+// Sum of g * (normalised element): the gradient of weight, unless it is corrected.
 GRADFUSE_HD double weight_gradient(GradientSums s, double offset) { return s.dot + offset * s.sum; }
+GRADFUSE_HD double weight_gradient(GradientSums s, double offset, Correction now) {
+  return now.scale * weight_gradient(s, offset) + now.shift * s.sum;
+}
 
 template <class F>
 GRADFUSE_HD InputGradient<F> input_gradient(KeptStatistics kept, double weight, GradientSums s,

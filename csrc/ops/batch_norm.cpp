@@ -4,8 +4,11 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
+#include <array>
 #include <vector>
 
 #include "../tensor/dispatch.h"
@@ -14,6 +17,7 @@
 #include "../tensor/operands.h"
 #include "../tensor/python_args.h"
 #include "batch_norm_call.h"
+#include "batch_norm_ghosts.h"
 
 namespace gradfuse {
 namespace {
@@ -23,20 +27,22 @@ namespace {
 struct ForwardResult {
   at::Tensor output;
   at::Tensor mask;   // uint8 [rows, bytes], as BatchNormShape says; [0] where none was asked for
-  at::Tensor stats;  // [3, channels] of the compute type: mean, its rest, deviation
+  at::Tensor stats;  // [ghost batches * 3, channels] of the compute type: mean, its rest,
+                     // deviation; 5 rows each with renormalisation, whose correction follows
 };
 
 // A backward call: what the forward saved, and its options.
 struct BackwardCall {
   at::Tensor grad_output;  // [N, C, ...], any strides
   MaybeTensor input, residual, output, mask, weight, bias;
-  at::Tensor stats;  // [3, C]
+  at::Tensor stats;  // [ghost batches * (3 or 5), C]
   MaybeTensor sample_scale;  // [N]
   bool channels_last;  // the forward's layout
   bool training;
   double eps;
   Activation activation;
   double negative_slope;
+  int64_t ghost_size;  // the forward's
 };
 
 // A value for each gradient: whether it is wanted, or the tensor, undefined if not wanted.
@@ -77,6 +83,10 @@ bool is_channels_last(const at::Tensor& t) {
 
 at::Tensor dense(const at::Tensor& t, at::IntArrayRef strides) {
   return has_strides(t, strides) ? t : dense_copy(t, strides);
+}
+
+int64_t statistics_rows(bool renormalises) {
+  return renormalises ? kStatisticsAndCorrection : kStatistics;
 }
 
 // `by_sample`: samples are told apart, also those of a single channel.
@@ -134,8 +144,34 @@ void check_options(Activation activation, double eps, bool training) {
     fail<std::invalid_argument>(kOp, ": eps must be > 0 when training, got 0");
 }
 
+void check_ghost_size(int64_t size) {
+  if (size < 0) fail<std::invalid_argument>(kOp, ": ghost_size must be >= 0, got ", size);
+}
+
+void check_modes(const BatchNormForwardCall& call) {
+  check_ghost_size(call.ghost_size);
+  if ((call.renorm || call.drift) && !(call.training && call.running_mean))
+    fail<std::invalid_argument>(kOp, ": ", call.renorm ? "renorm" : "drift",
+                                " must come with running statistics and training, got none");
+  if (call.renorm && !(call.renorm->r_limit >= 1.0 && call.renorm->d_limit >= 0.0))
+    fail<std::invalid_argument>(kOp, ": renorm must have r_max >= 1 and d_max >= 0, got ",
+                                call.renorm->r_limit, " and ", call.renorm->d_limit);
+  if (call.step) {
+    check_device(kOp, "step", *call.step, call.input);
+    if (call.step->scalar_type() != at::kLong || call.step->numel() != 1)
+      fail<std::invalid_argument>(kOp, ": step must be one int64, got ", call.step->sizes(), " of ",
+                                  call.step->scalar_type());
+  }
+  if (!call.drift) return;
+  check_memory(kOp, "drift", *call.drift);
+  check_device(kOp, "drift", *call.drift, call.input);
+  if (call.drift->sizes() != at::IntArrayRef({kDriftRows, call.input.size(1)}))
+    fail<std::invalid_argument>(kOp, ": drift must be [", kDriftRows, ", ", call.input.size(1),
+                                "], got ", call.drift->sizes());
+}
+
 void check_running(const at::Tensor& input, const MaybeTensor& mean, const MaybeTensor& var,
-                   bool training) {
+                   bool training, const GhostBatches& batches) {
   if (mean.has_value() != var.has_value())
     fail<std::invalid_argument>(kOp, ": running_mean and running_var must come together, got only ",
                                 mean ? "running_mean" : "running_var");
@@ -152,6 +188,10 @@ void check_running(const at::Tensor& input, const MaybeTensor& mean, const Maybe
   if (count == 1)
     fail<std::invalid_argument>("Expected more than 1 value per channel when training, got ",
                                 "input size ", input.sizes());
+  if (count && count / input.size(0) * batches.smallest() == 1)
+    fail<std::invalid_argument>(
+        kOp, ": ghost_size must leave more than 1 value per channel in each ghost batch, got ",
+        batches.count(), " ghost batches of input size ", input.sizes());
 }
 
 // Vectors of channels as the kernels take them. Keeps its copies alive.
@@ -201,12 +241,16 @@ void check_forward(const BatchNormForwardCall& call) {
   check_vector("running_mean", call.running_mean, call.input);
   check_vector("running_var", call.running_var, call.input);
   check_sample_scale_of_norm(call.sample_scale, call.input);
-  check_running(call.input, call.running_mean, call.running_var, call.training);
+  check_modes(call);
+  const GhostBatches batches(call.input.size(0), call.training ? call.ghost_size : 0);
+  check_running(call.input, call.running_mean, call.running_var, call.training, batches);
   if (!call.momentum_value) return;
   check_memory(kOp, "momentum", *call.momentum_value);
   check_device(kOp, "momentum", *call.momentum_value, call.input);
-  if (call.momentum_value->numel() != 1)
-    fail<std::invalid_argument>(kOp, ": momentum must be one number, got ",
+  const int64_t numbers = call.momentum_value->numel();
+  if (numbers != 1 && (numbers != batches.count() || !call.momentum_value->is_contiguous()))
+    fail<std::invalid_argument>(kOp, ": momentum must be one number",
+                                call.ghost_size ? " or one for each ghost batch" : "", ", got ",
                                 call.momentum_value->sizes());
 }
 
@@ -224,7 +268,7 @@ at::ScalarType computed_in(const at::Tensor& t) {
 }
 
 ForwardResult allocate(const BatchNormForwardCall& call, const at::Tensor& x, const Dims& strides,
-                       const BatchNormShape& shape) {
+                       const BatchNormShape& shape, int64_t stats_rows) {
   const at::TensorOptions like_input = call.input.options();
   ForwardResult result;
   result.output = empty_strided_on_device(
@@ -233,7 +277,7 @@ ForwardResult allocate(const BatchNormForwardCall& call, const at::Tensor& x, co
   const Dims mask = {shape.mask_rows(), shape.mask_bytes_per_row()};
   result.mask = empty_on_device(call.wants_mask ? mask : Dims{0}, like_input.dtype(at::kByte));
   result.stats =
-      empty_on_device({3, call.input.size(1)}, like_input.dtype(computed_in(call.input)));
+      empty_on_device({stats_rows, call.input.size(1)}, like_input.dtype(computed_in(call.input)));
   return result;
 }
 
@@ -244,13 +288,17 @@ ForwardResult forward(const BatchNormForwardCall& given) {
   const at::Tensor& input = given.input;
   const bool channels_last = is_channels_last(input);
   const Dims strides = dense_strides(input.sizes(), channels_last);
+  const GhostBatches batches(input.size(0), given.training ? given.ghost_size : 0);
+  const int64_t rows = statistics_rows(given.renorm.has_value());
   if (input.numel() == 0)
     return {at::empty_strided(input.sizes(), strides, input.options()),
             at::empty({0}, input.options().dtype(at::kByte)),
-            at::ones({3, input.size(1)}, input.options().dtype(computed_in(input)))};
+            at::ones({batches.count() * rows, input.size(1)},
+                     input.options().dtype(computed_in(input)))};
   const at::Tensor x = dense(input, strides);
-  const BatchNormShape shape = shape_of(x, channels_last, given.sample_scale.has_value());
-  ForwardResult result = allocate(given, x, strides, shape);
+  const BatchNormShape shape =
+      shape_of(x, channels_last, given.sample_scale.has_value() || given.ghost_size);
+  ForwardResult result = allocate(given, x, strides, shape, batches.count() * rows);
 
   MaybeTensor residual, momentum;
   if (given.residual)
@@ -274,25 +322,49 @@ ForwardResult forward(const BatchNormForwardCall& given) {
   call.training = given.training;
   call.momentum = given.momentum;
   call.momentum_value = static_cast<const double*>(data_of(momentum));
+  call.drift = channels(given.drift);
+  const at::Tensor drift_written = given.drift ? channels.last() : at::Tensor();
+  call.renormalises = given.renorm.has_value();
+  call.renorm = given.renorm.value_or(Renorm{});
+  call.step = static_cast<const int64_t*>(data_of(given.step));
   call.eps = given.eps;
   call.activation = given.activation;
   call.negative_slope = given.negative_slope;
   call.stats = result.stats.mutable_data_ptr();
+  const bool momentum_of_each = momentum && momentum->numel() > 1;
+  const auto of_ghost_batch = [&](int64_t k) {
+    const ToGhostBatch move(shape, batches, k);
+    BatchNormForward part = call;
+    part.shape = batches.shape(shape, k);
+    move.elements(part.input);
+    move.elements(part.residual);
+    move.elements(part.output);
+    move.mask(part.mask);
+    move.scale(part.scale);
+    move.stats(part.stats, rows);
+    if (momentum_of_each) part.momentum_value += k;
+    return part;
+  };
   run_on(
-      input.device(), [&] { cpu::batch_norm_forward(call); },
+      input.device(),
+      [&] {
+        for (int64_t k = 0; k < batches.count(); ++k) cpu::batch_norm_forward(of_ghost_batch(k));
+      },
       [&](Stream stream) {
-        const at::Tensor scratch =
-            scratch_on(input.device(), cuda::batch_norm_scratch_bytes(call.shape));
-        cuda::batch_norm_forward(call, scratch.mutable_data_ptr(), stream);
+        const at::Tensor scratch = scratch_on(input.device(), batches.scratch_bytes(shape));
+        for (int64_t k = 0; k < batches.count(); ++k)
+          cuda::batch_norm_forward(of_ghost_batch(k), scratch.mutable_data_ptr(), stream);
       });
   if (given.training && given.running_mean) {
     finish_update(*given.running_mean, mean_written);
     finish_update(*given.running_var, var_written);
   }
+  if (given.drift) finish_update(*given.drift, drift_written);
   return result;
 }
 
 void check_backward(const BackwardCall& call, const OfEach<bool>& wanted) {
+  check_ghost_size(call.ghost_size);
   const at::Tensor& g = call.grad_output;
   check_memory(kOp, "grad_output", g);
   if (g.dim() < 2)
@@ -306,10 +378,16 @@ void check_backward(const BackwardCall& call, const OfEach<bool>& wanted) {
   check_sample_scale_of_norm(call.sample_scale, g);
   check_memory(kOp, "stats", call.stats);
   check_device(kOp, "stats", call.stats, g);
+  const int64_t batches = GhostBatches(g.size(0), call.ghost_size).count();
   if (call.stats.scalar_type() != computed_in(g) || !call.stats.is_contiguous() ||
-      call.stats.dim() != 2 || call.stats.size(0) != 3 || call.stats.size(1) != g.size(1))
-    fail<std::invalid_argument>(kOp, ": stats must be [3, channels] of ", computed_in(g), ", got ",
-                                call.stats.sizes(), " of ", call.stats.scalar_type());
+      call.stats.dim() != 2 ||
+      (call.stats.size(0) != kStatistics * batches &&
+       call.stats.size(0) != kStatisticsAndCorrection * batches) ||
+      call.stats.size(1) != g.size(1))
+    fail<std::invalid_argument>(kOp, ": stats must be [", kStatistics * batches, " or ",
+                                kStatisticsAndCorrection * batches, ", channels] of ",
+                                computed_in(g), ", got ", call.stats.sizes(), " of ",
+                                call.stats.scalar_type());
   const Activation act = call.activation;
   if ((!call.input && (call.training || wanted.weight || needs_input(act))) ||
       (!call.output && needs_output(act)) || (!call.output && !call.mask && has_mask(act)))
@@ -348,8 +426,10 @@ OfEach<at::Tensor> backward(const BackwardCall& given, OfEach<bool> wanted) {
     return allocate(
         given, wanted, [&](auto options) { return at::empty_strided(sizes, strides, options); },
         [&](auto options) { return at::zeros({sizes[1]}, options); });
-  const BatchNormShape shape =
-      shape_of(grad_output, given.channels_last, given.sample_scale.has_value());
+  const BatchNormShape shape = shape_of(grad_output, given.channels_last,
+                                        given.sample_scale.has_value() || given.ghost_size);
+  const GhostBatches batches(sizes[0], given.ghost_size);
+  const int64_t rows = given.stats.size(0) / batches.count();
   if (given.mask) check_mask(*given.mask, shape, grad_output.device());
 
   const Activation act = given.activation;
@@ -358,6 +438,16 @@ OfEach<at::Tensor> backward(const BackwardCall& given, OfEach<bool> wanted) {
   OfEach<at::Tensor> grads = allocate(
       given, wanted, [&](auto options) { return empty_strided_on_device(sizes, strides, options); },
       [&](auto options) { return empty_on_device({sizes[1]}, options); });
+  // The gradients of weight and bias by ghost batch.
+  at::Tensor weights, biases;
+  if (batches.count() > 1) {
+    const auto by_batch = [&](const at::Tensor& like) {
+      if (!like.defined()) return at::Tensor();
+      return empty_on_device({batches.count(), sizes[1]},
+                             grad_output.options().dtype(computed_in(grad_output)));
+    };
+    weights = by_batch(grads.weight), biases = by_batch(grads.bias);
+  }
 
   const at::Tensor g = dense(grad_output, strides);
   const auto in_layout = [&](const MaybeTensor& t) {
@@ -384,6 +474,7 @@ OfEach<at::Tensor> backward(const BackwardCall& given, OfEach<bool> wanted) {
   call.weight = channels(given.weight);
   call.bias = channels(given.bias);
   call.stats = given.stats.const_data_ptr();
+  call.renormalises = rows == kStatisticsAndCorrection;
   const at::Tensor scale = scale_of_rows(given.sample_scale, shape, computed_in(grad_output));
   call.scale = branch_scale(scale);
   call.training = given.training;
@@ -395,20 +486,45 @@ OfEach<at::Tensor> backward(const BackwardCall& given, OfEach<bool> wanted) {
   call.grad_bias = channel_ref(grads.bias);
   if (passes_residual) grads.residual = grad_output;
   if (!wanted.input && !wanted.residual && !wanted.weight && !wanted.bias) return grads;
+  const auto of_ghost_batch = [&](int64_t k) {
+    const ToGhostBatch move(shape, batches, k);
+    BatchNormBackward part = call;
+    part.shape = batches.shape(shape, k);
+    move.elements(part.grad_output);
+    move.elements(part.input);
+    move.elements(part.residual);
+    move.elements(part.output);
+    move.mask(part.mask);
+    move.scale(part.scale);
+    move.stats(part.stats, rows);
+    move.elements(part.grad_input);
+    move.elements(part.grad_residual);
+    if (weights.defined()) part.grad_weight = channel_ref(weights[k]);
+    if (biases.defined()) part.grad_bias = channel_ref(biases[k]);
+    return part;
+  };
   run_on(
-      grad_output.device(), [&] { cpu::batch_norm_backward(call); },
+      grad_output.device(),
+      [&] {
+        for (int64_t k = 0; k < batches.count(); ++k) cpu::batch_norm_backward(of_ghost_batch(k));
+      },
       [&](Stream stream) {
-        const at::Tensor scratch =
-            scratch_on(grad_output.device(), cuda::batch_norm_scratch_bytes(call.shape));
-        cuda::batch_norm_backward(call, scratch.mutable_data_ptr(), stream);
+        const at::Tensor scratch = scratch_on(grad_output.device(), batches.scratch_bytes(shape));
+        for (int64_t k = 0; k < batches.count(); ++k)
+          cuda::batch_norm_backward(of_ghost_batch(k), scratch.mutable_data_ptr(), stream);
       });
+  const auto add_up = [](const at::Tensor& sum, const at::Tensor& of_each) {
+    if (of_each.defined()) sum.copy_(of_each.sum(0, false, at::kDouble));
+  };
+  add_up(grads.weight, weights);
+  add_up(grads.bias, biases);
   return grads;
 }
 
 }  // namespace
 
 BatchNormForwardCall read_forward(py::handle given) {
-  Fields fields("BatchNormCall", given, 13);
+  Fields fields("BatchNormCall", given, 17);
   BatchNormForwardCall call = {};
   call.input = tensor_of(kOp, "input", fields.next());
   call.residual = maybe_tensor(kOp, "residual", fields.next());
@@ -427,6 +543,14 @@ BatchNormForwardCall read_forward(py::handle given) {
   call.negative_slope = fields.next_as<double>();
   call.wants_mask = fields.next_as<bool>();
   call.sample_scale = maybe_tensor(kOp, "sample_scale", fields.next());
+  call.ghost_size = fields.next_as<int64_t>();
+  const py::handle renorm = fields.next();
+  if (!renorm.is_none()) {
+    const auto limits = renorm.cast<std::array<double, 5>>();
+    call.renorm = Renorm{limits[0], limits[1], limits[2], limits[3], limits[4]};
+  }
+  call.step = maybe_tensor(kOp, "step", fields.next());
+  call.drift = maybe_tensor(kOp, "drift", fields.next());
   return call;
 }
 
@@ -455,12 +579,13 @@ std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor> batch_norm_backwa
   call.bias = maybe_tensor(kOp, "bias", tensors.next());
   call.stats = tensor_of(kOp, "stats", tensors.next());
   call.sample_scale = maybe_tensor(kOp, "sample_scale", tensors.next());
-  Fields fields("BatchNormOptions", options.object, 5);
+  Fields fields("BatchNormOptions", options.object, 6);
   call.channels_last = fields.next_as<bool>();
   call.training = fields.next_as<bool>();
   call.eps = fields.next_as<double>();
   call.activation = static_cast<Activation>(fields.next_as<int>());
   call.negative_slope = fields.next_as<double>();
+  call.ghost_size = fields.next_as<int64_t>();
   const auto wanted = wants.object.cast<std::array<bool, 4>>();
   const py::gil_scoped_release release;
   const OfEach<at::Tensor> grads = backward(call, {wanted[0], wanted[1], wanted[2], wanted[3]});

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../math/activation.h"
+#include "../math/batch_norm.h"
 #include "../math/common.h"
 
 namespace gradfuse {
@@ -35,7 +36,8 @@ struct BranchScale {
   const void* data;
 };
 
-// output = act(((input - mean) * invstd * weight + bias) * scale + residual)
+// output = act(((input - mean) * invstd * weight + bias) * scale + residual); with renormalisation
+// weight and bias are those of a Correction.
 struct BatchNormForward {
   BatchNormShape shape;
   const void* input;
@@ -50,10 +52,14 @@ struct BatchNormForward {
   bool training;  // the statistics are the batch's
   double momentum;  // of the running averages
   const double* momentum_value;  // [], in place of momentum, in the kernels' memory; or null
+  ChannelRef drift;  // [kDriftRows, channels], which sets the momentum and is updated; or null
+  bool renormalises;  // by running_mean and running_var before their update
+  Renorm renorm;
+  const int64_t* step;  // [], of the renormalisation's warm-up; null after it
   double eps;
   Activation activation;
   double negative_slope;
-  void* stats;  // [3, channels] of the compute type, see KeptStatistics
+  void* stats;  // [3, channels] of the compute type, see KeptStatistics; [5, ...] if renormalises
 };
 
 // The gradients of a forward call; a null gradient is not wanted. With g = grad_output * act'(z):
@@ -70,7 +76,8 @@ struct BatchNormBackward {
   ChannelRef weight;
   ChannelRef bias;  // used if needs_input(activation)
   BranchScale scale;
-  const void* stats;  // [3, channels], the forward's
+  const void* stats;  // [3 or 5, channels], the forward's
+  bool renormalises;
   bool training;
   Activation activation;
   double negative_slope;

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include "../math/activation.h"
+#include "../math/batch_norm.h"
 #include "../tensor/storage.h"
 
 namespace gradfuse {
@@ -17,12 +18,16 @@ struct BatchNormForwardCall {
   MaybeTensor running_mean, running_var;      // [C]; updated if training
   bool training;
   double momentum;
-  MaybeTensor momentum_value;  // [], in place of momentum
+  MaybeTensor momentum_value;  // [], or [ghost batches], in place of momentum
   double eps;
   Activation activation;
   double negative_slope;
   bool wants_mask;
   MaybeTensor sample_scale;  // [N]
+  int64_t ghost_size;  // samples at most that share statistics; 0 for all
+  std::optional<Renorm> renorm;
+  MaybeTensor step;  // [] int64, of renorm's warm-up
+  MaybeTensor drift;  // [kDriftRows, C], sets the momentum; updated
 };
 
 // Reads a BatchNormCall; throws TypeError.

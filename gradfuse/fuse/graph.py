@@ -29,7 +29,7 @@ from gradfuse.fuse.nodes import (
     value_of,
     written_by,
 )
-from gradfuse.ops.batch_norm import library_arguments
+from gradfuse.ops.batch_norm import LIBRARY_NAMES, UPDATED, library_arguments
 
 __all__ = ["fuse_graph", "rewrite"]
 
@@ -129,8 +129,7 @@ def _batch_norm(node: Node) -> _Found | None:
 
 def _own_op(node: Node) -> _Found | None:
     """A batch norm of gradfuse's modules: the op, its results, and the writes of the statistics."""
-    *fields, scale = BatchNormCall._fields
-    given = arguments_of(node, (*fields, "factor", scale))
+    given = arguments_of(node, LIBRARY_NAMES)
     factor = given.pop("factor")
     call = _call_of(**given)
     if call.activation != Activation.NONE or factor is not None:
@@ -282,7 +281,8 @@ def _replace(graph: Graph, found: _Found, value: Any) -> None:
         op = add(_OP, library_arguments(call), value)
         output = add(operator.getitem, (op, 0), value_of(end))
         if call.training:
-            for at, statistics in ((3, call.running_mean), (4, call.running_var)):
+            for at, name in enumerate(UPDATED, 3):
+                statistics = getattr(call, name)
                 if statistics is not None:
                     new = add(operator.getitem, (op, at), value[at])
                     fake = value_of(statistics)

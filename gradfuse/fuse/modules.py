@@ -27,7 +27,7 @@ _TENSORS = ("weight", "bias", "running_mean", "running_var")
 # To Dynamo before torch 2.13, __dict__["_buffers"] is the property of that name, which asks again.
 _OLD_DYNAMO = torch.__version__ < "2.13"
 # The last fields of a BatchNormCall.
-_NO_ACTIVATION = (int(Activation.NONE), 0.01, False, None)
+_NO_ACTIVATION = (int(Activation.NONE), 0.01, False, None, 0, None, None, None)
 
 
 class _Deferred(Swapped, _BatchNorm):

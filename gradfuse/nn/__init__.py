@@ -1,6 +1,7 @@
 """The norms with what belongs to them in a residual block, as modules."""
 
 from gradfuse.nn.batch_norm import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
+from gradfuse.nn.batch_norm_mode import BatchNormMode
 from gradfuse.nn.layer_norm import AddLayerNorm, AddRMSNorm, DropPath, LayerNorm, RMSNorm
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "BatchNormAct1d",
     "BatchNormAct2d",
     "BatchNormAct3d",
+    "BatchNormMode",
     "DropPath",
     "LayerNorm",
     "RMSNorm",

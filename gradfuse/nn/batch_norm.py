@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from gradfuse.nn.batch_norm_mode import DRIFT, PAPERS_WARMUP, BatchNormMode, add_drift, fill_drift
 from gradfuse.ops.batch_norm import batch_norm_act, check_activation, recomputing
 
 __all__ = ["BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d"]
@@ -27,12 +29,13 @@ class _BatchNormAct(_BatchNorm):
     """What the modules for 1, 2 and 3 dimensions share."""
 
     plain: type[_BatchNorm]
+    mode = BatchNormMode()
 
     def __init__(
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: float | None = 0.1,
+        momentum: float | str | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
         device: Any = None,
@@ -40,13 +43,33 @@ class _BatchNormAct(_BatchNorm):
         *,
         activation: str | None = "relu",
         negative_slope: float = 0.01,
+        renorm: bool = False,
+        r_max: float = 3.0,
+        d_max: float = 5.0,
+        warmup: Sequence[float] | None = PAPERS_WARMUP,
+        ghost_size: int | None = None,
     ) -> None:
-        super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
-        )
+        auto = momentum if isinstance(momentum, str) else None
+        mode = BatchNormMode(renorm, r_max, d_max, warmup, ghost_size, auto)
         check_activation(type(self).__name__, activation)
+        super().__init__(
+            num_features,
+            eps,
+            momentum,  # type: ignore[arg-type]  # "auto" is what the module shows
+            affine,
+            track_running_stats,
+            device=device,
+            dtype=dtype,
+        )
         self.activation = activation
         self.negative_slope = negative_slope
+        self._set(mode)
+
+    def _set(self, mode: BatchNormMode) -> None:
+        mode.check(self)
+        self.mode = mode
+        if mode.momentum and DRIFT not in self._buffers:
+            add_drift(self)
 
     @classmethod
     def from_batch_norm(
@@ -59,6 +82,7 @@ class _BatchNormAct(_BatchNorm):
         _share(bn, fused)
         fused.activation = activation
         fused.negative_slope = negative_slope
+        fused.mode = BatchNormMode()
         return fused
 
     def to_batch_norm(self) -> _BatchNorm:
@@ -66,11 +90,41 @@ class _BatchNormAct(_BatchNorm):
         plain = self.plain.__new__(self.plain)
         nn.Module.__init__(plain)
         _share(self, plain)
+        if self.mode.momentum:
+            plain.momentum = 0.1
+            plain._buffers.pop(DRIFT, None)
         return plain
+
+    def reset_running_stats(self) -> None:
+        super().reset_running_stats()
+        if DRIFT in self._buffers:
+            fill_drift(self, self._buffers[DRIFT])  # type: ignore[arg-type]
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # torch's state_dicts know no drift: its batches count as seen.
+        drift = self._buffers.get(DRIFT)
+        key = prefix + DRIFT
+        is_new = drift is not None and key not in state_dict
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if is_new and drift is not None:
+            if key in missing_keys:
+                missing_keys.remove(key)
+            fill_drift(self, drift)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)
-        return normalise(self, input, residual, self.activation, self.negative_slope)
+        return normalise(self, input, residual, self.activation, self.negative_slope, self.mode)
 
     @property
     def qconfig(self) -> NoReturn:
@@ -88,7 +142,8 @@ class _BatchNormAct(_BatchNorm):
 
     def extra_repr(self) -> str:
         slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
-        return f"{super().extra_repr()}, activation={self.activation!r}{slope}"
+        mode = "" if self.mode.is_plain or not str(self.mode) else f", {self.mode}"
+        return f"{super().extra_repr()}, activation={self.activation!r}{slope}{mode}"
 
 
 def normalise(
@@ -97,12 +152,20 @@ def normalise(
     residual: Tensor | None = None,
     activation: str | None = None,
     negative_slope: float = 0.01,
+    mode: BatchNormMode | None = None,
 ) -> Tensor:
     """act(bn(input) + residual) in one op, which counts the batch as bn does."""
-    factor: float | Tensor = 0.0 if bn.momentum is None else bn.momentum
+    modes: dict[str, Any] = {}
+    if mode is not None and bn.training and not mode.is_plain:
+        modes = mode.arguments(bn)
+    factor: float | Tensor = 0.0
     counts = bn.training and bn.track_running_stats
     counted = bn.num_batches_tracked if counts and not recomputing() else None
-    if counted is not None and bn.momentum is None:
+    if isinstance(bn.momentum, (float, int)):
+        factor = bn.momentum
+    elif counted is not None and modes.get("ghost_size") and mode is not None:
+        factor = mode.average(bn, input.shape[0])
+    elif counted is not None and bn.momentum is None:
         factor = (counted + 1).double().reciprocal()  # a tensor: nothing waits for its value
     # The backward reads the output where it can: the next layer mostly keeps it anyway. torch's
     # relu6 and leaky_relu keep their input, so that a later op may write to their output.
@@ -120,6 +183,7 @@ def normalise(
         eps=bn.eps,
         negative_slope=negative_slope,
         save="bitmask" if activation in ("relu6", "leaky_relu") else "output",
+        **modes,
     )
     if counted is not None:  # last, so that an error leaves all as it was
         counted.add_(1)
@@ -141,12 +205,16 @@ class BatchNormAct1d(_BatchNormAct, nn.BatchNorm1d):
     Args:
         num_features: channels C of the input [N, C, ...].
         eps: added to the variance.
-        momentum: weight of a batch in the running statistics; None for their plain average.
+        momentum: weight of a batch in the running statistics; None for their plain average; "auto"
+            sets it for each channel from how the batches differ from the running statistics
+            (docs/batch_norm.md), with a buffer `drift` [4, num_features] in the state_dict, which a
+            state_dict of torch's may lack.
         affine: learn a weight and a bias.
         track_running_stats: keep running statistics, and normalise with them in eval mode.
         activation: None, "relu", "relu6", "leaky_relu", "silu", "gelu", "gelu_tanh", "hardswish",
             "sigmoid" or "tanh".
         negative_slope: of "leaky_relu".
+        renorm, r_max, d_max, warmup, ghost_size: as of BatchNormMode.
 
     A checkpoint's recomputation leaves the running statistics and num_batches_tracked alone, unless
     the module is compiled and the checkpoint around it is not.
@@ -154,7 +222,9 @@ class BatchNormAct1d(_BatchNormAct, nn.BatchNorm1d):
     activation and the residual.
 
     Raises:
-        ValueError: the activation is unknown, or the input has another number of dimensions.
+        ValueError: the activation is unknown, the mode has no running statistics that it needs, or
+            the input has another number of dimensions.
+        RuntimeError: renorm in a checkpoint, whose recomputation comes after the update.
 
     Source: Ioffe, Szegedy 2015, "Batch Normalization", algorithms 1 and 2.
     """

@@ -14,6 +14,8 @@ from gradfuse import _native, reference
 from gradfuse._codes import Activation, RowNorm
 from gradfuse._native import define_op
 from gradfuse._records import BatchNormCall, BatchNormOptions, BatchNormSaved
+from gradfuse.ops.batch_norm_gradient import differentiable_backward
+from gradfuse.ops.batch_norm_modes import NO_MODES, Modes, checked_modes
 from gradfuse.ops.checks import is_batched, is_transformed
 from gradfuse.ops.drop_path import check_drop_mode, path_scale
 from gradfuse.ops.row_norm import check_probability, dropout, run
@@ -21,6 +23,8 @@ from gradfuse.reference import MASKED, OUTPUT_SAVED
 
 __all__ = [
     "ACTIVATIONS",
+    "LIBRARY_NAMES",
+    "UPDATED",
     "batch_norm_act",
     "check_activation",
     "library_arguments",
@@ -31,7 +35,13 @@ ACTIVATIONS = tuple(name for name in reference.ACTIVATIONS if name is not None)
 _CODES = dict(zip(reference.ACTIVATIONS, Activation, strict=True))
 _OP = "batch_norm_act"
 _PLAIN = (Tensor, torch.nn.Parameter)
-_INPUTS = len(BatchNormCall._fields) + 1  # of the registered op
+_MASK = BatchNormCall._fields.index("wants_mask")
+# The last inputs of the registered op, which torch leaves out where they are the default.
+_DEFAULTS = (None, 0, None, None, None)
+UPDATED = ("running_mean", "running_var", "drift")
+_FIELDS = BatchNormCall._fields
+LIBRARY_NAMES = (*_FIELDS[: _MASK + 1], "factor", *_FIELDS[_MASK + 1 :])  # of its inputs
+_REQUIRED = len(LIBRARY_NAMES) - len(_DEFAULTS)
 # torch's relu6 and leaky_relu keep their input, so that a later op may write to their output.
 _WITH_MASK = (Activation.RELU6, Activation.LEAKY_RELU)
 
@@ -76,6 +86,10 @@ def batch_norm_act(
     drop_path: float = 0.0,
     drop_mode: str = "row",
     generator: torch.Generator | None = None,
+    ghost_size: int | None = None,
+    renorm: Sequence[float] | None = None,
+    step: Tensor | None = None,
+    drift: Tensor | None = None,
 ) -> Tensor:
     """act(dropout(F.batch_norm(input, ...)) + residual).
 
@@ -101,7 +115,8 @@ def batch_norm_act(
         training: normalise with the batch's statistics and update the running ones, if given; else
             normalise with the running ones.
         momentum: weight of this batch in the running statistics; a float or a Tensor of one
-            element, which is not waited for.
+            element, which is not waited for. Each ghost batch updates them in turn, by this number
+            or by its own element of a Tensor.
         eps: added to the variance, > 0 when training.
         negative_slope: of "leaky_relu".
         save: what the backward of relu, relu6 and leaky_relu reads: "bitmask", one bit per element,
@@ -113,6 +128,16 @@ def batch_norm_act(
             others are divided by 1 - drop_path. What is dropped is selected, not multiplied.
         drop_mode: "row" draws for each sample, "batch" once for all.
         generator: of both. Default: that of input's device.
+        ghost_size: normalise parts of the batch by their own statistics when training: as few as
+            hold at most this many samples each, of sizes that differ by at most one.
+        renorm: (r_max, d_max), >= 1 and >= 0, or (r_max, d_max, begin, r_end, d_end): correct the
+            batch's statistics towards the running ones when training, z = h * r + d, within
+            1 / r_max to r_max and -d_max to d_max. r and d are constants of the gradient. From step
+            `begin` to r_end and d_end the limits rise from 1 and 0.
+        step: int64 Tensor of one element, on input's device, for renorm's warm-up: the batches
+            counted before. Default: the warm-up is over.
+        drift: [4, C] Tensor, at first of zeros, that sets momentum from how the batches differ from
+            the running statistics, and is updated with them (docs/batch_norm.md has the rule).
 
     Returns:
         Tensor of input's shape and memory format, of input's dtype or the wider one of
@@ -124,16 +149,22 @@ def batch_norm_act(
             input; running statistics are missing; there is one value per channel when training.
         TypeError: an argument is no tensor, sparse, of another dtype or on another device; residual
             is complex, sparse or on another device, unless it is a number without dimensions.
-        RuntimeError: running statistics are expanded, or a tensor's storage was freed.
+        RuntimeError: running statistics are expanded, or a tensor's storage was freed; renorm in a
+            checkpoint's recomputation, which comes after the update of what it corrects towards.
 
     Source: Ioffe, Szegedy 2015, "Batch Normalization", algorithms 1 and 2; He, Zhang, Ren, Sun
-    2016, "Identity Mappings in Deep Residual Networks", figure 4(a).
+    2016, "Identity Mappings in Deep Residual Networks", figure 4(a); Ioffe 2017, "Batch
+    Renormalization", algorithm 1; Hoffer, Hubara, Soudry 2017, "Train longer, generalize better",
+    algorithm 1, for ghost batches.
     """
     code = check_activation(_OP, activation)
     if save != "bitmask":
         _check_save(save, activation, negative_slope)
     if momentum is None:
         raise TypeError(f"{_OP}: momentum must be a number or a Tensor of one, got None")
+    modes: Modes = NO_MODES
+    if training and (ghost_size is not None or renorm is not None or drift is not None):
+        modes = checked_modes(input, running_mean, ghost_size, renorm, step, drift)
     scale = None
     if drop_path or p:
         _check_tensor("input", input)
@@ -146,10 +177,11 @@ def batch_norm_act(
             # The mask of a single channel has a form that knows no samples.
             return _in_turn(
                 input, running_mean, running_var, weight, bias, residual, activation, momentum,
-                eps, negative_slope, p, scale, generator,
+                eps, negative_slope, p, scale, generator, modes,
             )  # fmt: skip
     if training and running_mean is not None and recomputing():
         running_mean = running_var = None
+        modes = modes.recomputed()
     if residual is not None and residual is not input:
         _check_tensor("residual", residual)
         _check_tensor("input", input)
@@ -158,7 +190,7 @@ def batch_norm_act(
             if shape != input.shape:
                 normalised = batch_norm_act(
                     input.to(dtype), running_mean, running_var, weight, bias, activation=None,
-                    training=training, momentum=momentum, eps=eps,
+                    training=training, momentum=momentum, eps=eps, **modes.arguments(),
                 )  # fmt: skip
                 normalised = reference.addend(normalised, None, 0.0, scale)
                 return reference.activate(normalised + residual, activation, negative_slope)
@@ -170,15 +202,16 @@ def batch_norm_act(
         negative_slope,
     )  # fmt: skip
     if _native.is_traced():
-        return _through_library(BatchNormCall(*arguments, wants_mask, scale))
+        return _through_library(BatchNormCall(*arguments, wants_mask, scale, *modes))
     if is_transformed() or type(input) not in _PLAIN or not (input.is_cpu or input.is_cuda):
         _check_transformed(input, running_mean, training, eps)
         return reference.batch_norm_act(
             input, running_mean, running_var, weight, bias, residual=residual,
             activation=activation, training=training, momentum=momentum, eps=eps,
-            negative_slope=negative_slope, sample_scale=scale,
+            negative_slope=negative_slope, sample_scale=scale, ghost_size=modes.ghost_size,
+            renorm=modes.renorm, step=modes.step, drift=modes.drift,
         )  # fmt: skip
-    return _run(*arguments, wants_mask, scale)
+    return _run(*arguments, wants_mask, scale, *modes)
 
 
 def _in_turn(
@@ -195,6 +228,7 @@ def _in_turn(
     p: float,
     scale: Tensor | None,
     generator: torch.Generator | None,
+    modes: Modes,
 ) -> Tensor:
     """Norm, dropout, add and activation one after the other, when training. Rounds once."""
     dtype = input.dtype
@@ -205,7 +239,7 @@ def _in_turn(
         input = input.to(torch.promote_types(dtype, torch.float32))
     normalised = batch_norm_act(
         input, running_mean, running_var, weight, bias, activation=None, training=True,
-        momentum=momentum, eps=eps,
+        momentum=momentum, eps=eps, **modes.arguments(),
     )  # fmt: skip
     if p:
         scale, seed = dropout(_OP, normalised, p, True, scale, generator)
@@ -226,14 +260,13 @@ def _run(*arguments: Any) -> Tensor:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:4]):
         result: Tensor = _BatchNormAct.apply(*arguments)
         return result
-    return _native.backend.batch_norm_forward(_call_from((*arguments[:-2], False, arguments[-1])))[
-        0
-    ]
+    call = _call_from((*arguments[:_MASK], False, *arguments[_MASK + 1 :]))
+    return _native.backend.batch_norm_forward(call)[0]
 
 
 def _run_deferred(*arguments: Any) -> Tensor:
     """The same for an output that waited, whose activation came later and decides on the mask."""
-    return _run(*arguments[:-2], arguments[9] in _WITH_MASK, arguments[-1])
+    return _run(*arguments[:_MASK], arguments[9] in _WITH_MASK, *arguments[_MASK + 1 :])
 
 
 def _check_save(save: str, activation: str | None, negative_slope: float) -> None:
@@ -297,8 +330,9 @@ def _save_for_backward(
     wants_weight = ctx.needs_input_grad[2]
     ctx.set_materialize_grads(False)
     ctx.options = BatchNormOptions(
-        not output.is_contiguous(), call.training, call.eps, call.activation, call.negative_slope
-    )
+        not output.is_contiguous(), call.training, call.eps, call.activation, call.negative_slope,
+        call.ghost_size,
+    )  # fmt: skip
     ctx.save_for_backward(  # the fields of a BatchNormSaved
         call.input if call.training or wants_weight or from_input else None,
         call.residual if from_input else None,
@@ -329,99 +363,10 @@ class _BatchNormAct(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:4]
         saved = _saved_from(ctx.saved_tensors)
         if torch.is_grad_enabled() or type(grad_output) not in _PLAIN or is_batched(grad_output):
-            grads = _differentiable_backward(grad_output, saved, ctx.options, wanted)
+            grads = differentiable_backward(grad_output, saved, ctx.options, wanted)
         else:
             grads = _native.backend.batch_norm_backward(grad_output, saved, ctx.options, wanted)
         return (*grads, *(None,) * (len(BatchNormCall._fields) - 4))
-
-
-def _activation_backward(
-    g: Tensor, at: Tensor, name: str, negative_slope: float, is_output: bool
-) -> Tensor:
-    """g * act', from z, or from act(z) where is_output; torch's ops, which differentiate."""
-    aten = torch.ops.aten
-    result: Tensor
-    if name == "relu":
-        result = aten.threshold_backward(g, at, 0)
-    elif name == "relu6":
-        result = aten.hardtanh_backward(g, at, 0, 6)
-    elif name == "leaky_relu":
-        result = aten.leaky_relu_backward(g, at, negative_slope, is_output)
-    elif name in ("gelu", "gelu_tanh"):
-        result = aten.gelu_backward(g, at, approximate="tanh" if name == "gelu_tanh" else "none")
-    elif name == "silu":  # aten's has no derivative
-        s = at.sigmoid()
-        result = g * (s * (1 + at * (1 - s)))
-    else:
-        result = getattr(aten, f"{name}_backward")(g, at)
-    return result
-
-
-def _differentiable_backward(
-    grad_output: Tensor, saved: BatchNormSaved, options: BatchNormOptions, wanted: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients through torch's own backward ops, so that they can be differentiated again."""
-    name = reference.ACTIVATIONS[options.activation]
-    dtype = grad_output.dtype
-    wide = torch.promote_types(dtype, torch.float32)
-    weight, bias = saved.weight, saved.bias
-    mean, invstd, var = (t.to(wide) for t in _statistics(saved.stats, options.eps))
-    w = None if weight is None else weight.to(wide)
-    x = None if saved.input is None else saved.input.to(wide)
-    g = grad_output.to(wide)
-    if name is not None:
-        g = _before_activation(g, x, w, saved, options, name)
-    of_sum = g
-    g = reference.addend(g, None, 0.0, saved.sample_scale)
-    if x is None or not x.numel():  # torch's divides by the number of elements
-        scale = invstd if w is None else invstd * w
-        grad_input = g * scale.reshape(-1, *[1] * (g.ndim - 2))
-        grad_weight = None if x is None else torch.zeros_like(invstd)
-        grad_bias = g.sum([d for d in range(g.ndim) if d != 1])
-    else:
-        grad_input, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            g, x, w, mean, var, mean, invstd, options.training, options.eps, [True, True, True]
-        )
-    grad_residual = grad_output if name is None else of_sum.to(dtype)
-    return (
-        grad_input.to(dtype) if wanted[0] else None,
-        grad_residual if wanted[1] else None,
-        None if grad_weight is None or weight is None else grad_weight.to(weight.dtype),
-        grad_bias.to(dtype if bias is None else bias.dtype) if wanted[3] else None,
-    )
-
-
-def _statistics(stats: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, 1 / sqrt(var + eps) and var, from what the forward kept."""
-    mean, rest, deviation = stats.double()
-    return mean + rest, 1 / deviation, deviation.square() - eps
-
-
-def _before_activation(
-    g: Tensor,
-    x: Tensor | None,
-    w: Tensor | None,
-    saved: BatchNormSaved,
-    options: BatchNormOptions,
-    name: str,
-) -> Tensor:
-    """The gradient g of act(z) as that of z, from whatever was saved; x, w: saved ones, widened."""
-    if saved.mask is not None and saved.mask.numel():
-        flat = g * options.negative_slope if name == "leaky_relu" else torch.zeros_like(g)
-        return torch.where(reference.unpack_mask(saved.mask, g, options.channels_last), g, flat)
-    if saved.output is not None:
-        output = saved.output.to(g.dtype)
-        return _activation_backward(g, output, name, options.negative_slope, True)
-    if x is None or not x.numel():
-        return g
-    b = None if saved.bias is None else saved.bias.to(g.dtype)
-    mean, var = None, None
-    if not options.training:
-        mean, _, var = (t.to(g.dtype) for t in _statistics(saved.stats, options.eps))
-    z = torch.nn.functional.batch_norm(x, mean, var, w, b, options.training, 0.0, options.eps)
-    z = reference.addend(z, None, 0.0, saved.sample_scale)
-    z = z if saved.residual is None else z + saved.residual
-    return _activation_backward(g, z, name, options.negative_slope, False)
 
 
 def library_arguments(call: BatchNormCall) -> tuple[Any, ...]:
@@ -430,26 +375,26 @@ def library_arguments(call: BatchNormCall) -> tuple[Any, ...]:
     factor = None
     if isinstance(call.momentum, Tensor):
         call, factor = call._replace(momentum=0.0), call.momentum
-    *fields, scale = call
-    return (*fields, factor, scale)
+    return (*call[: _MASK + 1], factor, *call[_MASK + 1 :])
 
 
 def _through_library(call: BatchNormCall) -> Tensor:
     """The call as an op without side effects, whose new running statistics torch writes."""
     results = torch.ops.gradfuse.batch_norm_act(*library_arguments(call))
     if call.training:
-        for running, new in ((call.running_mean, results[3]), (call.running_var, results[4])):
-            if running is not None:
-                running.copy_(new)
+        updated = (call.running_mean, call.running_var, call.drift)
+        for old, new in zip(updated, results[3:], strict=True):
+            if old is not None:
+                old.copy_(new)
     output: Tensor = results[0]
     return output
 
 
 def _call_of(inputs: Sequence[Any]) -> BatchNormCall:
     """The call that the registered op's inputs stand for."""
-    # torch leaves the last one out where it is the default.
-    *fields, factor, scale = [*inputs, None][:_INPUTS]
-    call = _call_from((*fields, scale))
+    given = (*inputs, *_DEFAULTS[len(inputs) - _REQUIRED :])
+    call = _call_from((*given[: _MASK + 1], *given[_MASK + 2 :]))
+    factor = given[_MASK + 1]
     return call if factor is None else call._replace(momentum=factor)
 
 
@@ -479,7 +424,7 @@ def _fake_forward(*inputs: Any) -> tuple[Tensor, ...]:
     output = reference.output_like(input)
     mask_shape = [0]
     if call.wants_mask and input.numel():
-        if c == 1:
+        if c == 1 and not call.ghost_size:
             mask_shape = [1, (n * positions + 7) // 8]
         elif positions == 1 or not output.is_contiguous():
             mask_shape = [n * positions, (c + 7) // 8]
@@ -488,25 +433,32 @@ def _fake_forward(*inputs: Any) -> tuple[Tensor, ...]:
     return (
         output,
         input.new_empty(mask_shape, dtype=torch.uint8),
-        input.new_empty(3, c, dtype=torch.promote_types(input.dtype, torch.float32)),
+        input.new_empty(
+            _stats_rows(call), c, dtype=torch.promote_types(input.dtype, torch.float32)
+        ),
         *_updatable(call),
     )
 
 
+def _stats_rows(call: BatchNormCall) -> int:
+    rows = 3 if call.renorm is None else 5
+    if not call.training or not call.ghost_size:
+        return rows
+    return rows * max(-(-call.input.shape[0] // call.ghost_size), 1)
+
+
 def _library_forward(*inputs: Any) -> tuple[Tensor, ...]:
     call = _call_of(inputs)
-    new_mean, new_var = _updatable(call)
+    new = dict(zip(UPDATED, _updatable(call), strict=True))
     if call.training:
-        call = call._replace(
-            running_mean=None if call.running_mean is None else new_mean,
-            running_var=None if call.running_var is None else new_var,
-        )
-    return (*_native.backend.batch_norm_forward(call), new_mean, new_var)
+        given: dict[str, Any] = {n: t for n, t in new.items() if getattr(call, n) is not None}
+        call = call._replace(**given)
+    return (*_native.backend.batch_norm_forward(call), *new.values())
 
 
 def _updatable(call: BatchNormCall) -> Iterator[Tensor]:
-    """Copies of the running statistics that the call updates; empty where it updates none."""
-    for t in (call.running_mean, call.running_var):
+    """Copies of what the call updates; empty where it updates none."""
+    for t in (getattr(call, name) for name in UPDATED):
         yield call.input.new_empty(0) if t is None or not call.training else t.clone()
 
 
@@ -553,7 +505,7 @@ def _library_gradient(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Te
     wanted, saved = ctx.needs_input_grad[:4], _saved_from(ctx.saved_tensors)
     grads: tuple[Tensor | None, ...]
     if torch.is_grad_enabled():
-        grads = _differentiable_backward(grad_output, saved, ctx.options, wanted)
+        grads = differentiable_backward(grad_output, saved, ctx.options, wanted)
     else:
         # An op's results must not be its arguments, as an identity's residual gradient would be.
         is_identity = ctx.options.activation == Activation.NONE
@@ -572,8 +524,9 @@ define_op(
     "batch_norm_act(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias,"
     " Tensor? running_mean, Tensor? running_var, bool training, float momentum, float eps,"
     " int activation, float negative_slope, bool wants_mask, Tensor? factor,"
-    " Tensor? sample_scale=None)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? sample_scale=None, int ghost_size=0, float[]? renorm=None, Tensor? step=None,"
+    " Tensor? drift=None)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _library_forward,
     _fake_forward,
     backward=_library_gradient,
@@ -583,7 +536,7 @@ define_op(
     "batch_norm_act_backward(Tensor grad_output, Tensor? input, Tensor? residual, Tensor? output,"
     " Tensor? mask, Tensor? weight, Tensor? bias, Tensor stats, Tensor? sample_scale,"
     " bool channels_last, bool training,"
-    " float eps, int activation, float negative_slope, bool[4] wanted)"
+    " float eps, int activation, float negative_slope, int ghost_size, bool[4] wanted)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _library_backward,
     _fake_backward,

@@ -17,6 +17,7 @@ from gradfuse.reference.batch_norm import (
     output_like,
     unpack_mask,
 )
+from gradfuse.reference.batch_norm_modes import DRIFT_ROWS, ghost_sizes, split_saved
 from gradfuse.reference.clip import ParameterList, clamp_, clip_, scale_, stats
 from gradfuse.reference.dropout import addend, philox, random_words, stays
 from gradfuse.reference.optim import Stepper
@@ -30,6 +31,7 @@ from gradfuse.reference.stream import stream
 
 __all__ = [
     "ACTIVATIONS",
+    "DRIFT_ROWS",
     "MASKED",
     "OUTPUT_SAVED",
     "ParameterList",
@@ -43,6 +45,7 @@ __all__ = [
     "check_row_norm",
     "clamp_",
     "clip_",
+    "ghost_sizes",
     "isa",
     "num_threads",
     "output_like",
@@ -52,6 +55,7 @@ __all__ = [
     "row_norm_backward",
     "row_norm_forward",
     "scale_",
+    "split_saved",
     "stats",
     "stays",
     "stream",

@@ -11,6 +11,14 @@ from torch._prims_common import suggest_memory_format
 
 from gradfuse._codes import Activation
 from gradfuse._records import BatchNormCall, BatchNormOptions, BatchNormSaved
+from gradfuse.reference.batch_norm_modes import (
+    DRIFT_ROWS,
+    adaptive_momentum,
+    ghost_sizes,
+    renormalisation,
+    split_call,
+    split_saved,
+)
 from gradfuse.reference.dropout import addend
 
 ACTIVATIONS = (None, *(a.name.lower() for a in Activation if a))  # by Activation
@@ -74,25 +82,51 @@ def batch_norm_act(
     eps: float = 1e-5,
     negative_slope: float = 0.01,
     sample_scale: Tensor | None = None,
+    ghost_size: int = 0,
+    renorm: Sequence[float] | None = None,
+    step: Tensor | None = None,
+    drift: Tensor | None = None,
 ) -> Tensor:
     """act(F.batch_norm(input, ...) * sample_scale + residual), differentiable any number of times.
 
     16-bit inputs are computed in float32 and rounded once.
     """
     wide = input.to(torch.promote_types(input.dtype, torch.float32))
-    mean, var, w, b = (
-        None if p is None else p.to(wide.dtype) for p in (running_mean, running_var, weight, bias)
-    )
-    out = F.batch_norm(wide, mean, var, w, b, training, float(momentum), eps)
-    for running, now in ((running_mean, mean), (running_var, var)):
-        if training and running is not None and now is not None and now.dtype != running.dtype:
-            running.copy_(now)
+    sizes = ghost_sizes(input.shape[0], ghost_size if training else 0)
+    if len(sizes) > 1 or renorm is not None or drift is not None:
+        call = BatchNormCall(
+            wide, None, weight, bias, running_mean, running_var, training, momentum, eps, 0, 0.0,
+            False, None, ghost_size, renorm, step, drift,
+        )  # fmt: skip
+        out = torch.cat([_normalise_one(part) for part in split_call(call, sizes)])
+    else:
+        mean, var, w, b = (
+            None if p is None else p.to(wide.dtype)
+            for p in (running_mean, running_var, weight, bias)
+        )
+        out = F.batch_norm(wide, mean, var, w, b, training, float(momentum), eps)
+        for running, now in ((running_mean, mean), (running_var, var)):
+            if training and running is not None and now is not None and now.dtype != running.dtype:
+                running.copy_(now)
     dtype = input.dtype
     out = addend(out, None, 0.0, sample_scale)
     if residual is not None:
         dtype = torch.result_type(input, residual)
         out = out + residual
     return activate(out, activation, negative_slope).to(dtype)
+
+
+def _normalise_one(call: BatchNormCall) -> Tensor:
+    """Norm, correction and affine part of a ghost batch in training, differentiable."""
+    x = call.input
+    out = F.batch_norm(x, None, None, None, None, True, 0.0, call.eps)
+    with torch.no_grad():
+        *_, correction = _training_statistics(x.detach().double(), call)
+    scale, shift = (x.new_ones(()), x.new_zeros(())) if correction is None else correction
+    w = scale if call.weight is None else call.weight.to(x.dtype) * scale
+    b = shift if call.weight is None else call.weight.to(x.dtype) * shift
+    b = b if call.bias is None else b + call.bias.to(x.dtype)
+    return (out * _per_channel(w, x) + _per_channel(b, x)).to(x.dtype)
 
 
 def _per_channel(v: Tensor, like: Tensor) -> Tensor:
@@ -119,18 +153,19 @@ def output_like(x: Tensor) -> Tensor:
     return x.new_empty(n, *rest, c).movedim(-1, 1)
 
 
-def _rows(x: Tensor, channels_last: bool) -> Tensor:
-    """x as the mask's rows: [C == 1: 1, numel], [positions, C] or [N * C, positions]."""
-    if x.shape[1] == 1:
+def _rows(x: Tensor, channels_last: bool, by_sample: bool = False) -> Tensor:
+    """x as the mask's rows: [positions, C] or [N * C, positions]; a single channel's is [1, numel]
+    unless samples are told apart."""
+    if x.shape[1] == 1 and not by_sample:
         return (x.movedim(1, -1) if channels_last else x).reshape(1, -1)
     if channels_last or x.shape[2:].numel() == 1:
         return x.movedim(1, -1).reshape(-1, x.shape[1])
     return x.reshape(x.shape[0] * x.shape[1], -1)
 
 
-def pack_mask(bits: Tensor, channels_last: bool) -> Tensor:
+def pack_mask(bits: Tensor, channels_last: bool, by_sample: bool = False) -> Tensor:
     """bool [N, C, ...] -> uint8 [rows, ceil(length / 8)], bit i % 8 of byte i / 8."""
-    rows = _rows(bits, channels_last)
+    rows = _rows(bits, channels_last, by_sample)
     padded = F.pad(rows, (0, -rows.shape[1] % 8)).reshape(rows.shape[0], -1, 8)
     weights = 2 ** torch.arange(8, device=bits.device)
     return (padded * weights).sum(-1).to(torch.uint8)
@@ -188,6 +223,7 @@ def _check_forward(call: BatchNormCall) -> None:
                 f"{list(call.sample_scale.shape)}"
             )
     _check_running(call)
+    _check_modes(call)
     if not call.training:
         return
     if input.numel() // max(input.shape[1], 1) == 1:
@@ -195,8 +231,17 @@ def _check_forward(call: BatchNormCall) -> None:
             "Expected more than 1 value per channel when training, got input size "
             f"{list(input.shape)}"
         )
-    if isinstance(call.momentum, Tensor) and call.momentum.numel() != 1:
-        raise ValueError(f"{op}: momentum must be one number, got {list(call.momentum.shape)}")
+    sizes = ghost_sizes(input.shape[0], call.ghost_size)
+    if input.numel() and input.shape[2:].numel() * sizes[-1] == 1:
+        raise ValueError(
+            f"{op}: ghost_size must leave more than 1 value per channel in each ghost batch, got "
+            f"{len(sizes)} ghost batches of input size {list(input.shape)}"
+        )
+    if isinstance(call.momentum, Tensor) and call.momentum.numel() not in (1, len(sizes)):
+        of_each = " or one for each ghost batch" if call.ghost_size else ""
+        raise ValueError(
+            f"{op}: momentum must be one number{of_each}, got {list(call.momentum.shape)}"
+        )
 
 
 def _check_vector(name: str, t: Tensor, input: Tensor) -> None:
@@ -231,18 +276,54 @@ def _check_running(call: BatchNormCall) -> None:
             )
 
 
-def _batch_statistics(x: Tensor, call: BatchNormCall) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel. Updates the running statistics."""
+def _check_modes(call: BatchNormCall) -> None:
+    op = "batch_norm_act"
+    if call.ghost_size < 0:
+        raise ValueError(f"{op}: ghost_size must be >= 0, got {call.ghost_size}")
+    for name, mode in (("renorm", call.renorm), ("drift", call.drift)):
+        if mode is not None and not (call.training and call.running_mean is not None):
+            raise ValueError(
+                f"{op}: {name} must come with running statistics and training, got none"
+            )
+    if call.renorm is not None and not (call.renorm[0] >= 1.0 and call.renorm[1] >= 0.0):
+        raise ValueError(
+            f"{op}: renorm must have r_max >= 1 and d_max >= 0, got {call.renorm[0]} and "
+            f"{call.renorm[1]}"
+        )
+    if call.step is not None and (call.step.dtype != torch.int64 or call.step.numel() != 1):
+        raise ValueError(
+            f"{op}: step must be one int64, got {list(call.step.shape)} of {call.step.dtype}"
+        )
+    if call.drift is not None:
+        _check_memory("drift", call.drift)
+        if call.drift.shape != (DRIFT_ROWS, call.input.shape[1]):
+            raise ValueError(
+                f"{op}: drift must be [{DRIFT_ROWS}, {call.input.shape[1]}], got "
+                f"{list(call.drift.shape)}"
+            )
+
+
+def _training_statistics(
+    x: Tensor, call: BatchNormCall
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """Mean, biased variance and correction of each channel. Updates the running statistics."""
     dims = [d for d in range(x.ndim) if d != 1]
     count = x.numel() // x.shape[1]
     mean = x.mean(dims)
     var = (x - _per_channel(mean, x)).square().mean(dims)
-    m = float(call.momentum)
+    running_mean, running_var, correction = call.running_mean, call.running_var, None
+    if running_mean is None or running_var is None:
+        return mean, var, None
+    old_mean, old_var = running_mean.double(), running_var.double()
+    if call.renorm is not None:
+        correction = renormalisation(call.renorm, call.step, mean, var, old_mean, old_var, call.eps)
     unbiased = var * (count / (count - 1))
-    for running, now in ((call.running_mean, mean), (call.running_var, unbiased)):
-        if running is not None:
-            running.copy_((1 - m) * running.double() + m * now)
-    return mean, var
+    m: float | Tensor = float(call.momentum)
+    if call.drift is not None:
+        m = adaptive_momentum(call.drift, mean, unbiased, old_mean, old_var, call.eps)
+    running_mean.copy_((1 - m) * old_mean + m * mean)
+    running_var.copy_((1 - m) * old_var + m * unbiased)
+    return mean, var, correction
 
 
 def _running_statistics(call: BatchNormCall) -> tuple[Tensor, Tensor]:
@@ -251,10 +332,28 @@ def _running_statistics(call: BatchNormCall) -> tuple[Tensor, Tensor]:
     return call.running_mean.double(), call.running_var.double()
 
 
-def _kept(mean: Tensor, var: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """[3, C] of the compute type: the mean, what its rounding left, sqrt(var + eps)."""
+def _kept(
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    correction: tuple[Tensor, Tensor] | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """[3 or 5, C] of the compute type: the mean, what its rounding left, sqrt(var + eps), r, d."""
     rounded = mean.to(dtype)
-    return torch.stack([rounded, (mean - rounded).to(dtype), (var + eps).sqrt().to(dtype)])
+    rows = [rounded, mean - rounded, (var + eps).sqrt(), *(correction or ())]
+    return torch.stack([row.to(dtype) for row in rows])
+
+
+def _affine(weight: Tensor | None, bias: Tensor | None, stats: Tensor) -> tuple[Tensor, Tensor]:
+    """weight and bias [C] in float64, with the correction of what the forward kept."""
+    _, _, deviation, *correction = stats.double()
+    w = torch.ones_like(deviation) if weight is None else weight.double()
+    b = torch.zeros_like(deviation) if bias is None else bias.double()
+    if not correction:
+        return w, b
+    scale, shift = correction
+    return w * scale, b + w * shift
 
 
 @torch.no_grad()
@@ -264,17 +363,23 @@ def batch_norm_forward(call: BatchNormCall) -> tuple[Tensor, Tensor, Tensor]:
     input, name = call.input, ACTIVATIONS[call.activation]
     no_mask = torch.empty(0, dtype=torch.uint8, device=input.device)
     computed_in = torch.promote_types(input.dtype, torch.float32)
+    sizes = ghost_sizes(input.shape[0], call.ghost_size if call.training else 0)
     if input.numel() == 0:
-        ones = input.new_ones(3, input.shape[1], dtype=computed_in)
+        rows = len(sizes) * (3 if call.renorm is None else 5)
+        ones = input.new_ones(rows, input.shape[1], dtype=computed_in)
         return torch.empty_like(input), no_mask, ones
+    if len(sizes) > 1:
+        parts = [batch_norm_forward(part) for part in split_call(call, sizes)]
+        outputs, masks, stats = (torch.cat(t) for t in zip(*parts, strict=True))
+        return output_like(input).copy_(outputs), masks, stats
     x = input.double()
-    mean, var = _batch_statistics(x, call) if call.training else _running_statistics(call)
-    stats = _kept(mean, var, call.eps, computed_in)
+    mean, var, correction = (
+        _training_statistics(x, call) if call.training else (*_running_statistics(call), None)
+    )
+    stats = _kept(mean, var, call.eps, correction, computed_in)
     z = (x - _per_channel(mean, x)) * _per_channel((var + call.eps).rsqrt(), x)
-    if call.weight is not None:
-        z = z * _per_channel(call.weight.double(), x)
-    if call.bias is not None:
-        z = z + _per_channel(call.bias.double(), x)
+    w, b = _affine(call.weight, call.bias, stats)
+    z = z * _per_channel(w, x) + _per_channel(b, x)
     z = addend(z, None, 0.0, call.sample_scale)
     if call.residual is not None:
         z = z + call.residual.double()
@@ -282,7 +387,7 @@ def batch_norm_forward(call: BatchNormCall) -> tuple[Tensor, Tensor, Tensor]:
     if not call.wants_mask:
         return output, no_mask, stats
     bits = derivative(z.to(input.dtype), name, 0.0) != 0
-    return output, pack_mask(bits, _is_channels_last(output)), stats
+    return output, pack_mask(bits, _is_channels_last(output), bool(call.ghost_size)), stats
 
 
 @torch.no_grad()
@@ -290,16 +395,35 @@ def batch_norm_backward(
     grad_output: Tensor, saved: BatchNormSaved, options: BatchNormOptions, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of input, residual, weight and bias; None for those not wanted."""
+    sizes = ghost_sizes(grad_output.shape[0], options.ghost_size)
+    pieces = zip(grad_output.split(sizes), split_saved(saved, sizes), strict=True)
+    parts = [_backward_of_one(g, s, options) for g, s in pieces]
+    inputs, residuals, weights, biases = zip(*parts, strict=True)
+    dtype = grad_output.dtype
+    w_dtype, b_dtype = (dtype if t is None else t.dtype for t in (saved.weight, saved.bias))
+    no_activation = ACTIVATIONS[options.activation] is None
+    grad_residual = grad_output if no_activation else torch.cat(residuals).to(dtype)
+    return (
+        torch.cat(inputs).to(dtype) if wanted[0] else None,
+        grad_residual if wanted[1] else None,
+        torch.stack(weights).sum(0).to(w_dtype) if wanted[2] else None,
+        torch.stack(biases).sum(0).to(b_dtype) if wanted[3] else None,
+    )
+
+
+def _backward_of_one(
+    grad_output: Tensor, saved: BatchNormSaved, options: BatchNormOptions
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of a ghost batch in float64."""
     name = ACTIVATIONS[options.activation]
-    weight, bias, dtype = saved.weight, saved.bias, grad_output.dtype
     g = grad_output.double()
     dims = [d for d in range(g.ndim) if d != 1]
-    kept, rest, deviation = saved.stats.double()
+    kept, rest, deviation, *correction = saved.stats.double()
     mean, invstd = _per_channel(kept + rest, g), _per_channel(1 / deviation, g)
-    w = torch.ones_like(deviation) if weight is None else weight.double()
+    w, b = _affine(saved.weight, saved.bias, saved.stats)
     normalised = None if saved.input is None else (saved.input.double() - mean) * invstd
     if name is not None:
-        g = _before_activation(g, normalised, _per_channel(w, g), saved, options, name)
+        g = _before_activation(g, normalised, w, b, saved, options, name)
     of_sum = g
     g = addend(g, None, 0.0, saved.sample_scale)
     dot = torch.zeros_like(w) if normalised is None else (g * normalised).sum(dims)
@@ -308,19 +432,15 @@ def batch_norm_backward(
     if options.training and normalised is not None and g.numel():
         count = g.numel() // g.shape[1]
         before = g - _per_channel(total / count, g) - normalised * _per_channel(dot / count, g)
-    grad_residual = grad_output if name is None else of_sum.to(dtype)
-    return (
-        (before * _per_channel(w, g) * invstd).to(dtype) if wanted[0] else None,
-        grad_residual if wanted[1] else None,
-        dot.to(dtype if weight is None else weight.dtype) if wanted[2] else None,
-        total.to(dtype if bias is None else bias.dtype) if wanted[3] else None,
-    )
+    grad_weight = dot * correction[0] + total * correction[1] if correction else dot
+    return before * _per_channel(w, g) * invstd, of_sum, grad_weight, total
 
 
 def _before_activation(
     g: Tensor,
     normalised: Tensor | None,
     w: Tensor,
+    b: Tensor,
     saved: BatchNormSaved,
     options: BatchNormOptions,
     name: str,
@@ -334,9 +454,7 @@ def _before_activation(
         return torch.where(slope == 0, torch.zeros_like(g), g * slope)  # not inf * 0
     if normalised is None:
         return g
-    z = normalised * w
-    if saved.bias is not None:
-        z = z + _per_channel(saved.bias.double(), g)
+    z = normalised * _per_channel(w, g) + _per_channel(b, g)
     z = addend(z, None, 0.0, saved.sample_scale)
     if saved.residual is not None:
         z = z + saved.residual
