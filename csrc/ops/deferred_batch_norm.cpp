@@ -89,8 +89,7 @@ at::Tensor DeferredCall::compute(const std::optional<Watched>& residual, Activat
       arguments[1] = py::cast(r.sizes() == sizes ? r : r.expand(sizes));
     }
     if (!has_to_count_ && arguments_[6].cast<bool>()) {
-      arguments[4] = py::none();
-      arguments[5] = py::none();
+      for (const int updated : {4, 5, 16}) arguments[updated] = py::none();
     }
     arguments[9] = py::int_(static_cast<int>(activation));
     arguments[10] = py::float_(negative_slope);

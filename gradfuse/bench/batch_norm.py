@@ -49,6 +49,7 @@ SHAPES: tuple[Shape, ...] = (
     SMALL,
 )
 QUICK: tuple[Shape, ...] = ((8, 256, 28, 28), SMALL)
+MODES_SHAPES: tuple[Shape, ...] = ((32, 256, 56, 56), (32, 1024, 14, 14), SMALL)
 MODEL, QUICK_MODEL = (8, 128), (2, 64)  # images, and their pixels
 ALL = "forward+backward"
 MOST_SETS = 512
@@ -132,6 +133,39 @@ def setup(
     return [Contender(name, in_turn(work)) for name, work in works.items()]
 
 
+def modes_row(shape: Shape, dtype: torch.dtype, channels_last: bool) -> Workload:
+    """Forward and backward in each mode of the op, on cold tensors."""
+    site = NormSite(shape)
+    moved = norms.bytes_moved(site, dtype, True)
+    places = [Place(site, dtype, channels_last) for _ in range(cold_sets(moved))]
+    turns = itertools.cycle(places)
+
+    def of(norm: Norm) -> Callable[[], None]:
+        def run() -> None:
+            place = next(turns)
+            y = norm(place.tensors)
+            place.results = (y, *place.tensors.backward(y))
+
+        return run
+
+    def least() -> None:
+        floor = next(turns).floor
+        floor.forward()
+        floor.backward()
+
+    ways = {SAVES_OUTPUT: norms.fused("output")} | {m: norms.in_mode(m) for m in norms.MODES}
+    contenders = [Contender(name, of(norm)) for name, norm in ways.items()]
+    return Workload(
+        name=f"{tuple(shape)} {'NHWC' if channels_last else 'NCHW'} modes{COLD}",
+        dtype=dtype_name(dtype),
+        contenders=[*contenders, Contender(FLOOR, least)],
+        bytes_moved=moved,
+        baseline=SAVES_OUTPUT,
+        floor=FLOOR,
+        targets={mode: Target(0.98) for mode in norms.MODES},
+    )
+
+
 def compile_formula(notes: list[str], budget: float) -> Norm | None:
     """torch.compile of the formula, if it compiles in time."""
     function = norms.compiled()
@@ -162,6 +196,10 @@ def workloads(arguments: argparse.Namespace, notes: list[str]) -> Iterator[Workl
             if cold:
                 size = QUICK_MODEL if arguments.quick else MODEL
                 yield model_row(*size, dtype, channels_last)
+    if cold:
+        for shape in QUICK if arguments.quick else MODES_SHAPES:
+            yield modes_row(shape, torch.float32, False)
+            yield modes_row(shape, torch.bfloat16, True)
     if model:
         yield from model_steps(*(QUICK_MODEL if arguments.quick else MODEL), notes)
 

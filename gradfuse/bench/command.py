@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from gradfuse import _native
-from gradfuse.bench import batch_norm, clip, fuse, history, init, layer_norm, optim
+from gradfuse.bench import batch_norm, clip, fuse, history, init, layer_norm, modes, optim
 from gradfuse.bench.gpu import on_gpu, timed_on_gpu
 from gradfuse.bench.harness import Result, Workload, measure, timed_calls
 from gradfuse.bench.machine import machine
@@ -33,9 +33,9 @@ def parser_of(bench: Bench | None) -> argparse.ArgumentParser:
             prog="python -m gradfuse bench",
             description="Times gradfuse against its peers: one op, or all in turn. "
             "`bench OP -h` lists an op's own options. `bench history` draws what --history kept, "
-            "`bench init` measures initialisations.",
+            "`bench init` measures initialisations, `bench modes` those of batch norm.",
         )
-        parser.add_argument("op", nargs="?", choices=[*BENCHES, "history", "init"])
+        parser.add_argument("op", nargs="?", choices=[*BENCHES, "history", "init", "modes"])
     else:
         parser = argparse.ArgumentParser(
             prog=f"python -m gradfuse bench {bench.op}",
@@ -139,6 +139,8 @@ def main(argv: Sequence[str]) -> int:
         return history.main(argv[1:])
     if argv and argv[0] == "init":
         return init.main(argv[1:])
+    if argv and argv[0] == "modes":
+        return modes.main(argv[1:])
     parser = parser_of(None)
     if parser.parse_args(argv).op:
         parser.error("the op comes first, options after it")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +22,18 @@ __all__ = [
     "compiled",
     "eager",
     "fused",
+    "in_mode",
     "native",
 ]
 
 Norm = Callable[["Tensors"], Tensor]
 EAGER, FUSED, SAVES_OUTPUT = "torch eager", "gradfuse", "gradfuse, save=output"
 DROPS = "gradfuse, drop_path=0.1"
+MODES: dict[str, dict[str, Any]] = {
+    "renorm": {"renorm": (3.0, 5.0)},
+    "ghost_size of a quarter": {"ghost_size": 4},  # quarters, see `fused`
+    "momentum=auto": {"drift": True},
+}
 COLD = ", cold"  # ends the names of rows whose tensors are in no cache
 
 
@@ -99,7 +106,24 @@ def native(t: Tensors) -> Tensor:
         return eager(t)
 
 
-def fused(save: str, drop_path: float = 0.0) -> Norm:
+def in_mode(mode: str) -> Norm:
+    """The same in a mode of MODES, with what its call needs."""
+    drifts: dict[int, Tensor] = {}
+
+    def call(t: Tensors) -> Tensor:
+        options = dict(MODES[mode])
+        if "ghost_size" in options:
+            options["ghost_size"] = max(t.x.shape[0] // options["ghost_size"], 1)
+        if "drift" in options:
+            if id(t) not in drifts:
+                drifts[id(t)] = t.mean.new_zeros(4, t.mean.numel())
+            options["drift"] = drifts[id(t)]
+        return fused("output", **options)(t)
+
+    return call
+
+
+def fused(save: str, drop_path: float = 0.0, **options: Any) -> Norm:
     """gradfuse's op, which saves this for the backward."""
 
     def call(t: Tensors) -> Tensor:
@@ -114,6 +138,7 @@ def fused(save: str, drop_path: float = 0.0) -> Norm:
             training=True,
             save=save,
             drop_path=drop_path,
+            **options,
         )
 
     return call

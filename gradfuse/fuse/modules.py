@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradfuse import _native
 from gradfuse._codes import Activation
 from gradfuse.fuse.swapped import PLAIN, Swapped, recorded
 from gradfuse.nn.batch_norm import normalise
+from gradfuse.nn.batch_norm_mode import DRIFT, HasMode, averaging
 from gradfuse.ops.checks import is_transformed
 
 __all__ = ["DEFERRED", "DeferredBatchNorm1d", "DeferredBatchNorm2d", "DeferredBatchNorm3d"]
@@ -26,11 +26,12 @@ __all__ = ["DEFERRED", "DeferredBatchNorm1d", "DeferredBatchNorm2d", "DeferredBa
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
 # To Dynamo before torch 2.13, __dict__["_buffers"] is the property of that name, which asks again.
 _OLD_DYNAMO = torch.__version__ < "2.13"
-# The last fields of a BatchNormCall.
-_NO_ACTIVATION = (int(Activation.NONE), 0.01, False, None, 0, None, None, None)
+# Fields of a BatchNormCall: no activation, and no mode.
+_NO_ACTIVATION = (int(Activation.NONE), 0.01, False, None)
+_NO_MODE = (0, None, None, None)
 
 
-class _Deferred(Swapped, _BatchNorm):
+class _Deferred(Swapped, HasMode):
     """What the classes share. `_site` is the compiled module's record of a module's calls."""
 
     def forward(self, input: Any) -> Any:
@@ -40,12 +41,14 @@ class _Deferred(Swapped, _BatchNorm):
         is_compiling = torch.compiler.is_compiling()
         if is_compiling and self.training and not torch.compiler.is_exporting():
             self._check_input_dim(input)
-            return self._finish(normalise(self, input))
+            return self._finish(normalise(self, input, mode=self.mode))
         if not is_compiling and not isinstance(input, Tensor):
             found = recorded(self, input)
             if found is not None:
                 return found
         if is_compiling or torch._C._is_tracing():
+            if self.training and not self.mode.is_plain:
+                return self._finish(normalise(self, input, mode=self.mode))
             plain: Tensor = super().forward(input)
             return plain
         self._check_input_dim(input)
@@ -64,7 +67,7 @@ class _Deferred(Swapped, _BatchNorm):
             reason = "a backward pass, dispatch mode, saved-tensor hook or subclass of a weight"
         if self._site is not None:
             self._site.computed_at_once(reason)
-        return normalise(self, input)
+        return normalise(self, input, mode=self.mode)
 
     def _reason_not_to_wait(self, input: Tensor) -> str:
         """Why the output has to be computed at once; "" if nothing speaks against waiting."""
@@ -78,6 +81,9 @@ class _Deferred(Swapped, _BatchNorm):
             or torch_module._has_any_global_hook()
         ):
             return "the module has hooks"
+        if self.mode.renorm and self.training:
+            # A second use would compute it again, after the update of what it corrects towards.
+            return "renorm"
         if type(input) not in PLAIN or is_transformed():
             return "a transform or tensor subclass sees the call"
         return ""
@@ -103,14 +109,22 @@ class _Deferred(Swapped, _BatchNorm):
         training = self.training
         momentum: float | Tensor | None = self.momentum
         counted = buffers["num_batches_tracked"] if training and self.track_running_stats else None
+        mode, modes = self.mode, _NO_MODE
+        if training and not mode.is_plain:
+            modes = (mode.ghost_size or 0, None, None, buffers[DRIFT] if mode.momentum else None)
         if momentum is None:
-            momentum = 0.0 if counted is None else (counted + 1).double().reciprocal()
+            momentum = 0.0
+            if counted is not None:
+                momentum = averaging(counted, input.shape[0], modes[0] or None)
         uses_batch = training or (mean is None and var is None)
         if training and not self.track_running_stats:
             mean = var = None
         output: Tensor | None = self._site.defer(
-            (input, None, weight, bias, mean, var, uses_batch, momentum, self.eps, *_NO_ACTIVATION)
-        )
+            (
+                input, None, weight, bias, mean, var, uses_batch, momentum, self.eps,
+                *_NO_ACTIVATION, *modes,
+            )
+        )  # fmt: skip
         if counted is not None and output is not None:
             counted.add_(1)
         return output
@@ -119,7 +133,7 @@ class _Deferred(Swapped, _BatchNorm):
     # finds them as they ought to be.
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("running_mean", "running_var") and self._site is not None:
+        if name in ("running_mean", "running_var", DRIFT) and self._site is not None:
             self._site.count()
         return super().__getattr__(name)
 
@@ -156,6 +170,13 @@ class _Deferred(Swapped, _BatchNorm):
         if self._site is not None:
             self._site.count()
         return super()._state()
+
+    def _plain_state(self) -> dict[str, Any]:
+        state = self._state()
+        if state.pop("mode", None) is not None:
+            buffers = state["_buffers"]
+            state["_buffers"] = {name: t for name, t in buffers.items() if name != DRIFT}
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from gradfuse.fuse.dropouts import DROPOUTS
 from gradfuse.fuse.modules import DEFERRED, _Deferred, become_deferred
 from gradfuse.fuse.norms import NORMS
 from gradfuse.fuse.swapped import Swapped, become_plain
+from gradfuse.nn.batch_norm_mode import BatchNormMode, HasMode
 
 __all__ = ["fuse", "is_site", "reason_against", "swapped_class", "unfuse"]
 
@@ -26,7 +27,9 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _OWN_DICTS = ("_parameters", "_buffers", "_modules", *_HOOKS)
 
 
-def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+def fuse(
+    model: nn.Module, *, inplace: bool = False, mode: BatchNormMode | None = None
+) -> nn.Module:
     """Lets a norm run as one op with what surrounds it, wherever a model has that in turn.
 
     Each torch.nn.BatchNorm1d, 2d, 3d, LayerNorm, RMSNorm and Dropout of the model, and what timm,
@@ -51,20 +54,40 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         nn.Module; the given one if inplace. `fuse_report` says what its modules did.
 
     Raises:
-        TypeError: model is no nn.Module.
-        ValueError: model is wrapped, compiled or scripted, and not inplace.
+        TypeError: model is no nn.Module, or mode no BatchNormMode.
+        ValueError: model is wrapped, compiled or scripted, and not inplace; a batch norm lacks the
+            running statistics that the mode needs.
     """
+    if mode is not None:
+        _check_mode(model, mode)
     root = _taken("fuse", model, inplace)
     for module in list(root.modules()):
+        if mode is not None and isinstance(module, HasMode):
+            module.set_mode(mode)
         if not is_site(module) or reason_against(module):
             continue
         cls = swapped_class(module)
         assert cls is not None
         if issubclass(cls, _Deferred):
             become_deferred(module, cls)
+            if mode is not None:
+                cast(HasMode, module).set_mode(mode)
         else:
             module.__class__ = cls
     return root
+
+
+def _check_mode(model: nn.Module, mode: BatchNormMode) -> None:
+    if not isinstance(mode, BatchNormMode):
+        raise TypeError(f"fuse: mode must be a BatchNormMode, got {type(mode).__name__}")
+    if isinstance(model, nn.Module):
+        for path, module in model.named_modules():
+            cls = swapped_class(module)
+            if isinstance(module, HasMode) or (cls is not None and issubclass(cls, HasMode)):
+                try:
+                    mode.check(cast(_BatchNorm, module))
+                except ValueError as error:
+                    raise ValueError(f"fuse: {error} at {path or 'the model'}") from None
 
 
 def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:

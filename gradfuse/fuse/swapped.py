@@ -62,8 +62,12 @@ class Swapped(nn.Module):
             self.__dict__["_site"] = call
 
     def _state(self) -> dict[str, Any]:
-        """The attributes of the plain class."""
+        """The attributes that a copy has."""
         return {name: value for name, value in self.__dict__.items() if name not in _OWN}
+
+    def _plain_state(self) -> dict[str, Any]:
+        """The attributes of the plain class."""
+        return self._state()
 
     def __getstate__(self) -> dict[str, Any]:
         return self._state()
@@ -74,7 +78,7 @@ class Swapped(nn.Module):
 
 def become_plain(module: Swapped) -> None:
     """Gives a module its own class back."""
-    state, plain = module._state(), cast(nn.Module, module)
+    state, plain = module._plain_state(), cast(nn.Module, module)
     plain.__class__ = module.plain
     plain.__dict__.clear()
     plain.__dict__.update(state)
@@ -83,7 +87,7 @@ def become_plain(module: Swapped) -> None:
 def to_plain(module: Swapped) -> nn.Module:
     """A module of the plain class with the very same parameters, buffers and hooks."""
     made: nn.Module = module.plain.__new__(module.plain)
-    made.__dict__.update(module._state())
+    made.__dict__.update(module._plain_state())
     return made
 
 

@@ -8,7 +8,13 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gradfuse.nn.batch_norm_mode import DRIFT, PAPERS_WARMUP, BatchNormMode, add_drift, fill_drift
+from gradfuse.nn.batch_norm_mode import (
+    DRIFT,
+    PAPERS_WARMUP,
+    BatchNormMode,
+    HasMode,
+    averaging,
+)
 from gradfuse.ops.batch_norm import batch_norm_act, check_activation, recomputing
 
 __all__ = ["BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d"]
@@ -25,11 +31,10 @@ _STATE = (
 )
 
 
-class _BatchNormAct(_BatchNorm):
+class _BatchNormAct(HasMode):
     """What the modules for 1, 2 and 3 dimensions share."""
 
     plain: type[_BatchNorm]
-    mode = BatchNormMode()
 
     def __init__(
         self,
@@ -63,13 +68,7 @@ class _BatchNormAct(_BatchNorm):
         )
         self.activation = activation
         self.negative_slope = negative_slope
-        self._set(mode)
-
-    def _set(self, mode: BatchNormMode) -> None:
-        mode.check(self)
-        self.mode = mode
-        if mode.momentum and DRIFT not in self._buffers:
-            add_drift(self)
+        self.set_mode(mode)
 
     @classmethod
     def from_batch_norm(
@@ -94,33 +93,6 @@ class _BatchNormAct(_BatchNorm):
             plain.momentum = 0.1
             plain._buffers.pop(DRIFT, None)
         return plain
-
-    def reset_running_stats(self) -> None:
-        super().reset_running_stats()
-        if DRIFT in self._buffers:
-            fill_drift(self, self._buffers[DRIFT])  # type: ignore[arg-type]
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        # torch's state_dicts know no drift: its batches count as seen.
-        drift = self._buffers.get(DRIFT)
-        key = prefix + DRIFT
-        is_new = drift is not None and key not in state_dict
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if is_new and drift is not None:
-            if key in missing_keys:
-                missing_keys.remove(key)
-            fill_drift(self, drift)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         self._check_input_dim(input)
@@ -163,10 +135,8 @@ def normalise(
     counted = bn.num_batches_tracked if counts and not recomputing() else None
     if isinstance(bn.momentum, (float, int)):
         factor = bn.momentum
-    elif counted is not None and modes.get("ghost_size") and mode is not None:
-        factor = mode.average(bn, input.shape[0])
-    elif counted is not None and bn.momentum is None:
-        factor = (counted + 1).double().reciprocal()  # a tensor: nothing waits for its value
+    elif counted is not None and bn.momentum is None:  # a tensor: nothing waits for its value
+        factor = averaging(counted, input.shape[0], modes.get("ghost_size"))
     # The backward reads the output where it can: the next layer mostly keeps it anyway. torch's
     # relu6 and leaky_relu keep their input, so that a later op may write to their output.
     tracked = not bn.training or bn.track_running_stats

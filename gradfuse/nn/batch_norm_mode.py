@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from gradfuse.ops.batch_norm import recomputing
 from gradfuse.ops.batch_norm_modes import check_ghost_size, check_renorm
 from gradfuse.reference import DRIFT_ROWS, ghost_sizes
 
-__all__ = ["DRIFT", "BatchNormMode", "add_drift", "fill_drift"]
+__all__ = ["DRIFT", "PAPERS_WARMUP", "BatchNormMode", "HasMode", "averaging"]
 
 DRIFT = "drift"  # the buffer that momentum="auto" needs
 PAPERS_WARMUP = (5000, 40000, 25000)
@@ -92,14 +92,6 @@ class BatchNormMode:
             "drift": getattr(bn, DRIFT) if self.momentum and not recomputing() else None,
         }
 
-    def average(self, bn: _BatchNorm, samples: int) -> Tensor:
-        """The momentum of a plain average over all batches; of each of its ghost batches."""
-        counted = bn.num_batches_tracked
-        assert counted is not None
-        count = len(ghost_sizes(samples, self.ghost_size or 0))
-        before = (counted * count)[None] + torch.arange(1, count + 1, device=counted.device)
-        return before.double().reciprocal()
-
     def __str__(self) -> str:
         parts = []
         if self.renorm:
@@ -111,17 +103,61 @@ class BatchNormMode:
         return ", ".join(parts)
 
 
-def add_drift(bn: _BatchNorm) -> None:
-    """Gives a module the buffer of momentum="auto"."""
-    assert bn.running_mean is not None
-    drift = bn.running_mean.new_zeros(DRIFT_ROWS, bn.num_features)
-    bn.register_buffer(DRIFT, drift)
-    fill_drift(bn, drift)
+class HasMode(_BatchNorm):
+    """A batch norm's module with a mode."""
+
+    mode = BatchNormMode()
+
+    def set_mode(self, mode: BatchNormMode) -> None:
+        """Sets the mode. momentum="auto" brings a buffer, `drift`; a module's own stays."""
+        own: object = self.momentum
+        if own == "auto" and mode.momentum is None:
+            mode = replace(mode, momentum="auto")
+        mode.check(self)
+        self.mode = mode
+        if mode.momentum is None:
+            self._buffers.pop(DRIFT, None)
+        elif DRIFT not in self._buffers and self.running_mean is not None:
+            drift = self.running_mean.new_zeros(DRIFT_ROWS, self.num_features)
+            self.register_buffer(DRIFT, drift)
+            self._fill(drift)
+
+    @torch.no_grad()
+    def _fill(self, drift: Tensor) -> None:
+        """Batches that were counted without a look at their drift."""
+        drift.zero_()
+        if self.num_batches_tracked is not None:
+            drift[-1] = self.num_batches_tracked
+
+    def reset_running_stats(self) -> None:
+        super().reset_running_stats()
+        drift = self._buffers.get(DRIFT)
+        if drift is not None:
+            self._fill(drift)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        drift, key = self._buffers.get(DRIFT), prefix + DRIFT
+        if drift is not None and key not in state_dict:  # a state_dict of torch's
+            missing_keys[:] = [name for name in missing_keys if name != key]
+            self._fill(drift)
 
 
-@torch.no_grad()
-def fill_drift(bn: _BatchNorm, drift: Tensor) -> None:
-    """The state of a module that has counted its batches without watching their drift."""
-    drift.zero_()
-    if bn.num_batches_tracked is not None:
-        drift[-1] = bn.num_batches_tracked
+def averaging(counted: Tensor, samples: int, ghost_size: int | None = None) -> Tensor:
+    """The momentum of a plain average over all batches, [1]; of each of the ghost batches, [n]."""
+    if ghost_size is None:
+        return (counted + 1).double().reciprocal()
+    count = len(ghost_sizes(samples, ghost_size))
+    number = torch.arange(1, count + 1, device=counted.device) + counted * count
+    return number.double().reciprocal()
