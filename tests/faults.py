@@ -20,6 +20,7 @@ class Fault(NamedTuple):
 MATH, CPU, CUDA, CSRC = "csrc/math", "csrc/cpu", "csrc/cuda", "csrc"
 CLIP = "tests/test_ops.py tests/test_clip.py tests/test_range.py"
 NORM = "tests/test_ops.py tests/test_batch_norm.py tests/test_batch_norm_hypothesis.py"
+MODES = "tests/test_batch_norm_modes.py tests/test_ops.py"
 ROWS = "tests/test_layer_norm.py tests/test_ops.py"
 DROPOUT = "tests/test_dropout.py"
 STEP = "tests/test_ops.py tests/test_optim.py"
@@ -27,6 +28,72 @@ RULES = "tests/test_optim_rules.py"
 
 FAULTS = [
     # Arithmetic of host and device.
+    # Modes of batch norm.
+    Fault(
+        "d without its limit",
+        MATH,
+        "bounded((kept.mean - running_mean) / deviation, -d, d)",
+        "bounded((kept.mean - running_mean) / deviation, -d, d * 1e9)",
+        "a batch far above the running mean goes through uncorrected",
+        MODES,
+    ),
+    Fault(
+        "the warm-up ends where it begins",
+        MATH,
+        "if (step >= end) return 1.0;",
+        "if (step >= begin) return 1.0;",
+        "renormalisation sets in at once",
+        MODES,
+    ),
+    Fault(
+        "weight's gradient forgets d",
+        MATH,
+        "return now.scale * weight_gradient(s, offset) + now.shift * s.sum;",
+        "return now.scale * weight_gradient(s, offset);",
+        "weights behind a renormalised norm learn from another function",
+        MODES,
+    ),
+    Fault(
+        "an outlier counts in full",
+        MATH,
+        "bounded((mean - running_mean) * std::sqrt(scale), -kMostDifference, kMostDifference);",
+        "(mean - running_mean) * std::sqrt(scale);",
+        "one batch sets the momentum for a long time",
+        MODES,
+    ),
+    Fault(
+        "ghost batches of the full size but for the last",
+        CSRC,
+        "return samples_ / count_ * k + std::min(k, samples_ % count_);",
+        "return std::min(divided_up(samples_, count_) * k, samples_);",
+        "the last ghost batch is empty or has a single sample",
+        MODES,
+    ),
+    Fault(
+        "renormalisation after the update",
+        CPU,
+        "    if (call.renormalises) {\n",
+        "    update_running(c, now.mean, unbiased(now.variance, count));\n"
+        "    if (call.renormalises) {\n",
+        "r and d see the batch itself, which counts twice",
+        MODES,
+    ),
+    Fault(
+        "an output that waited moves the drift twice",
+        CSRC,
+        "for (const int updated : {4, 5, 16})",
+        "for (const int updated : {4, 5})",
+        "a second use of an output fails or counts its batch again",
+        MODES,
+    ),
+    Fault(
+        "a renormalised norm waits",
+        "gradfuse/fuse",
+        "if self.mode.renorm and self.training:",
+        "if self.mode.renorm and not self.training:",
+        "its limits never see the running statistics",
+        MODES,
+    ),
     # Blocks and sweeps of batch norm on the CPU.
     Fault(
         "sums stay in the order of lanes",

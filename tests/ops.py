@@ -698,6 +698,9 @@ def large_maps(dtype: torch.dtype) -> Iterable[Sample]:
     for shape in (*shapes, (700_000, 3), (5000, 3, 40)):
         for last in (False, True) if len(shape) == 4 else (False,):
             yield batch_norm_sample(shape, last, dtype)
+    for last in (False, True):
+        modes = {"ghost_size": 3, "renorm": (1.5, 0.4), "drift": True}
+        yield batch_norm_in_mode((8, 96, 40, 50), last, dtype, **modes)
 
 
 def of_maps(shape: tuple[int, ...], channels_last: bool) -> Callable[[torch.dtype], Sample]:

@@ -17,6 +17,7 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <vector>
 
 #include "../math/batch_norm.h"
 #include "../math/runs.h"
@@ -288,8 +289,11 @@ struct Backward {
       columns(kSlope, c) = g.slope;
       columns(kOffset, c) = g.shift;
       const double offset = normalisation_offset(static_cast<double>(g.mean), kept(c));
-      write(call.grad_weight, c, weight_gradient(total, offset, correction(c)));
-      write(call.grad_bias, c, total.sum);
+      const ParameterGradients sum = call.ghosts.add(
+          {weight_gradient(total, offset, correction(c)), total.sum}, call.shape.channels, c);
+      if (!call.ghosts.is_complete()) continue;
+      write(call.grad_weight, c, sum.weight);
+      write(call.grad_bias, c, sum.bias);
     }
   }
   void apply(const Span& span, const Columns<F>& columns) const {
@@ -326,24 +330,20 @@ void sum_span(const Direction& direction, const Span& span, const Columns<F>& co
   direction.sum(span, columns, sums, true);
 }
 
-// Runs both sweeps of a span back to back: the second reads from the L2 cache.
+// Both sweeps of a span back to back: the second reads from the L2 cache.
 template <class Direction>
-void run_span_by_span(const Direction& direction, const Spans& spans, int64_t elements) {
+void run_span(const Direction& direction, const Span& span, int64_t stride) {
   using F = typename Direction::Element;
-  const int64_t stride = padded(spans.widest());
-  for_each_item({spans.columns(), elements, kLeastParallelElements}, [&](int64_t column) {
-    const Span span = spans(column, 0);
-    F coefficients[kBackwardCoefficients * kMostChannels];
-    double sums[2 * kMostChannels];
-    const Columns<F> columns = {span.channel, span.channel_end, coefficients, stride};
-    direction.prepare(columns);
-    if (direction.has_sums())
-      sum_span(direction, span, columns, sums);
-    else
-      std::fill_n(sums, 2 * stride, 0.0);
-    direction.finish(columns, sums);
-    if (direction.applies()) direction.apply(span, columns);
-  });
+  F coefficients[kBackwardCoefficients * kMostChannels];
+  double sums[2 * kMostChannels];
+  const Columns<F> columns = {span.channel, span.channel_end, coefficients, stride};
+  direction.prepare(columns);
+  if (direction.has_sums())
+    sum_span(direction, span, columns, sums);
+  else
+    std::fill_n(sums, 2 * stride, 0.0);
+  direction.finish(columns, sums);
+  if (direction.applies()) direction.apply(span, columns);
 }
 
 // The first sweep of all spans, then the second.
@@ -384,30 +384,48 @@ void run_sweep_by_sweep(const Direction& direction, const Spans& spans, int64_t 
   });
 }
 
-template <class Direction>
-void run(Direction direction) {
-  const BatchNormShape& shape = direction.call.shape;
-  const Spans spans(shape, direction.past_caches());
-  if (shape.inner > 1 && spans.parts() == 1)
-    return run_span_by_span(direction, spans, shape.numel());
-  direction.prepare_sweep_by_sweep();
-  run_sweep_by_sweep(direction, spans, shape.numel());
+// Runs the calls in order. Spans of channels take all calls in one go; a split ghost batch waits
+// for the one before, which has updated the running statistics.
+template <class Direction, class Call>
+void run(const Call* calls, int64_t count) {
+  std::vector<Spans> spans;
+  int64_t elements = 0;
+  bool by_span = true;
+  for (int64_t k = 0; k < count; ++k) {
+    const BatchNormShape& shape = calls[k].shape;
+    spans.emplace_back(shape, Direction{calls[k]}.past_caches());
+    elements += shape.numel();
+    by_span = by_span && shape.inner > 1 && spans[k].parts() == 1;
+  }
+  if (by_span) {
+    const int64_t stride = padded(spans[0].widest());
+    const auto run_column = [&](int64_t column) {
+      for (int64_t k = 0; k < count; ++k)
+        run_span(Direction{calls[k]}, spans[k](column, 0), stride);
+    };
+    return for_each_item({spans[0].columns(), elements, kLeastParallelElements}, run_column);
+  }
+  for (int64_t k = 0; k < count; ++k) {
+    Direction direction{calls[k]};
+    direction.prepare_sweep_by_sweep();
+    run_sweep_by_sweep(direction, spans[k], calls[k].shape.numel());
+  }
 }
 
 }  // namespace
 
-void batch_norm_forward(const BatchNormForward& call) {
-  if (call.shape.dtype == DType::Double)
-    run(Forward<double>{call});
+void batch_norm_forward(const BatchNormForward* calls, int64_t count) {
+  if (calls->shape.dtype == DType::Double)
+    run<Forward<double>>(calls, count);
   else
-    run(Forward<float>{call});
+    run<Forward<float>>(calls, count);
 }
 
-void batch_norm_backward(const BatchNormBackward& call) {
-  if (call.shape.dtype == DType::Double)
-    run(Backward<double>{call});
+void batch_norm_backward(const BatchNormBackward* calls, int64_t count) {
+  if (calls->shape.dtype == DType::Double)
+    run<Backward<double>>(calls, count);
   else
-    run(Backward<float>{call});
+    run<Backward<float>>(calls, count);
 }
 
 }  // namespace gradfuse::cpu

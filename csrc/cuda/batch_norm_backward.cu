@@ -50,8 +50,12 @@ __device__ InputGradient<W> finish_channel(const BatchNormBackward& call, int64_
       input_gradient<W>(kept, correction.weight(read_channel(call.weight, c, 1.0)), s,
                         static_cast<double>(call.shape.count()), call.training);
   const double offset = normalisation_offset(static_cast<double>(g.mean), kept);
-  write_channel(call.grad_weight, c, weight_gradient(s, offset, correction));
-  write_channel(call.grad_bias, c, s.sum);
+  const ParameterGradients sum =
+      call.ghosts.add({weight_gradient(s, offset, correction), s.sum}, call.shape.channels, c);
+  if (call.ghosts.is_complete()) {
+    write_channel(call.grad_weight, c, sum.weight);
+    write_channel(call.grad_bias, c, sum.bias);
+  }
   return g;
 }
 

@@ -215,6 +215,27 @@ GRADFUSE_HD double weight_gradient(GradientSums s, double offset, Correction now
   return now.scale * weight_gradient(s, offset) + now.shift * s.sum;
 }
 
+// The gradients of a channel's weight and bias.
+struct ParameterGradients {
+  double weight, bias;
+};
+
+// Those of the ghost batches so far: sums [2, channels]; null data if all samples are one batch.
+struct GhostSums {
+  double* data;
+  bool is_first, is_last;
+
+  // Adds a ghost batch's and returns the sum.
+  GRADFUSE_HD ParameterGradients add(ParameterGradients now, int64_t channels, int64_t c) const {
+    if (!data) return now;
+    if (!is_first) now.weight += data[c], now.bias += data[channels + c];
+    data[c] = now.weight;
+    data[channels + c] = now.bias;
+    return now;
+  }
+  GRADFUSE_HD bool is_complete() const { return !data || is_last; }
+};
+
 template <class F>
 GRADFUSE_HD InputGradient<F> input_gradient(KeptStatistics kept, double weight, GradientSums s,
                                             double count, bool training) {

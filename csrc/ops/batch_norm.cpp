@@ -4,7 +4,6 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/ones.h>
-#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
@@ -348,7 +347,8 @@ ForwardResult forward(const BatchNormForwardCall& given) {
   run_on(
       input.device(),
       [&] {
-        for (int64_t k = 0; k < batches.count(); ++k) cpu::batch_norm_forward(of_ghost_batch(k));
+        const auto parts = batches.each(of_ghost_batch);
+        cpu::batch_norm_forward(parts.data(), batches.count());
       },
       [&](Stream stream) {
         const at::Tensor scratch = scratch_on(input.device(), batches.scratch_bytes(shape));
@@ -438,16 +438,9 @@ OfEach<at::Tensor> backward(const BackwardCall& given, OfEach<bool> wanted) {
   OfEach<at::Tensor> grads = allocate(
       given, wanted, [&](auto options) { return empty_strided_on_device(sizes, strides, options); },
       [&](auto options) { return empty_on_device({sizes[1]}, options); });
-  // The gradients of weight and bias by ghost batch.
-  at::Tensor weights, biases;
-  if (batches.count() > 1) {
-    const auto by_batch = [&](const at::Tensor& like) {
-      if (!like.defined()) return at::Tensor();
-      return empty_on_device({batches.count(), sizes[1]},
-                             grad_output.options().dtype(computed_in(grad_output)));
-    };
-    weights = by_batch(grads.weight), biases = by_batch(grads.bias);
-  }
+  at::Tensor ghost_sums;
+  if (batches.count() > 1)
+    ghost_sums = empty_on_device({2, sizes[1]}, grad_output.options().dtype(at::kDouble));
 
   const at::Tensor g = dense(grad_output, strides);
   const auto in_layout = [&](const MaybeTensor& t) {
@@ -499,25 +492,20 @@ OfEach<at::Tensor> backward(const BackwardCall& given, OfEach<bool> wanted) {
     move.stats(part.stats, rows);
     move.elements(part.grad_input);
     move.elements(part.grad_residual);
-    if (weights.defined()) part.grad_weight = channel_ref(weights[k]);
-    if (biases.defined()) part.grad_bias = channel_ref(biases[k]);
+    part.ghosts = {static_cast<double*>(data(ghost_sums)), k == 0, k == batches.count() - 1};
     return part;
   };
   run_on(
       grad_output.device(),
       [&] {
-        for (int64_t k = 0; k < batches.count(); ++k) cpu::batch_norm_backward(of_ghost_batch(k));
+        const auto parts = batches.each(of_ghost_batch);
+        cpu::batch_norm_backward(parts.data(), batches.count());
       },
       [&](Stream stream) {
         const at::Tensor scratch = scratch_on(grad_output.device(), batches.scratch_bytes(shape));
         for (int64_t k = 0; k < batches.count(); ++k)
           cuda::batch_norm_backward(of_ghost_batch(k), scratch.mutable_data_ptr(), stream);
       });
-  const auto add_up = [](const at::Tensor& sum, const at::Tensor& of_each) {
-    if (of_each.defined()) sum.copy_(of_each.sum(0, false, at::kDouble));
-  };
-  add_up(grads.weight, weights);
-  add_up(grads.bias, biases);
   return grads;
 }
 

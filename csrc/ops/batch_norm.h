@@ -85,11 +85,14 @@ struct BatchNormBackward {
   void* grad_residual;
   ChannelRef grad_weight;
   ChannelRef grad_bias;
+  GhostSums ghosts;
 };
 
 namespace cpu {
-void batch_norm_forward(const BatchNormForward& call);
-void batch_norm_backward(const BatchNormBackward& call);
+// `count` calls of ghost batches, one after another, which differ in shape.outer by at most one
+// sample; usually a single one.
+void batch_norm_forward(const BatchNormForward* calls, int64_t count);
+void batch_norm_backward(const BatchNormBackward* calls, int64_t count);
 }  // namespace cpu
 namespace cuda {
 // `scratch`: batch_norm_scratch_bytes(call.shape), 256-byte aligned.

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include <c10/util/SmallVector.h>
+
 #include "batch_norm.h"
 
 namespace gradfuse {
@@ -32,6 +34,13 @@ class GhostBatches {
   // Rows of the whole before ghost batch k.
   int64_t rows_before(const BatchNormShape& whole, int64_t k) const {
     return count_ == 1 ? 0 : whole.outer / samples_ * begin(k);
+  }
+  // call(k) of every ghost batch.
+  template <class Call>
+  auto each(Call call) const {
+    c10::SmallVector<decltype(call(0)), 1> calls;
+    for (int64_t k = 0; k < count_; ++k) calls.push_back(call(k));
+    return calls;
   }
   int64_t scratch_bytes(const BatchNormShape& whole) const {
     return std::max(cuda::batch_norm_scratch_bytes(shape(whole, 0)),

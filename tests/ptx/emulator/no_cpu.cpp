@@ -26,8 +26,8 @@ void scale_each(const std::vector<GradRef>&, const std::vector<int64_t>&, Scaled
 void zero(const std::vector<GradRef>&) { refuse(); }
 void clamp(const std::vector<GradRef>&, double) { refuse(); }
 void adaptive_clip(const std::vector<UnitRef>&, UnitLimit, double) { refuse(); }
-void batch_norm_forward(const BatchNormForward&) { refuse(); }
-void batch_norm_backward(const BatchNormBackward&) { refuse(); }
+void batch_norm_forward(const BatchNormForward*, int64_t) { refuse(); }
+void batch_norm_backward(const BatchNormBackward*, int64_t) { refuse(); }
 void row_norm_forward(const RowNormForward&) { refuse(); }
 void row_norm_backward(const RowNormBackward&) { refuse(); }
 void optim_step(const OptimStep&) { refuse(); }
