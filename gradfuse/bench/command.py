@@ -11,7 +11,17 @@ from pathlib import Path
 import torch
 
 from gradfuse import _native
-from gradfuse.bench import batch_norm, clip, fuse, history, init, layer_norm, modes, optim
+from gradfuse.bench import (
+    batch_norm,
+    clip,
+    fuse,
+    history,
+    homeostatic,
+    init,
+    layer_norm,
+    modes,
+    optim,
+)
 from gradfuse.bench.gpu import on_gpu, timed_on_gpu
 from gradfuse.bench.harness import Result, Workload, measure, timed_calls
 from gradfuse.bench.machine import machine
@@ -25,6 +35,14 @@ BENCHES = {
     for bench in (clip.BENCH, batch_norm.BENCH, layer_norm.BENCH, fuse.BENCH, optim.BENCH)
 }
 
+# What is measured without a clock, and the plot of all that was.
+UNTIMED = {
+    "history": history.main,
+    "homeostatic": homeostatic.main,
+    "init": init.main,
+    "modes": modes.main,
+}
+
 
 def parser_of(bench: Bench | None) -> argparse.ArgumentParser:
     """The options of a bench, or those that all benches have."""
@@ -33,9 +51,9 @@ def parser_of(bench: Bench | None) -> argparse.ArgumentParser:
             prog="python -m gradfuse bench",
             description="Times gradfuse against its peers: one op, or all in turn. "
             "`bench OP -h` lists an op's own options. `bench history` draws what --history kept, "
-            "`bench init` measures initialisations, `bench modes` those of batch norm.",
+            "`bench init`, `modes` and `homeostatic` measure what ops do to training.",
         )
-        parser.add_argument("op", nargs="?", choices=[*BENCHES, "history", "init", "modes"])
+        parser.add_argument("op", nargs="?", choices=[*BENCHES, *UNTIMED])
     else:
         parser = argparse.ArgumentParser(
             prog=f"python -m gradfuse bench {bench.op}",
@@ -135,12 +153,8 @@ def main(argv: Sequence[str]) -> int:
     if argv and argv[0] in BENCHES:
         run(BENCHES[argv[0]], argv[1:])
         return 0
-    if argv and argv[0] == "history":
-        return history.main(argv[1:])
-    if argv and argv[0] == "init":
-        return init.main(argv[1:])
-    if argv and argv[0] == "modes":
-        return modes.main(argv[1:])
+    if argv and argv[0] in UNTIMED:
+        return UNTIMED[argv[0]](argv[1:])
     parser = parser_of(None)
     if parser.parse_args(argv).op:
         parser.error("the op comes first, options after it")
