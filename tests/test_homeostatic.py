@@ -49,6 +49,28 @@ def test_a_dead_channel_fires_in_time(backend, below, scale):
     assert (fed(gain_alone, x, 85) == 0).all()
 
 
+@HOST_BACKENDS
+def test_the_threshold_moves_by_the_size_of_its_input(backend):
+    m = HomeostaticGain(4, rms=None)
+    x = random(64, 4) - 100
+    m(x)
+    torch.testing.assert_close(m.threshold, -0.01 * x.square().mean(0).sqrt())
+
+
+@HOST_BACKENDS
+def test_running_statistics_are_those_of_the_mixture(backend):
+    """The first batch counts whole, the next as in an average, all others by momentum."""
+    m = HomeostaticGain(3, momentum=0.25).double()
+    mean, square = 0.0, 0.0
+    for step, weight in enumerate((1, 1 / 2, 1 / 3, 1 / 4, 1 / 4, 1 / 4)):
+        x = random(8, 3, dtype=torch.float64, seed=step) * (step + 1) + 10 * step
+        m(x)
+        mean = (1 - weight) * mean + weight * x.mean(0)
+        square = (1 - weight) * square + weight * x.square().mean(0)
+    torch.testing.assert_close(m.running_mean, mean)
+    torch.testing.assert_close(m.running_var, square - mean.square())
+
+
 @pytest.mark.no_kernel
 def test_the_share_is_certain_where_its_lower_end_is_a_half():
     """Of a normal distribution 5 % would be positive where of this one none is."""
