@@ -1,6 +1,6 @@
 """Gradient clipping and fused norms for PyTorch, right where gradients explode."""
 
-from gradfuse import init, nn, optim, policies
+from gradfuse import curriculum, init, nn, optim, policies
 from gradfuse.clipping import GradClipper, GradReport, ParameterGrad
 from gradfuse.fuse import (
     FuseReport,
@@ -39,6 +39,7 @@ __all__ = [
     "clip_grad_value_",
     "clip_grads_with_norm_",
     "compile_backend",
+    "curriculum",
     "dropout_add",
     "fuse",
     "fuse_graph",

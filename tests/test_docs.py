@@ -187,7 +187,14 @@ REFERENCE = [
 
 PUBLIC = {
     f"{module.__name__}.{name}": getattr(module, name)
-    for module in (gradfuse, gradfuse.init, gradfuse.nn, gradfuse.optim, gradfuse.policies)
+    for module in (
+        gradfuse,
+        gradfuse.curriculum,
+        gradfuse.init,
+        gradfuse.nn,
+        gradfuse.optim,
+        gradfuse.policies,
+    )
     for name in module.__all__
 }
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from numbers import Integral, Real
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,8 +21,10 @@ __all__ = [
     "check_nonfinite",
     "check_nonnegative",
     "check_norm_type",
+    "check_whole",
     "grads_of",
     "is_batched",
+    "is_number",
     "is_transformed",
     "iterator_of",
 ]
@@ -60,6 +63,18 @@ def check_max_norm(op: str, name: str, value: float, off: str = "inf") -> float:
             f"{op}: {name}=0 sets all gradients to 0; for no clipping pass {off}", stacklevel=3
         )
     return value
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether value is a real number of Python or numpy; a bool is none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_whole(op: str, name: str, value: Any, least: int) -> int:
+    """value as an int; ValueError unless it is a whole number >= least."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{op}: {name} must be a whole number >= {least}, got {value!r}")
+    return int(value)
 
 
 def check_norm_type(op: str, norm_type: float) -> float:
