@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from gradfuse.init.compound import PARTS_OF
 from gradfuse.init.fans import Fans, conv_fans, matrix_fans
 from gradfuse.init.watch import Figures, measured
 
@@ -25,7 +26,7 @@ EMBEDDINGS = {"embedding", "_embedding_bag", "_embedding_bag_forward_only"}
 NORMS = {
     "native_layer_norm", "native_group_norm", "native_batch_norm", "_native_batch_norm_legit",
     "_native_batch_norm_legit_no_training", "_batch_norm_with_update", "batch_norm",
-    "cudnn_batch_norm", "miopen_batch_norm", "_fused_rms_norm",
+    "cudnn_batch_norm", "miopen_batch_norm", "_fused_rms_norm", "layer_norm", "rms_norm",
 }  # fmt: skip
 REDUCTIONS = {"mean", "sum", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm"}
 POINTWISE = {"hardswish", "hardswish_", "log_sigmoid_forward"}  # these lack torch's tag
@@ -117,6 +118,12 @@ class Recorder(TorchDispatchMode):
         recipe = tree_map(lambda a: self._of[a] if isinstance(a, Tensor) else a, (args, kwargs))
         out = func(*args, **kwargs)
         name = func.overloadpacket.__name__
+        if name in PARTS_OF:
+            with self:
+                parts = PARTS_OF[name](args)
+            for whole, part in zip([out] if isinstance(out, Tensor) else out, parts, strict=False):
+                self._of[whole] = self._of[part]
+            return out
         self._record(func, name, places, given, recipe, args, out)
         return out
 

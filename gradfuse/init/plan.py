@@ -45,6 +45,9 @@ def _rule(
         return rnn_rule(owner, name, slot.value.shape, options.scheme, options.distribution)
     if isinstance(owner, nn.MultiheadAttention) and name in ("in_proj_weight", "in_proj_bias"):
         return _attention(slot, findings, options)
+    gate_bias = getattr(owner, "gate_bias", None)
+    if isinstance(gate_bias, float):
+        return _gate(slot, gate_bias, options)
     roles = findings.roles.get(path, set())
     if is_norm(owner) and slot.value.dim() <= 1:
         return _norm(slot, zero_norms)
@@ -82,6 +85,17 @@ def _attention(slot: Slot, findings: Findings, options: Options) -> Rule:
     elif options.scheme == "xavier":
         text = f"xavier, by q, k and v, fan_avg {width}"
     return Rule(Draw(kind, std, parts), text, std * math.sqrt(width), why)
+
+
+def _gate(slot: Slot, gate_bias: float, options: Options) -> Rule:
+    """A gate that says itself how far it is open at the start."""
+    if slot.name == "bias":
+        return Rule(
+            constant(gate_bias), f"{gate_bias:g}", math.nan, "bias of a gate (Srivastava 2015)"
+        )
+    fan = slot.value.shape[1]
+    draw = Draw(options.distribution, 1 / math.sqrt(fan))
+    return Rule(draw, f"lecun, fan_in {fan}", 1.0, "a gate, whose bias opens it")
 
 
 def _norm(slot: Slot, zero_norms: set[str]) -> Rule:

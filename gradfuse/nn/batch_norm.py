@@ -94,9 +94,14 @@ class _BatchNormAct(HasMode):
             plain._buffers.pop(DRIFT, None)
         return plain
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, drop_path: float = 0.0
+    ) -> Tensor:
         self._check_input_dim(input)
-        return normalise(self, input, residual, self.activation, self.negative_slope, self.mode)
+        slope, mode = self.negative_slope, self.mode
+        return normalise(
+            self, input, residual, self.activation, slope, mode=mode, drop_path=drop_path
+        )
 
     @property
     def qconfig(self) -> NoReturn:
@@ -124,9 +129,11 @@ def normalise(
     residual: Tensor | None = None,
     activation: str | None = None,
     negative_slope: float = 0.01,
+    *,
     mode: BatchNormMode | None = None,
+    drop_path: float = 0.0,
 ) -> Tensor:
-    """act(bn(input) + residual) in one op, which counts the batch as bn does."""
+    """act(drop_path(bn(input)) + residual) in one op, which counts the batch as bn does."""
     modes: dict[str, Any] = {}
     if mode is not None and bn.training and not mode.is_plain:
         modes = mode.arguments(bn)
@@ -153,6 +160,7 @@ def normalise(
         eps=bn.eps,
         negative_slope=negative_slope,
         save="bitmask" if activation in ("relu6", "leaky_relu") else "output",
+        drop_path=drop_path,
         **modes,
     )
     if counted is not None:  # last, so that an error leaves all as it was
@@ -186,6 +194,8 @@ class BatchNormAct1d(_BatchNormAct, nn.BatchNorm1d):
         negative_slope: of "leaky_relu".
         renorm, r_max, d_max, warmup, ghost_size: as of BatchNormMode.
 
+    A call takes a `residual` of the input's shape and `drop_path`, the probability that a sample of
+    the normalised input is dropped in training, as in `batch_norm_act`.
     A checkpoint's recomputation leaves the running statistics and num_batches_tracked alone, unless
     the module is compiled and the checkpoint around it is not.
     nn.SyncBatchNorm.convert_sync_batchnorm raises TypeError on these modules: it would drop the

@@ -26,6 +26,7 @@ __all__ = [
     "LIBRARY_NAMES",
     "UPDATED",
     "batch_norm_act",
+    "call_of",
     "check_activation",
     "library_arguments",
     "recomputing",
@@ -390,7 +391,7 @@ def _through_library(call: BatchNormCall) -> Tensor:
     return output
 
 
-def _call_of(inputs: Sequence[Any]) -> BatchNormCall:
+def call_of(inputs: Sequence[Any]) -> BatchNormCall:
     """The call that the registered op's inputs stand for."""
     given = (*inputs, *_DEFAULTS[len(inputs) - _REQUIRED :])
     call = _call_from((*given[: _MASK + 1], *given[_MASK + 2 :]))
@@ -415,7 +416,7 @@ def _check_updated(call: BatchNormCall) -> None:
 
 
 def _fake_forward(*inputs: Any) -> tuple[Tensor, ...]:
-    call = _call_of(inputs)
+    call = call_of(inputs)
     input = call.input
     _check_statistics(call.running_mean, call.training)
     _check_updated(call)
@@ -448,7 +449,7 @@ def _stats_rows(call: BatchNormCall) -> int:
 
 
 def _library_forward(*inputs: Any) -> tuple[Tensor, ...]:
-    call = _call_of(inputs)
+    call = call_of(inputs)
     new = dict(zip(UPDATED, _updatable(call), strict=True))
     if call.training:
         given: dict[str, Any] = {n: t for n, t in new.items() if getattr(call, n) is not None}
@@ -496,7 +497,7 @@ def _fake_backward(*inputs: Any) -> tuple[Tensor, ...]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.mark_non_differentiable(*output[1:])
-    _save_for_backward(ctx, _call_of(inputs), *output[:3])
+    _save_for_backward(ctx, call_of(inputs), *output[:3])
 
 
 def _library_gradient(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
