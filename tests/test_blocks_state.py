@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+from block_cases import CASES
 from helpers import random
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import gradfuse
 from gradfuse.init import initialize_
@@ -21,6 +23,7 @@ from gradfuse.nn import (
     ResidualMLP,
     TransformerBlock,
 )
+from gradfuse.nn.blocks import parts
 
 
 def test_initialize_sees_through_the_fused_ops():
@@ -61,6 +64,9 @@ def test_a_new_block_is_drawn_by_the_gain_of_its_activation():
     torch.testing.assert_close(mlp.fc1.weight.std().item(), 1.5335 / 8, rtol=0.02, atol=0)
     torch.testing.assert_close(mlp.fc2.weight.std().item(), 1 / 16, rtol=0.02, atol=0)
     assert not mlp.fc2.bias.any()
+    preact = PreActBlock(64, 64)
+    torch.testing.assert_close(preact.conv1.weight.std().item(), 2**0.5 / 24, rtol=0.02, atol=0)
+    torch.testing.assert_close(preact.conv2.weight.std().item(), 1 / 24, rtol=0.02, atol=0)
     highway = Highway(64, gate_bias=-3.0)
     assert set(highway.gate.bias.tolist()) == {-3.0}
     before = highway.gate.weight.clone()
@@ -68,6 +74,22 @@ def test_a_new_block_is_drawn_by_the_gain_of_its_activation():
     highway.reset_parameters()
     assert set(highway.gate.bias.tolist()) == {-3.0}
     assert not torch.equal(highway.gate.weight, before)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_a_block_is_made_without_data(case):
+    parts._gain.cache_clear()
+    with FakeTensorMode():
+        case.make()
+    parts._gain.cache_clear()
+    with torch.device("meta"):
+        block = case.make()
+    assert all(p.is_meta for p in block.parameters())
+    block.to_empty(device="cpu")
+    for module in block.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert block(random(*case.shape)).isfinite().all()
 
 
 @pytest.mark.parametrize(("name", "stock"), [("BasicBlock", (4, 6, 2)), ("Bottleneck", (8, 2, 1))])

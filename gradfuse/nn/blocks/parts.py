@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from gradfuse.init.fans import conv_fans
 from gradfuse.init.gains import gain
@@ -93,14 +94,19 @@ def add_branch(
 
 @functools.cache
 def _gain(activation: str | None) -> float:
-    return gain(lambda z: activate(z, activation))
+    # A block may be made on the meta device, or of fake tensors.
+    with _disable_current_modes(), torch.device("cpu"):
+        return gain(lambda z: activate(z, activation))
 
 
-def begin_(block: nn.Module, activation: str | None) -> None:
-    """Draws the convolutions of a block, and lets its batch norms begin as the identity."""
+def begin_(block: nn.Module, activation: str | None, *ends: nn.Module | None) -> None:
+    """Draws the convolutions of a block, and lets its batch norms begin as the identity.
+
+    No activation follows the ends.
+    """
     for module in block.modules():
         if isinstance(module, nn.Conv2d):
-            draw_(module, activation)
+            draw_(module, None if module in ends else activation)
         elif isinstance(module, nn.BatchNorm2d):
             module.reset_parameters()
 

@@ -72,7 +72,8 @@ class BasicBlock(_Block):
         in_channels, channels: of the input and the output.
         stride: of conv1 and the shortcut.
         activation: as of `BatchNormAct2d`.
-        drop_path: probability that a sample's branch is dropped, in training. Settable.
+        drop_path: probability that a sample's branch is dropped, in training; not while the batch
+            norm that ends the branch is frozen in eval mode. Settable.
 
     Raises:
         TypeError, ValueError: an argument is no int >= 1, no known activation, or no probability.
@@ -175,6 +176,10 @@ class PreActBlock(_Block):
         changes = stride != 1 or in_channels != channels
         self.downsample = _conv(in_channels, channels, 1, stride) if changes else None
         self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws all weights anew: He et al. 2015; batch norms begin as the identity."""
+        begin_(self, self.activation, self.conv2, self.downsample)
 
     def forward(self, input: Tensor) -> Tensor:
         h = self.bn1(input)
