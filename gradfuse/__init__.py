@@ -1,6 +1,7 @@
 """Gradient clipping and fused norms for PyTorch, right where gradients explode."""
 
 from gradfuse import curriculum, init, nn, optim, policies
+from gradfuse.adapt import AdaptReport, AdaptRow, adapt_statistics
 from gradfuse.clipping import GradClipper, GradReport, ParameterGrad
 from gradfuse.fuse import (
     FuseReport,
@@ -26,11 +27,14 @@ from gradfuse.ops.rms_norm import add_rms_norm, rms_norm
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptReport",
+    "AdaptRow",
     "FuseReport",
     "GradClipper",
     "GradReport",
     "ParameterGrad",
     "Site",
+    "adapt_statistics",
     "adaptive_clip_grad_",
     "add_layer_norm",
     "add_rms_norm",
