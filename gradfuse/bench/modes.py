@@ -118,7 +118,7 @@ def digits_table(rows: Sequence[Row]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title="held-out digits read, %, mean (range of seeds)")
     table.add_column("mode")
     for batch in batches:
-        table.add_column(f"batch {batch}", justify="right")
+        table.add_column(f"batch {batch}", justify="right", no_wrap=True)
     found = {(row["mode"], row["batch"]): row["accuracy"] for row in rows}
     for mode in dict.fromkeys(row["mode"] for row in rows):
         table.add_row(mode, *(spread(found.get((mode, batch))) for batch in batches))
@@ -165,6 +165,7 @@ def main(argv: Sequence[str]) -> int:
     finally:
         torch.set_num_threads(threads)
     console = Console()
+    console.width = max(console.width, 110)  # a file has 80
     console.print(digits_table(learned), drift_table(drifted))
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "bench_modes.json"
