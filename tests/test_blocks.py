@@ -122,7 +122,7 @@ def test_a_dropped_path_leaves_the_stream(name, memory_format):
     torch.manual_seed(0)
     block = DROPPING[name](0.5)
     if name == "residual that learns":
-        nn.init.ones_(block.scale)
+        nn.init.constant_(block.scale, 0.5)
     x = random(64, 8) if name in ("mlp", "residual") else random(64, *IMAGE[1:])
     if x.ndim == 4:
         x = x.contiguous(memory_format=memory_format)
@@ -196,4 +196,5 @@ def test_a_dense_block_forgets_and_counts_once():
         assert torch.equal(a.grad, b.grad)
     for a, b in zip(efficient.buffers(), keeping.buffers(), strict=True):
         assert torch.equal(a, b)
+    assert torch.equal(efficient.eval()(x), efficient(x))
     assert efficient.denselayer16.norm1.num_batches_tracked == 1

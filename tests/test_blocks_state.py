@@ -46,6 +46,8 @@ def test_initialize_sees_through_the_fused_ops():
     assert rows["1.conv2.weight"].rms_after == 0.0
 
     net = nn.Sequential(*[Residual(nn.Linear(8, 8), scale="zero") for _ in range(3)])
+    rows = {row.path: row for row in initialize_(net, random(4, 8), residual="zero").rows}
+    assert rows["1.branch.weight"].rms_after > 0.1  # its scale is 0: both would never move
     rows = {row.path: row for row in initialize_(net, random(4, 8), scheme="skipinit").rows}
     assert rows["1.scale"].why == "De 2020: SkipInit"
     post = [TransformerBlock(8, 2, norm="layer", prenorm=False) for _ in range(2)]

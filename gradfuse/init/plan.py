@@ -119,6 +119,8 @@ def _norms_at_ends(findings: Findings) -> set[str]:
     """Paths of the scales of norms that come last in a branch."""
     found: set[str] = set()
     for residual in findings.sums:
+        if findings.scales_of(residual):  # which may be 0 itself: neither would have a gradient
+            continue
         if residual.normalised and residual.norm is not None and residual.norm.params:
             found.add(residual.norm.params[0])
     return found

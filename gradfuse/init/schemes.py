@@ -41,7 +41,7 @@ def weight_rule(weight: Weight, options: Options, findings: Findings) -> Rule:
         reader += ", by the modules' order"
     if scheme == "gpt2":
         rule = _sized(options, 0.02, use.fans.fan_in, "normal, std 0.02", "Radford 2019", "normal")
-        return _scaled(rule, weight, options)
+        return _scaled(rule, weight, options, findings)
     if scheme in ("orthogonal", "lsuv"):
         size = gain if scheme == "orthogonal" else 1.0
         rows, columns = use.fans.fan_out, use.fans.fan_in
@@ -49,24 +49,24 @@ def weight_rule(weight: Weight, options: Options, findings: Findings) -> Rule:
         text = f"orthogonal {int(rows)} x {int(columns)}"
         if use.groups > 1:
             text += f", by group, {use.groups}"
-        return _scaled(Rule(draw, text, size, f"{reader}; Saxe 2014"), weight, options)
+        return _scaled(Rule(draw, text, size, f"{reader}; Saxe 2014"), weight, options, findings)
     if scheme in ("xavier", "deepnorm"):
         beta, why = 1.0, "Glorot 2010"
         if scheme == "deepnorm":
             beta, why = _beta(weight, findings)
         fan = use.fans.of("fan_avg")
         rule = _sized(options, beta / math.sqrt(fan), fan, f"xavier, fan_avg {fan:g}", why)
-        return _scaled(rule, weight, options)
+        return _scaled(rule, weight, options, findings)
     if scheme == "lecun":
         fan = use.fans.fan_in
         rule = _sized(options, 1 / math.sqrt(fan), fan, f"lecun, fan_in {fan:g}", "LeCun 1998")
-        return _scaled(rule, weight, options)
+        return _scaled(rule, weight, options, findings)
     fan = use.fans.of(options.mode)
     text = f"{'he' if scheme == 'fixup' else scheme}, {options.mode} {fan:g}"
     rule = _sized(options, gain / math.sqrt(fan), fan, text, f"{reader}; He 2015")
     if scheme == "fixup":
         return _fixup(rule, weight, findings)
-    return _scaled(rule, weight, options)
+    return _scaled(rule, weight, options, findings)
 
 
 def _sized(
@@ -89,7 +89,7 @@ def _embedding(weight: Weight, scheme: str) -> Rule:
     return Rule(Draw("normal", 1.0), "normal, std 1", math.nan, "a row is read as it is: rms 1")
 
 
-def _scaled(rule: Rule, weight: Weight, options: Options) -> Rule:
+def _scaled(rule: Rule, weight: Weight, options: Options, findings: Findings) -> Rule:
     """The rule with what the end of a residual branch asks for."""
     if options.residual is None or not weight.sums or options.scheme in ("deepnorm", "lsuv"):
         return rule
@@ -100,7 +100,8 @@ def _scaled(rule: Rule, weight: Weight, options: Options) -> Rule:
         place = "the branch" if worst.normalised else "the sum"
         return rule._replace(why=f"{rule.why}; a norm follows {place}")
     coherent = is_coherent(weight)
-    if options.residual == "zero" and not coherent:
+    # Behind a weight of 0 a factor of 0 that learns, as ReZero's, would never have a gradient.
+    if options.residual == "zero" and not coherent and not findings.scales_of(worst):
         text = "0, end of a residual branch"
         return Rule(constant(0.0), text, 0.0, f"residual='zero': {depth} branches of one stream")
     if coherent:
