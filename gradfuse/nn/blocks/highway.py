@@ -27,10 +27,9 @@ class _Gate(nn.Linear):
 class Highway(nn.Module):
     """T(x) * act(transform(x)) + (1 - T(x)) * x with the gate T(x) = sigmoid(gate(x)).
 
-    A gate's bias below 0 carries the input on at the start. A net of L such layers carries a share
-    of (1 - sigmoid(gate_bias))^L to its end and as much of the gradient to its beginning: at the
-    default that is 0.28 for 10 layers and 3e-6 for 100. -log(L) leaves more than a third at any
-    depth.
+    A gate's bias below 0 carries the input on at the start: a share of (1 - sigmoid(gate_bias))^L
+    of it through a net of L such layers. At the default that is 0.28 for 10 layers and 3e-6 for
+    100; -log(L) leaves more than a third at any depth.
 
     state_dict: transform.weight, transform.bias, gate.weight, gate.bias.
 
