@@ -116,7 +116,9 @@ def test_nets_of_some_blocks_learn(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(NETS.keys() - {"dense"}))
 def test_nets_of_a_thousand_blocks_learn(name):
-    assert_learns(name, 1000, 40, lr=1e-3, residual="zero")
+    """Adam moves all branches alike, so that a step of the net grows with its depth."""
+    lr = 1e-4 if name.startswith("transformer") else 1e-3
+    assert_learns(name, 1000, 30, lr, residual="zero")
 
 
 def test_gates_that_are_open_forget_the_input():
