@@ -65,6 +65,17 @@ def test_exact_as_one_batch(backend, kind: str) -> None:
     assert report.rows[0].samples == whole.shape[1]
 
 
+def test_compiled_code_does_not_pass_by_the_hooks(backend) -> None:
+    """Code for the modes of the run is there already, from before the hooks were."""
+    torch.compiler.reset()
+    model = nn.Sequential(nn.BatchNorm1d(6)).eval()
+    model[0].train()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        compiled(random(8, 6))
+    assert adapt_statistics(compiled, [random(8, 6)]).left == []
+
+
 def test_large_inputs_are_summed_in_parts(backend, monkeypatch) -> None:
     batches, plain, parts = uneven(6, 4, 4), nn.BatchNorm2d(6).double(), nn.BatchNorm2d(6).double()
     adapt_statistics(plain, [b.double() for b in batches])

@@ -75,6 +75,11 @@ def test_newcomers_are_drawn_as_often_as_the_rest_of_the_pool() -> None:
     assert np.abs(by_time - 0.5).max() < 5 * deviation
 
 
+def test_a_small_pool_does_not_fill_a_batch_with_copies() -> None:
+    sampler = CurriculumSampler(range(100), always(0.01), batch_size=10)
+    assert [sorted(batch) for batch in batches(sampler, 3)] == [list(range(10))] * 3
+
+
 def test_a_pass_over_all_of_the_data_is_an_epoch() -> None:
     sampler = CurriculumSampler(torch.rand(103), always(1.0), batch_size=10)
     first, second = batches(sampler, 11), batches(sampler, 11)

@@ -17,9 +17,11 @@ EXAMPLES = {
     "accelerate_loop": ("accelerate", "skipped steps: 0"),
     "bfloat16_layer_norm": (None, "gradient of bias, from 65,536 ones"),
     "self_supervised_digits": ("matplotlib", "| VICReg, a bad batch, SpikeSkip | "),
+    "adapt_digits": ("sklearn", "| inverted | "),
     "curriculum_digits": ("sklearn", "| competence by the noise | never | "),
 }
 ARGUMENTS = {
+    "adapt_digits": ["--seeds", "1", "--steps", "5"],
     "curriculum_digits": ["--seeds", "1", "--steps", "10"],
     "self_supervised_digits": ["--seeds", "1", "--steps", "40", "--out", "{tmp}/figure.svg"],
 }

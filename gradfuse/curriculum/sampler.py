@@ -185,8 +185,8 @@ class CurriculumSampler(Sampler[int]):
 
     def _pool(self, step: int, samples: int) -> int:
         """How many samples of a rank's own the pool of a step has."""
-        share = math.ceil(self._share(step) * samples * (1.0 - 1e-12))
-        return max(share, min(self.batch_size, samples))
+        easiest = math.ceil(self._share(step) * samples * (1.0 - 1e-12))  # not 4 of 0.1 * 30
+        return min(max(easiest, self.batch_size), samples)
 
     def _share(self, step: int) -> float:
         return check_share("CurriculumSampler", f"schedule({step})", self.schedule(step))
