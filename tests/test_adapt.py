@@ -221,6 +221,8 @@ def test_errors_name_the_layer_and_restore(backend) -> None:
     restored(model, [x], RuntimeError, "the inputs of 3 must be finite, got NaN or inf in batch 1")
     restored(nn.Sequential(nn.BatchNorm1d(4)), [x, x[:1]], RuntimeError,
              "expected 0 to take batch 2, got ValueError: Expected more than 1 value")  # fmt: skip
+    restored(nn.Sequential(nn.BatchNorm1d(4)), [x, None], RuntimeError, "batch 2, got AttributeErr")
+    restored(nn.BatchNorm1d(4), [()], RuntimeError, "expected BatchNorm1d to take batch 1, got Typ")
     restored(nn.Sequential(nn.BatchNorm2d(4)), [x], RuntimeError, "expected 4D input")
     restored(nn.Sequential(nn.BatchNorm1d(4), nn.Linear(5, 2)), [x], RuntimeError, "mat1 and mat2")
     restored(nn.Sequential(nn.BatchNorm1d(4).half()), [(x * 1e3).half()], RuntimeError,

@@ -57,7 +57,7 @@ class Watch:
 
         def hook(bn: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._inside = name
-            input = args[0] if args else next(iter(kwargs.values()))
+            input = args[0] if args else next(iter(kwargs.values()), None)
             if not isinstance(input, Tensor) or input.dim() < 2 or not input.numel():
                 return  # of which the norm itself will tell
             new = over_ranks(bn, moments(input.detach()))
