@@ -747,7 +747,7 @@ BATCH_NORM_ERRORS = [
     bad_call("running_var must have one element per channel", kernel=True, var=ONES(4)),
     bad_call("running_mean must have one element per channel", kernel=True, mean=ONES(1)),
     bad_call("expanded tensor", RuntimeError, kernel=True, mean=torch.zeros(1).expand(3)),
-    bad_call("ghost_size must be >= 1, got 0", ghost_size=0),
+    bad_call("ghost_size must be >= 1 and below .*, got 0", ghost_size=0),
     bad_call("ghost_size must be an int or None, got 2.0", TypeError, ghost_size=2.0),
     bad_call("ghost_size must be an int or None, got True", TypeError, ghost_size=True),
     bad_call(

@@ -189,6 +189,7 @@ MODES = [
     {"renorm": True, "warmup": None},
     {"ghost_size": 3},
     {"momentum": "auto"},
+    {"momentum": None, "ghost_size": 2},
     {"renorm": True, "warmup": (0, 4, 4), "ghost_size": 2, "momentum": "auto"},
 ]
 
@@ -238,11 +239,14 @@ def test_a_checkpoint_counts_once_and_renorm_refuses_it(backend):
         ({"d_max": -1.0}, "d_max must be finite and >= 0, got -1.0"),
         ({"warmup": 3}, r"warmup must be \(begin, r_end, d_end\) or None, got 3"),
         ({"warmup": (5, 4, 9)}, "warm-up must have 0 <= begin <= r_end"),
-        ({"ghost_size": 0}, "ghost_size must be >= 1, got 0"),
+        ({"ghost_size": 0}, r"ghost_size must be >= 1 and below 2\^63, got 0"),
         ({"ghost_size": 2.5}, "ghost_size must be an int or None, got 2.5"),
         ({"momentum": "fast"}, "momentum must be a number, None or 'auto', got 'fast'"),
         ({"momentum": "auto", "track_running_stats": False}, "must come with track_running_stats"),
         ({"renorm": True, "track_running_stats": False}, "must come with track_running_stats"),
+        ({"r_max": "3"}, "r_max must be a number, got '3'"),
+        ({"warmup": "abc"}, r"warmup must be \(begin, r_end, d_end\) or None, got 'abc'"),
+        ({"ghost_size": 1 << 63}, r"ghost_size must be >= 1 and below 2\^63"),
     ],
 )
 def test_modes_that_are_none(backend, bad, match):
@@ -274,6 +278,8 @@ class Block(torch.nn.Module):
 @HOST_BACKENDS
 @pytest.mark.parametrize("modes", MODES, ids=str)
 def test_fuse_gives_a_mode_to_every_batch_norm(backend, modes):
+    if "momentum" in modes and modes["momentum"] is None:
+        pytest.skip("the module's own")
     model = Block()
     fused = gradfuse.fuse(model, mode=BatchNormMode(**modes))
     own = BatchNormAct2d(3, **modes)
@@ -317,7 +323,180 @@ def test_fuse_gives_gradfuses_own_modules_the_mode(backend):
 def test_fuse_refuses_what_is_no_mode(backend):
     with pytest.raises(TypeError, match="mode must be a BatchNormMode, got dict"):
         gradfuse.fuse(Block(), mode={"renorm": True})
+    with pytest.warns(UserWarning, match=r"left as they are: 0 \(SyncBatchNorm\)"):
+        gradfuse.fuse(
+            torch.nn.Sequential(torch.nn.SyncBatchNorm(3)), mode=BatchNormMode(renorm=True)
+        )
+    foreign = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
+    foreign[0].register_buffer("drift", torch.zeros(5))
+    with pytest.raises(ValueError, match=r"a buffer 'drift' of its own, got .* at 0"):
+        gradfuse.fuse(foreign, mode=BatchNormMode(momentum="auto"))
     model = Block(track_running_stats=False)
     with pytest.raises(ValueError, match=r"renorm must come with track_running_stats.* at bn"):
         gradfuse.fuse(model, inplace=True, mode=BatchNormMode(renorm=True))
     assert type(model.bn) is torch.nn.BatchNorm2d
+
+
+@HOST_BACKENDS
+def test_a_graph_reads_the_step_before_it_is_counted(backend):
+    """fuse_graph may move a norm to its activation, but not past num_batches_tracked.add_(1)."""
+    model = Block()
+    model.bn = BatchNormAct2d(
+        3, activation=None, renorm=True, r_max=9.0, d_max=9.0, warmup=(0, 4, 4)
+    )
+    x = random(6, 3, 4, 4, scale=5.0) + 3.0
+    exported = torch.export.export(copy.deepcopy(model).train(), (x,)).module()
+    fused = gradfuse.fuse_graph(copy.deepcopy(exported))
+    compiled = torch.compile(copy.deepcopy(model), backend=gradfuse.compile_backend("aot_eager"))
+    for _ in range(5):
+        expected = model(x)
+        for other in (exported, fused, compiled):
+            torch.testing.assert_close(other(x), expected)
+
+
+@HOST_BACKENDS
+def test_a_compiled_checkpoint_refuses_renorm(backend):
+    norm = BatchNormAct2d(3, renorm=True, warmup=None)
+    norm(random(6, 3, 2, 2, seed=3) * 2)
+
+    def checkpointed(x):
+        return checkpoint(norm, x, use_reentrant=False)
+
+    compiled = torch.compile(norm, backend="aot_eager")
+    for call in (
+        torch.compile(checkpointed, backend="aot_eager"),
+        lambda x: checkpoint(compiled, x, use_reentrant=False),
+    ):
+        y = call(random(6, 3, 2, 2).requires_grad_())
+        with pytest.raises(RuntimeError, match="renorm must not be recomputed"):
+            y.sum().backward()
+
+
+@HOST_BACKENDS
+def test_a_ragged_batch_compiles(backend):
+    for modes in ({"momentum": None, "ghost_size": 4}, {"renorm": True, "ghost_size": 4}):
+        norm = BatchNormAct1d(3, **modes)
+        compiled = torch.compile(copy.deepcopy(norm), fullgraph=True, backend="aot_eager")
+        for samples in (9, 7, 12):
+            x = random(samples, 3, seed=samples)
+            torch.testing.assert_close(compiled(x), norm(x))
+        torch.testing.assert_close(compiled._orig_mod.state_dict(), norm.state_dict())
+
+
+@HOST_BACKENDS
+def test_the_momentum_may_be_set_later(backend):
+    data = torch.arange(20.0)[:, None, None] + random(20, 8, 3, scale=1e-3)
+    for norm in (
+        BatchNormAct1d(3, momentum="auto", activation=None),
+        gradfuse.fuse(torch.nn.BatchNorm1d(3), mode=BatchNormMode(momentum="auto")),
+    ):
+        torch.optim.swa_utils.update_bn(data, norm)  # sets None, and what was there again
+        torch.testing.assert_close(norm.running_mean, torch.full((3,), 9.5), rtol=1e-2, atol=0)
+        assert norm.momentum == "auto"
+        norm.momentum = 0.0
+        norm(data[0] + 1e3)
+        torch.testing.assert_close(norm.running_mean, torch.full((3,), 9.5), rtol=1e-2, atol=0)
+    plain = BatchNormAct1d(3)
+    plain.momentum = "auto"
+    with pytest.raises(ValueError, match="momentum must be a number or None unless"):
+        plain(data[0])
+
+
+@HOST_BACKENDS
+def test_what_update_bn_collects_with_renorm(backend):
+    """The first batch meets no running statistics, and is not corrected towards 0 and 1."""
+    norms = [BatchNormAct1d(3, activation=None, renorm=True, warmup=None) for _ in range(2)]
+    net = torch.nn.Sequential(*norms)
+    batches = [random(64, 3, seed=0, scale=7.0) + 40.0] * 3
+    torch.optim.swa_utils.update_bn(batches, net)
+    torch.testing.assert_close(norms[1].running_mean, torch.zeros(3), rtol=0, atol=0.1)
+    torch.testing.assert_close(norms[1].running_var, torch.ones(3), rtol=0, atol=0.1)
+
+
+@pytest.mark.no_kernel
+def test_conversions_keep_the_mode_or_refuse(backend):
+    own = BatchNormAct2d(3, renorm=True, ghost_size=4, momentum="auto")
+    assert BatchNormAct2d.from_batch_norm(own).mode == own.mode
+    fused = gradfuse.fuse(
+        torch.nn.Sequential(torch.nn.BatchNorm2d(3, momentum=0.25)), mode=own.mode
+    )
+    for words in ("momentum=auto", "renorm=True", "ghost_size=4"):
+        assert words in repr(fused)
+    plain = gradfuse.unfuse(fused)
+    assert plain[0].momentum == 0.25
+    with pytest.raises(TypeError, match="plain batch norm to convert, got one with a mode"):
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(fused)
+    with pytest.raises(TypeError, match="plain batch norm to script in training mode"):
+        torch.jit.script(fused)
+    torch.nn.SyncBatchNorm.convert_sync_batchnorm(gradfuse.fuse(plain))
+
+
+@HOST_BACKENDS
+def test_a_users_own_attributes_named_like_ours(backend):
+    bn = torch.nn.BatchNorm2d(3)
+    bn.mode = "fan_in"
+    bn.register_buffer("drift", torch.zeros(5))
+    fused = gradfuse.fuse(torch.nn.Sequential(bn, torch.nn.ReLU()))
+    fused(random(4, 3, 2, 2))
+    plain = gradfuse.unfuse(fused)
+    assert plain[0].mode == "fan_in"
+    assert plain[0].drift.shape == (5,)
+
+
+@HOST_BACKENDS
+def test_state_dicts_that_lack_the_norm_leave_the_drift(backend):
+    norm = BatchNormAct1d(3, momentum="auto")
+    for seed in range(3):
+        norm(random(8, 3, seed=seed))
+    before = norm.drift.clone()
+    norm.load_state_dict({}, strict=False)
+    assert bits(norm.drift) == bits(before)
+    plain = torch.nn.BatchNorm1d(3)
+    with torch.device("meta"):
+        empty = BatchNormAct1d(3, momentum="auto")
+    empty.load_state_dict(plain.state_dict(), assign=True)
+    empty(random(8, 3))
+
+
+@pytest.mark.elsewhere
+@HOST_BACKENDS
+def test_what_transforms_take_is_checked_as_well(backend):
+    mean, var = statistics(3)
+
+    def call(samples, **modes):
+        def norm(x):
+            return gradfuse.batch_norm_act(x, mean, var, training=True, **modes)
+
+        return torch.func.jvp(norm, (random(samples, 3),), (random(samples, 3),))
+
+    for samples, modes, match in (
+        (3, {"ghost_size": 2}, "more than 1 value per channel"),
+        (4, {"drift": torch.zeros(2, 3)}, r"drift must be \[4, 3\]"),
+        (4, {"ghost_size": 2, "momentum": torch.ones(3)}, "momentum must be one number or one"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call(samples, **modes)
+    assert not mean.any()
+    drift = torch.zeros(4, 3)
+    x = torch.empty(0, 3).as_subclass(type("Other", (torch.Tensor,), {}))
+    gradfuse.batch_norm_act(x, mean, var, training=True, drift=drift)
+    assert mean.isfinite().all()
+
+
+@pytest.mark.backends("cpu")
+def test_a_step_without_memory_is_refused(backend):
+    step = torch.zeros(1000, dtype=torch.int64)[-1:]
+    step.untyped_storage().resize_(8)
+    options = {"training": True, "renorm": (2.0, 1.0, 0, 4, 4)}
+    with pytest.raises(RuntimeError, match="step must have storage of at least 8000 bytes, got 8"):
+        gradfuse.batch_norm_act(random(4, 3), *statistics(3), step=step, **options)
+
+
+@HOST_BACKENDS
+def test_a_drift_without_memory_of_its_own_is_refused(backend):
+    mean, var = statistics(3)
+    with pytest.raises(RuntimeError, match="drift must have an element per memory location"):
+        gradfuse.batch_norm_act(
+            random(4, 3), mean, var, training=True, drift=torch.zeros(4, 1).expand(4, 3)
+        )
+    assert not mean.any()

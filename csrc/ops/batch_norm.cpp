@@ -2,6 +2,7 @@
 // the device, binds.
 #include "batch_norm.h"
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
@@ -156,6 +157,7 @@ void check_modes(const BatchNormForwardCall& call) {
     fail<std::invalid_argument>(kOp, ": renorm must have r_max >= 1 and d_max >= 0, got ",
                                 call.renorm->r_limit, " and ", call.renorm->d_limit);
   if (call.step) {
+    check_layout_and_storage(kOp, "step", *call.step);
     check_device(kOp, "step", *call.step, call.input);
     if (call.step->scalar_type() != at::kLong || call.step->numel() != 1)
       fail<std::invalid_argument>(kOp, ": step must be one int64, got ", call.step->sizes(), " of ",
@@ -167,6 +169,10 @@ void check_modes(const BatchNormForwardCall& call) {
   if (call.drift->sizes() != at::IntArrayRef({kDriftRows, call.input.size(1)}))
     fail<std::invalid_argument>(kOp, ": drift must be [", kDriftRows, ", ", call.input.size(1),
                                 "], got ", call.drift->sizes());
+  if (at::has_internal_overlap(*call.drift) == at::MemOverlap::Yes)
+    fail<std::runtime_error>(kOp,
+                             ": drift must have an element per memory location, got an expanded "
+                             "tensor; .clone() it first");
 }
 
 void check_running(const at::Tensor& input, const MaybeTensor& mean, const MaybeTensor& var,

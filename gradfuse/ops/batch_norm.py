@@ -15,7 +15,7 @@ from gradfuse._codes import Activation, RowNorm
 from gradfuse._native import define_op
 from gradfuse._records import BatchNormCall, BatchNormOptions, BatchNormSaved
 from gradfuse.ops.batch_norm_gradient import differentiable_backward
-from gradfuse.ops.batch_norm_modes import NO_MODES, Modes, checked_modes
+from gradfuse.ops.batch_norm_modes import NO_MODES, Modes, check_recomputed, checked_modes
 from gradfuse.ops.checks import is_batched, is_transformed
 from gradfuse.ops.drop_path import check_drop_mode, path_scale
 from gradfuse.ops.row_norm import check_probability, dropout, run
@@ -36,6 +36,7 @@ ACTIVATIONS = tuple(name for name in reference.ACTIVATIONS if name is not None)
 _CODES = dict(zip(reference.ACTIVATIONS, Activation, strict=True))
 _OP = "batch_norm_act"
 _PLAIN = (Tensor, torch.nn.Parameter)
+_NO_MOMENTUM: tuple[type, ...] = (type(None), str)  # which modules have
 _MASK = BatchNormCall._fields.index("wants_mask")
 # The last inputs of the registered op, which torch leaves out where they are the default.
 _DEFAULTS = (None, 0, None, None, None)
@@ -161,8 +162,8 @@ def batch_norm_act(
     code = check_activation(_OP, activation)
     if save != "bitmask":
         _check_save(save, activation, negative_slope)
-    if momentum is None:
-        raise TypeError(f"{_OP}: momentum must be a number or a Tensor of one, got None")
+    if isinstance(momentum, _NO_MOMENTUM):
+        raise TypeError(f"{_OP}: momentum must be a number or a Tensor of one, got {momentum!r}")
     modes: Modes = NO_MODES
     if training and (ghost_size is not None or renorm is not None or drift is not None):
         modes = checked_modes(input, running_mean, ghost_size, renorm, step, drift)
@@ -445,11 +446,15 @@ def _stats_rows(call: BatchNormCall) -> int:
     rows = 3 if call.renorm is None else 5
     if not call.training or not call.ghost_size:
         return rows
-    return rows * max(-(-call.input.shape[0] // call.ghost_size), 1)
+    return rows * reference.ghost_batches(call.input.shape[0], call.ghost_size)
 
 
 def _library_forward(*inputs: Any) -> tuple[Tensor, ...]:
     call = call_of(inputs)
+    if call.renorm is not None and recomputing():
+        check_recomputed(
+            call.renorm
+        )  # of a compiled function, which did not know when it was traced
     new = dict(zip(UPDATED, _updatable(call), strict=True))
     if call.training:
         given: dict[str, Any] = {n: t for n, t in new.items() if getattr(call, n) is not None}

@@ -9,7 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["NO_MODES", "Modes", "check_ghost_size", "check_renorm", "checked_modes"]
+from gradfuse.ops.checks import is_number
+
+__all__ = [
+    "NO_MODES",
+    "Modes",
+    "check_ghost_size",
+    "check_recomputed",
+    "check_renorm",
+    "checked_modes",
+]
 
 _OP = "batch_norm_act"
 
@@ -24,11 +33,7 @@ class Modes(NamedTuple):
 
     def recomputed(self) -> Modes:
         """The same in a checkpoint's recomputation, which leaves the running statistics alone."""
-        if self.renorm is not None:
-            raise RuntimeError(
-                f"{_OP}: renorm must not be recomputed in a backward pass, because the running "
-                "statistics have changed since; got a checkpoint around it"
-            )
+        check_recomputed(self.renorm)
         return self._replace(drift=None)
 
     def arguments(self) -> dict[str, Any]:
@@ -41,23 +46,31 @@ class Modes(NamedTuple):
 NO_MODES = Modes()
 
 
+def check_recomputed(renorm: object) -> None:
+    """Raises RuntimeError for a renorm in a checkpoint's recomputation."""
+    if renorm is not None:
+        raise RuntimeError(
+            f"{_OP}: renorm must not be recomputed in a backward pass, because the running "
+            "statistics have changed since; got a checkpoint around it"
+        )
+
+
 def check_ghost_size(op: str, ghost_size: object) -> int:
     """The number that kernels take; an error if it is no number of samples."""
     if ghost_size is None:
         return 0
     if isinstance(ghost_size, bool) or not isinstance(ghost_size, (int, torch.SymInt)):
         raise TypeError(f"{op}: ghost_size must be an int or None, got {ghost_size!r}")
-    if ghost_size < 1:
-        raise ValueError(f"{op}: ghost_size must be >= 1, got {ghost_size}")
+    if not 1 <= ghost_size < 1 << 63:
+        raise ValueError(f"{op}: ghost_size must be >= 1 and below 2^63, got {ghost_size}")
     return ghost_size  # type: ignore[return-value]
 
 
 def check_renorm(op: str, renorm: Sequence[float]) -> tuple[float, ...]:
     """(r_max, d_max, begin, r_end, d_end) of two or five of these."""
-    try:
-        numbers = tuple(float(number) for number in renorm)
-    except (TypeError, ValueError):
-        raise TypeError(f"{op}: renorm must be two or five numbers, got {renorm!r}") from None
+    if not isinstance(renorm, Sequence) or not all(map(is_number, renorm)):
+        raise TypeError(f"{op}: renorm must be two or five numbers, got {renorm!r}")
+    numbers = tuple(float(number) for number in renorm)
     if len(numbers) == 2:
         numbers += (0.0, 0.0, 0.0)
     if len(numbers) != 5:

@@ -17,7 +17,7 @@ from gradfuse.reference.batch_norm import (
     output_like,
     unpack_mask,
 )
-from gradfuse.reference.batch_norm_modes import DRIFT_ROWS, ghost_sizes, split_saved
+from gradfuse.reference.batch_norm_modes import DRIFT_ROWS, ghost_batches, ghost_sizes, split_saved
 from gradfuse.reference.clip import ParameterList, clamp_, clip_, scale_, stats
 from gradfuse.reference.dropout import addend, philox, random_words, stays
 from gradfuse.reference.optim import Stepper
@@ -45,6 +45,7 @@ __all__ = [
     "check_row_norm",
     "clamp_",
     "clip_",
+    "ghost_batches",
     "ghost_sizes",
     "isa",
     "num_threads",

@@ -93,11 +93,12 @@ def batch_norm_act(
     """
     wide = input.to(torch.promote_types(input.dtype, torch.float32))
     sizes = ghost_sizes(input.shape[0], ghost_size if training else 0)
-    if len(sizes) > 1 or renorm is not None or drift is not None:
+    if input.numel() and (len(sizes) > 1 or renorm is not None or drift is not None):
         call = BatchNormCall(
             wide, None, weight, bias, running_mean, running_var, training, momentum, eps, 0, 0.0,
             False, None, ghost_size, renorm, step, drift,
         )  # fmt: skip
+        check_modes(call)
         out = torch.cat([_normalise_one(part) for part in split_call(call, sizes)])
     else:
         mean, var, w, b = (
@@ -223,24 +224,13 @@ def _check_forward(call: BatchNormCall) -> None:
                 f"{list(call.sample_scale.shape)}"
             )
     _check_running(call)
-    _check_modes(call)
+    check_modes(call)
     if not call.training:
         return
     if input.numel() // max(input.shape[1], 1) == 1:
         raise ValueError(
             "Expected more than 1 value per channel when training, got input size "
             f"{list(input.shape)}"
-        )
-    sizes = ghost_sizes(input.shape[0], call.ghost_size)
-    if input.numel() and input.shape[2:].numel() * sizes[-1] == 1:
-        raise ValueError(
-            f"{op}: ghost_size must leave more than 1 value per channel in each ghost batch, got "
-            f"{len(sizes)} ghost batches of input size {list(input.shape)}"
-        )
-    if isinstance(call.momentum, Tensor) and call.momentum.numel() not in (1, len(sizes)):
-        of_each = " or one for each ghost batch" if call.ghost_size else ""
-        raise ValueError(
-            f"{op}: momentum must be one number{of_each}, got {list(call.momentum.shape)}"
         )
 
 
@@ -276,7 +266,8 @@ def _check_running(call: BatchNormCall) -> None:
             )
 
 
-def _check_modes(call: BatchNormCall) -> None:
+def check_modes(call: BatchNormCall) -> None:
+    """Raises where a mode of a call is none, or does not fit its tensors."""
     op = "batch_norm_act"
     if call.ghost_size < 0:
         raise ValueError(f"{op}: ghost_size must be >= 0, got {call.ghost_size}")
@@ -296,11 +287,30 @@ def _check_modes(call: BatchNormCall) -> None:
         )
     if call.drift is not None:
         _check_memory("drift", call.drift)
+        if 0 in call.drift.stride() and call.input.shape[1] > 1:
+            raise RuntimeError(
+                f"{op}: drift must have an element per memory location, got an expanded tensor; "
+                ".clone() it first"
+            )
         if call.drift.shape != (DRIFT_ROWS, call.input.shape[1]):
             raise ValueError(
                 f"{op}: drift must be [{DRIFT_ROWS}, {call.input.shape[1]}], got "
                 f"{list(call.drift.shape)}"
             )
+    if not call.training:
+        return
+    input = call.input
+    sizes = ghost_sizes(input.shape[0], call.ghost_size)
+    if input.numel() and input.shape[2:].numel() * sizes[-1] == 1:
+        raise ValueError(
+            f"{op}: ghost_size must leave more than 1 value per channel in each ghost batch, got "
+            f"{len(sizes)} ghost batches of input size {list(input.shape)}"
+        )
+    if isinstance(call.momentum, Tensor) and call.momentum.numel() not in (1, len(sizes)):
+        of_each = " or one for each ghost batch" if call.ghost_size else ""
+        raise ValueError(
+            f"{op}: momentum must be one number{of_each}, got {list(call.momentum.shape)}"
+        )
 
 
 def _training_statistics(

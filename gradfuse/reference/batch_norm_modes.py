@@ -13,6 +13,7 @@ from gradfuse._records import BatchNormCall, BatchNormSaved
 __all__ = [
     "DRIFT_ROWS",
     "adaptive_momentum",
+    "ghost_batches",
     "ghost_sizes",
     "renormalisation",
     "split_call",
@@ -27,9 +28,14 @@ MOST_DIFFERENCE = 4.0  # in standard deviations
 
 def ghost_sizes(samples: int, ghost_size: int) -> list[int]:
     """The sizes of a batch's ghost batches: at most ghost_size, and they differ by at most one."""
-    count = max(-(-samples // ghost_size), 1) if ghost_size else 1
+    count = ghost_batches(samples, ghost_size)
     size, larger = divmod(samples, count)
     return [size + (k < larger) for k in range(count)]
+
+
+def ghost_batches(samples: int, ghost_size: int) -> int:
+    """Their number."""
+    return max(-(-samples // ghost_size), 1) if ghost_size else 1
 
 
 def split_call(call: BatchNormCall, sizes: Sequence[int]) -> Iterator[BatchNormCall]:
