@@ -37,7 +37,10 @@ class HomeostaticGain(nn.Module):
     Buffers, all in the state_dict: gain and threshold [C], running_mean and running_var [C] of x,
     num_batches_tracked. DistributedDataParallel broadcasts those of rank 0, which alone decides. A
     checkpoint's recomputation moves nothing, unless the module is compiled and the checkpoint is
-    not. A channel whose batch holds NaN or inf is left out of that step.
+    not. The running statistics of a channel leave out batches in which it holds NaN or inf.
+
+    Layers in a row move at the same time: L gains that grow by `limit` multiply the last signal by
+    (1 + limit)^L a step. The running statistics follow where limit * L is well below momentum.
 
     Args:
         num_features: channels C of the input [N, C] or [N, C, ...]; float16, bfloat16, float32 or
