@@ -17,6 +17,7 @@ CPP = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
 demo: build
 	$(PY) -m gradfuse demo
+	$(PY) -m gradfuse guide --short
 	$(PY) -m gradfuse bench clip --quick
 
 test: lint pytest

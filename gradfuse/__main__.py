@@ -1,4 +1,4 @@
-"""The command line: python -m gradfuse bench | demo | info."""
+"""The command line: python -m gradfuse bench | demo | guide | info."""
 
 from __future__ import annotations
 
@@ -42,12 +42,16 @@ def info() -> list[tuple[str, str]]:
 
 
 def run(command: str, rest: Sequence[str]) -> int:
-    """Benches and demo parse their own options, and need more packages than a training loop."""
+    """These commands parse their own options, and need more packages than a training loop."""
     try:
         if command == "bench":
             from gradfuse.bench.command import main as bench
 
             return bench(rest)
+        if command == "guide":
+            from gradfuse.guide.command import main as guide
+
+            return guide(rest)
         from gradfuse.demo.command import main as demo
 
         return demo(rest)
@@ -67,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("bench", help="time an op, or all, against its peers", add_help=False)
     commands.add_parser("demo", help="train nets with and without gradfuse", add_help=False)
+    commands.add_parser("guide", help="measure remedies for exploding gradients", add_help=False)
     commands.add_parser("info", help="versions, build, instruction set, threads")
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command != "info":

@@ -24,13 +24,16 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
         assert _native.reason in lines["compiled module"]
 
 
-@pytest.mark.parametrize("command", ["bench", "demo"])
+@pytest.mark.parametrize("command", ["bench", "demo", "guide"])
 def test_missing_extra_is_one_sentence(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in [m for m in sys.modules if m.partition(".")[0] == "rich"] or ["rich"]:
         monkeypatch.setitem(sys.modules, name, None)
-    for name in ("demo.command", "demo.clip", "bench.command", "bench.output"):
+    for name in (
+        "demo.command", "demo.clip", "bench.command", "bench.output", "guide.command",
+        "guide.output",
+    ):  # fmt: skip
         monkeypatch.delitem(sys.modules, f"gradfuse.{name}", raising=False)
     pytest.importorskip("matplotlib")
     assert main([command]) == 1
