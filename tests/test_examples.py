@@ -48,5 +48,6 @@ def test_example(name: str, tmp_path: Path) -> None:
 def test_all_are_short_and_listed() -> None:
     scripts = {path.stem: path for path in FOLDER.glob("*.py")}
     assert scripts.keys() == EXAMPLES.keys()
-    for path in scripts.values():
-        assert len(path.read_text().splitlines()) < 125
+    for name, path in scripts.items():
+        limit = 125 if name in ARGUMENTS else 60  # a study has its nets and its table
+        assert len(path.read_text().splitlines()) < limit

@@ -26,6 +26,7 @@ from torch.nn import Parameter
 import gradfuse
 
 sys.path.append(str(Path(__file__).parents[1]))  # python -m leaves it out, pytest does not
+import batch_norm_papers
 import papers
 
 REAL = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -278,6 +279,66 @@ def batch_norm(
     close("var", var, running[1], 1e-5)
 
 
+MODES: dict[str, dict[str, Any]] = {
+    "renorm": {"renorm": (1.2, 0.1)},
+    "renorm in its warm-up": {"renorm": (9.0, 9.0, 2.0, 7.0, 30.0), "step": 5},
+    "ghost batches": {"ghost_size": 2},
+    "momentum of its drift": {"drift": True},
+    "all modes": {"ghost_size": 2, "renorm": (1.5, 0.4), "drift": True},
+}
+
+
+def batch_norm_in_mode(
+    make: Maker, shape: tuple[int, ...], dtype: torch.dtype, last: bool, mode: dict[str, Any]
+) -> None:
+    """Against the papers in plain torch. Without an activation, whose kinks are tested above."""
+    form: Layout = torch.channels_last if last else torch.contiguous_format
+    x, g = (make.tensor(*shape, dtype=dtype).contiguous(memory_format=form) for _ in range(2))
+    # A ghost batch is corrected by what the one before has rounded.
+    parameter = torch.promote_types(dtype, torch.float32)
+    w, b, mean = (make.tensor(shape[1], dtype=parameter) for _ in range(3))
+    state = {"mean": mean, "var": torch.ones_like(mean)}
+    options = {k: v for k, v in mode.items() if k not in ("step", "drift")}
+    if "step" in mode:
+        state["step"] = torch.tensor(mode["step"], device=make.device)
+    if "drift" in mode:
+        rows = [w / 4, b / 4, w.square() + 1, torch.full_like(w, 7.0)]
+        state["drift"] = torch.stack(rows).detach()
+    copies = {name: wide(t) for name, t in state.items()}
+    leaf = {"x": wide(x), "w": wide(w), "b": wide(b)}
+    for t in (x, w, b, *leaf.values()):
+        t.requires_grad_()
+    make.poison(x)
+    y = gradfuse.batch_norm_act(
+        x, mean, state["var"], w, b, activation=None, training=True, momentum=0.1,
+        step=state.get("step"), drift=state.get("drift"), **options,
+    )  # fmt: skip
+    y.backward(g)
+    want = batch_norm_papers.by_mode(leaf, copies, momentum=0.1, eps=1e-5, **options)
+    want.backward(wide(g))
+    few = tolerance(dtype, 16.0)
+    close("output", y, want, few)
+    for name, t in (("x", x), ("w", w), ("b", b)):
+        size = wide(g).norm().item() if name != "x" else None
+        close(f"d{name}", t.grad, leaf[name].grad, max(few, tolerance(t.dtype, 16.0)) * 4, size)
+    for name in state.keys() - {"step"}:
+        close(name, state[name], copies[name], max(few, 1e-5))
+
+
+def batch_norm_mode_cases(make: Maker) -> Iterator[Case]:
+    for (what, mode), (which, shape), last in itertools.product(
+        MODES.items(), {"three channels": (5, 3, 9, 7), "features": (70, 33)}.items(), (False, True)
+    ):
+        if last and len(shape) != 4:
+            continue
+        dtype = REAL[len(what) % 4] if last else torch.float32
+        yield Case(
+            f"batch_norm {what} {which} {short(dtype)} {'NHWC' if last else 'NCHW'}",
+            lambda s=shape, d=dtype, la=last, m=mode: batch_norm_in_mode(make, s, d, la, m),
+            what == "all modes" and which != "features",
+        )
+
+
 def batch_norm_cases(make: Maker) -> Iterator[Case]:
     names = itertools.cycle(ACTIVATIONS)
     for (what, shape), dtype, last, train in itertools.product(
@@ -376,7 +437,7 @@ def cases(device: str) -> Iterator[Case]:
         make.seed(case.name)
         case.run()
 
-    for found in (clip_cases, batch_norm_cases, step_cases):
+    for found in (clip_cases, batch_norm_cases, batch_norm_mode_cases, step_cases):
         for case in found(make):
             yield case._replace(run=partial(seeded, case))
 
