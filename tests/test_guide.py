@@ -75,7 +75,9 @@ def test_the_rate_of_the_lowest_loss_is_chosen(monkeypatch: pytest.MonkeyPatch) 
     losses = {0.1: math.nan, 0.01: 1.0, 0.001: 2.0}
     monkeypatch.setattr(training, "train", lambda *a: Run(*a[:3], a[4], losses=[losses[a[4]]] * 20))
     assert training.choose_rate("nothing", "deep", 40) == 0.01
-    losses.update({0.01: math.inf, 0.001: math.inf})
+    losses.update({0.1: 1.0, 0.01: math.inf, 0.001: math.nan})
+    assert training.choose_rate("nothing", "deep", 40) == 0.1
+    losses.update({0.1: math.nan, 0.001: math.inf})
     assert training.choose_rate("nothing", "deep", 40) == 0.001
 
 
