@@ -301,7 +301,7 @@ def check_modes(call: BatchNormCall) -> None:
         return
     input = call.input
     sizes = ghost_sizes(input.shape[0], call.ghost_size)
-    if input.numel() and input.shape[2:].numel() * sizes[-1] == 1:
+    if input.numel() and len(sizes) > 1 and input.shape[2:].numel() * sizes[-1] == 1:
         raise ValueError(
             f"{op}: ghost_size must leave more than 1 value per channel in each ghost batch, got "
             f"{len(sizes)} ghost batches of input size {list(input.shape)}"
