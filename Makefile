@@ -83,7 +83,8 @@ pytest: build
 	$(PYTEST) --slowest-files=10
 
 # The tests that depend on torch's version: binding, autograd, compile, AMP, fuse. Kernels do not.
-TORCH_TESTS = $(addprefix tests/test_,batch_norm_autograd.py batch_norm_errors.py bench.py \
+TORCH_TESTS = $(addprefix tests/test_,batch_norm_autograd.py batch_norm_errors.py \
+	batch_norm_modes.py blocks.py bench.py \
 	cli.py clip_in_step.py compile.py dropout.py errors.py fuse.py fuse_graph.py \
 	fuse_graph_norms.py fuse_norms.py layer_norm.py nn.py optim_amp.py optim_parameters.py \
 	optim_skips.py optim_state.py process.py tracing.py)
@@ -108,7 +109,7 @@ traffic: build
 # UndefinedBehaviorSanitizer, in a build of their own.
 SANITIZED = build/sanitize
 SANITIZED_TESTS = $(addprefix ../../tests/test_,adaptive_clip.py batch_norm.py batch_norm_errors.py \
-	clip.py clipper.py dropout.py errors.py fuse.py fuse_norms.py layer_norm.py ops.py optim.py \
+	batch_norm_modes.py clip.py clipper.py dropout.py errors.py fuse.py fuse_norms.py layer_norm.py ops.py optim.py \
 	optim_groups.py optim_parameters.py optim_state.py quiet.py range.py value.py)
 sanitize: $(VENV)/.installed
 	mkdir -p $(SANITIZED)
