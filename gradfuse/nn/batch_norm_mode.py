@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradfuse.ops.batch_norm import recomputing
-from gradfuse.ops.batch_norm_modes import check_ghost_size, check_renorm
+from gradfuse.ops.batch_norm_modes import Limits, check_ghost_size, check_renorm
 from gradfuse.ops.checks import is_number
 from gradfuse.reference import DRIFT_ROWS, ghost_batches
 
@@ -54,7 +54,7 @@ class BatchNormMode:
     warmup: Sequence[float] | None = PAPERS_WARMUP
     ghost_size: int | None = None
     momentum: str | None = None
-    limits: tuple[float, ...] | None = field(init=False, repr=False, compare=False)
+    limits: Limits | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         op = "batch norm"

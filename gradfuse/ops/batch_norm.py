@@ -377,6 +377,8 @@ def library_arguments(call: BatchNormCall) -> tuple[Any, ...]:
     factor = None
     if isinstance(call.momentum, Tensor):
         call, factor = call._replace(momentum=0.0), call.momentum
+    if call.renorm is not None:
+        call = call._replace(renorm=[*call.renorm])
     return (*call[: _MASK + 1], factor, *call[_MASK + 1 :])
 
 

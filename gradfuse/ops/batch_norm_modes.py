@@ -23,11 +23,21 @@ __all__ = [
 _OP = "batch_norm_act"
 
 
+class Limits(NamedTuple):
+    """A renorm that was checked."""
+
+    r_max: float
+    d_max: float
+    begin: float = 0.0
+    r_end: float = 0.0
+    d_end: float = 0.0
+
+
 class Modes(NamedTuple):
     """The last fields of a BatchNormCall."""
 
     ghost_size: int = 0
-    renorm: tuple[float, ...] | None = None
+    renorm: Limits | None = None
     step: Tensor | None = None
     drift: Tensor | None = None
 
@@ -66,16 +76,16 @@ def check_ghost_size(op: str, ghost_size: object) -> int:
     return ghost_size  # type: ignore[return-value]
 
 
-def check_renorm(op: str, renorm: Sequence[float]) -> tuple[float, ...]:
-    """(r_max, d_max, begin, r_end, d_end) of two or five of these."""
+def check_renorm(op: str, renorm: Sequence[float]) -> Limits:
+    """The numbers of two or five; an error if there are others, or they are out of range."""
+    if type(renorm) is Limits:
+        return renorm
     if not isinstance(renorm, Sequence) or not all(map(is_number, renorm)):
         raise TypeError(f"{op}: renorm must be two or five numbers, got {renorm!r}")
-    numbers = tuple(float(number) for number in renorm)
-    if len(numbers) == 2:
-        numbers += (0.0, 0.0, 0.0)
-    if len(numbers) != 5:
-        raise ValueError(f"{op}: renorm must be two or five numbers, got {len(numbers)}")
-    r_max, d_max, begin, r_end, d_end = numbers
+    if len(renorm) not in (2, 5):
+        raise ValueError(f"{op}: renorm must be two or five numbers, got {len(renorm)}")
+    limits = Limits(*map(float, renorm))
+    r_max, d_max, begin, r_end, d_end = limits
     if not 1.0 <= r_max < math.inf:
         raise ValueError(f"{op}: r_max must be finite and >= 1, got {r_max}")
     if not 0.0 <= d_max < math.inf:
@@ -85,7 +95,7 @@ def check_renorm(op: str, renorm: Sequence[float]) -> tuple[float, ...]:
             f"{op}: renorm's warm-up must have 0 <= begin <= r_end, d_end < inf, got {begin}, "
             f"{r_end} and {d_end}"
         )
-    return numbers
+    return limits
 
 
 def checked_modes(
