@@ -89,8 +89,8 @@ FAULTS = [
     Fault(
         "a renormalised norm waits",
         "gradfuse/fuse",
-        "if self.mode.renorm and self.training:",
-        "if self.mode.renorm and not self.training:",
+        "if self._mode.renorm and self.training:",
+        "if self._mode.renorm and not self.training:",
         "its limits never see the running statistics",
         MODES,
     ),
