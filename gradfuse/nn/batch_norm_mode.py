@@ -113,6 +113,7 @@ def is_auto(bn: nn.Module) -> bool:
 class HasMode(_BatchNorm):
     """A batch norm's module with a mode. Its momentum is a number, None, or "auto"."""
 
+    momentum: Any
     _mode = BatchNormMode()
     _own_momentum: float | None = 0.1  # before it was "auto"
 
@@ -121,7 +122,7 @@ class HasMode(_BatchNorm):
         mode.check(self)
         if mode.momentum and not is_auto(self):
             self._own_momentum = self.momentum
-            self.momentum = AUTO  # type: ignore[assignment]
+            self.momentum = AUTO
         if is_auto(self) and DRIFT not in self._buffers and self.running_mean is not None:
             drift = self.running_mean.new_zeros(DRIFT_ROWS, self.num_features)
             self.register_buffer(DRIFT, drift)

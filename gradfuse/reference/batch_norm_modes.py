@@ -41,7 +41,8 @@ def ghost_batches(samples: int, ghost_size: int) -> int:
 def split_call(call: BatchNormCall, sizes: Sequence[int]) -> Iterator[BatchNormCall]:
     """The calls of a batch's ghost batches."""
     begin, momentum = 0, call.momentum
-    of_each = isinstance(momentum, Tensor) and momentum.numel() > 1
+    several = isinstance(momentum, Tensor) and momentum.numel() > 1
+    of_each = torch.as_tensor(momentum).flatten() if several else None
     for k, size in enumerate(sizes):
         part = slice(begin, begin + size)
         begin += size
@@ -49,7 +50,7 @@ def split_call(call: BatchNormCall, sizes: Sequence[int]) -> Iterator[BatchNormC
             input=call.input[part],
             residual=None if call.residual is None else call.residual[part],
             sample_scale=None if call.sample_scale is None else call.sample_scale[part],
-            momentum=momentum.reshape(-1)[k] if of_each else momentum,  # type: ignore[union-attr]
+            momentum=momentum if of_each is None else of_each[k],
         )
 
 

@@ -15,7 +15,7 @@ from gradfuse.reference import activate
 
 __all__ = ["Residual"]
 
-_FUSED = {
+_FUSED: dict[type, Any] = {
     BatchNorm1d: BatchNormAct1d,
     BatchNorm2d: BatchNormAct2d,
     BatchNorm3d: BatchNormAct3d,
@@ -78,7 +78,7 @@ class Residual(nn.Module):
             )
         self.drop_path = check_share("Residual", "drop_path", drop_path)
         self.branch = branch
-        fused: Any = _FUSED.get(type(norm))  # type: ignore[arg-type]
+        fused = _FUSED.get(type(norm))
         if fused is not None:
             norm, activation = fused.from_batch_norm(norm, activation), None
         self.norm = norm
