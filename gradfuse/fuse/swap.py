@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from types import MethodType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -63,18 +63,15 @@ def fuse(
     if mode is not None:
         _check_mode(root, mode)
     for module in list(root.modules()):
+        if is_site(module) and not reason_against(module):
+            cls = swapped_class(module)
+            assert cls is not None
+            if issubclass(cls, _Deferred):
+                become_deferred(module, cls)
+            else:
+                module.__class__ = cls
         if mode is not None and isinstance(module, HasMode):
             module._set_mode(mode)
-        if not is_site(module) or reason_against(module):
-            continue
-        cls = swapped_class(module)
-        assert cls is not None
-        if issubclass(cls, _Deferred):
-            become_deferred(module, cls)
-            if mode is not None:
-                cast(HasMode, module)._set_mode(mode)
-        else:
-            module.__class__ = cls
     return root
 
 
