@@ -9,7 +9,7 @@
 // Channels contiguous (inner == 1): a span holds some rows of some columns. All spans are summed,
 // then all are swept in reverse order, because the last ones are still in the cache.
 
-#include "../ops/batch_norm.h"
+#include "../ops/batch_norm_channel.h"
 
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -87,20 +87,23 @@ double read(const void* data, DType dtype, int64_t i) {
     return static_cast<double>(static_cast<const typename decltype(type)::type*>(data)[i]);
   });
 }
-double read(ChannelRef v, int64_t c, double otherwise) {
-  return v.data ? read(v.data, v.dtype, c) : otherwise;
-}
-void write(ChannelRef v, int64_t c, double value) {
-  if (!v.data) return;
-  with_type<c10::Half, c10::BFloat16>(v.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    static_cast<T*>(v.data)[c] = static_cast<T>(value);
-  });
-}
+struct Vectors {
+  static double read(ChannelRef v, int64_t i, double otherwise) {
+    return v.data ? cpu::read(v.data, v.dtype, i) : otherwise;
+  }
+  static void write(ChannelRef v, int64_t i, double value) {
+    if (!v.data) return;
+    with_type<c10::Half, c10::BFloat16>(v.dtype, [&](auto type) {
+      using T = typename decltype(type)::type;
+      static_cast<T*>(v.data)[i] = static_cast<T>(value);
+    });
+  }
+};
 
-// Whether to store results past the caches. Each row must begin with a cache line, so that vectors
-// are aligned.
-bool store_past_caches(const BatchNormShape& shape, std::initializer_list<const void*> read,
+// Whether to store results past the caches, of a call of so many elements over all ghost batches.
+// Each row must begin with a cache line, so that vectors are aligned.
+bool store_past_caches(const BatchNormShape& shape, int64_t elements,
+                       std::initializer_list<const void*> read,
                        std::initializer_list<const void*> results) {
   const int64_t size = with_type<c10::Half, c10::BFloat16>(shape.dtype, [](auto type) {
     return static_cast<int64_t>(sizeof(typename decltype(type)::type));
@@ -112,7 +115,7 @@ bool store_past_caches(const BatchNormShape& shape, std::initializer_list<const 
     if (!on_cache_lines(p)) return false;
   }
   const int64_t row = shape.inner == 1 ? shape.channels : shape.inner;
-  return row * size % kCacheLine == 0 && stores_past_caches(tensors * shape.numel() * size);
+  return row * size % kCacheLine == 0 && stores_past_caches(tensors * elements * size);
 }
 
 // Coefficient vectors of channels [channel, end), `stride` elements apart.
@@ -131,7 +134,7 @@ struct Columns {
 //   prepare_sweep_by_sweep()  called if all spans are summed before any is swept again
 //   has_sums()  whether the statistics need a first sweep
 //   applies()   whether there is a second sweep
-//   past_caches()  whether the second sweep stores past the caches
+//   past_caches(elements)  whether the second sweep stores past the caches
 //   prepare(columns)                     the coefficients that the first sweep needs
 //   sum(span, columns, sums, wide)       the first sweep of a span: sums [2][stride]
 //   finish(columns, sums)                the channels' results, and the second sweep's coefficients
@@ -148,8 +151,8 @@ struct Forward {
   void prepare_sweep_by_sweep() {}
   bool has_sums() const { return call.training; }
   bool applies() const { return true; }
-  bool past_caches() const {
-    return store_past_caches(call.shape, {call.input, call.residual}, {call.output});
+  bool past_caches(int64_t elements) const {
+    return store_past_caches(call.shape, elements, {call.input, call.residual}, {call.output});
   }
 
   // The sums are shifted by an element of each channel.
@@ -172,8 +175,8 @@ struct Forward {
   void finish(const Columns<F>& columns, const double* sums) const {
     for (int64_t c = columns.channel; c < columns.end; ++c) {
       const double* s = sums + c - columns.channel;
-      const Normalisation<F> n =
-          call.training ? finish_training(c, {s[0], s[columns.stride]}, columns) : finish_eval(c);
+      const auto n =
+          finish_forward<F, Vectors>(call, c, {s[0], s[columns.stride]}, columns(kMean, c));
       columns(kMean, c) = n.mean;
       columns(kScale, c) = n.scale;
       columns(kShift, c) = n.shift;
@@ -181,49 +184,6 @@ struct Forward {
   }
   void apply(const Span& span, const Columns<F>& columns) const {
     kernels.apply(call, span, columns.coefficients, columns.stride);
-  }
-
- private:
-  KeptStatistics keep(int64_t c, double mean, double variance) const {
-    return keep_statistics<F>(call.stats, call.shape.channels, c, mean, variance, call.eps);
-  }
-  Normalisation<F> finish_eval(int64_t c) const {
-    const KeptStatistics kept =
-        keep(c, read(call.running_mean, c, 0.0), read(call.running_var, c, 1.0));
-    return normalisation<F>(kept, read(call.weight, c, 1.0), read(call.bias, c, 0.0));
-  }
-  Normalisation<F> finish_training(int64_t c, ChannelSums sums, const Columns<F>& columns) const {
-    const double count = static_cast<double>(call.shape.count());
-    const Moments now = moments(sums, columns(kMean, c), count);
-    const KeptStatistics kept = keep(c, now.mean, now.variance);
-    Correction correction = {1.0, 0.0};
-    if (call.renormalises) {
-      const double step = call.step ? static_cast<double>(*call.step) : HUGE_VAL;
-      const double mean = read(call.running_mean, c, 0.0), var = read(call.running_var, c, 1.0);
-      correction =
-          keep_correction<F>(call.stats, call.shape.channels, c,
-                             renormalisation(call.renorm, step, kept, mean, var, call.eps));
-    }
-    if (call.running_mean.data) update_running(c, now.mean, unbiased(now.variance, count));
-    const double weight = read(call.weight, c, 1.0), bias = read(call.bias, c, 0.0);
-    return normalisation<F>(kept, correction.weight(weight), correction.bias(weight, bias));
-  }
-  void update_running(int64_t c, double mean, double var) const {
-    const double old_mean = read(call.running_mean, c, 0.0),
-                 old_var = read(call.running_var, c, 1.0);
-    double momentum = call.momentum_value ? *call.momentum_value : call.momentum;
-    if (call.drift.data) {
-      const auto row = [&](int64_t k) { return k * call.shape.channels + c; };
-      const auto old = [&](int64_t k) { return read(call.drift, row(k), 0.0); };
-      Drift drift = {old(0), old(1), old(2), old(3)};
-      momentum = adaptive_momentum(drift, mean, var, old_mean, old_var, call.eps);
-      write(call.drift, row(0), drift.mean);
-      write(call.drift, row(1), drift.variance);
-      write(call.drift, row(2), drift.square);
-      write(call.drift, row(3), drift.batches);
-    }
-    write(call.running_mean, c, running_average(old_mean, mean, momentum));
-    write(call.running_var, c, running_average(old_var, var, momentum));
   }
 };
 
@@ -247,53 +207,34 @@ struct Backward {
     second.output = nullptr;
   }
 
-  KeptStatistics kept(int64_t c) const {
-    return kept_statistics<F>(call.stats, call.shape.channels, c);
-  }
-  Correction correction(int64_t c) const {
-    if (!call.renormalises) return {1.0, 0.0};
-    return kept_correction<F>(call.stats, call.shape.channels, c);
-  }
-
   bool has_sums() const {
     return call.grad_weight.data || call.grad_bias.data || (call.training && call.grad_input);
   }
   bool applies() const { return call.grad_input || call.grad_residual; }
-  bool past_caches() const {
-    return store_past_caches(call.shape, {call.grad_output, call.input, call.output},
+  bool past_caches(int64_t elements) const {
+    return store_past_caches(call.shape, elements, {call.grad_output, call.input, call.output},
                              {call.grad_input, call.grad_residual});
   }
 
   void prepare(const Columns<F>& columns) const {
     for (int64_t c = columns.channel; c < columns.end; ++c) {
-      const double weight = read(call.weight, c, 1.0), bias = read(call.bias, c, 0.0);
-      const auto n =
-          normalisation<F>(kept(c), correction(c).weight(weight), correction(c).bias(weight, bias));
+      const auto n = normalisation_of<F, Vectors>(call, c);
       columns(kMean, c) = n.mean;
       columns(kScale, c) = n.scale;
       columns(kShift, c) = n.shift;
-      columns(kInvstd, c) = scale_of_shrunk<F>(kept(c).invstd);
+      columns(kInvstd, c) = scale_of_shrunk<F>(kept_of<F>(call, c).invstd);
     }
   }
   void sum(const Span& span, const Columns<F>& columns, double* sums, bool wide) const {
     kernels.sums(call, span, columns.coefficients, mask.get(), sums, columns.stride, wide);
   }
   void finish(const Columns<F>& columns, const double* sums) const {
-    const double count = static_cast<double>(call.shape.count());
     for (int64_t c = columns.channel; c < columns.end; ++c) {
       const double* s = sums + c - columns.channel;
-      const GradientSums total = {s[0], s[columns.stride]};
-      const double weight = correction(c).weight(read(call.weight, c, 1.0));
-      const auto g = input_gradient<F>(kept(c), weight, total, count, call.training);
+      const auto g = finish_backward<F, Vectors>(call, c, {s[0], s[columns.stride]});
       columns(kDirect, c) = g.direct;
       columns(kSlope, c) = g.slope;
       columns(kOffset, c) = g.shift;
-      const double offset = normalisation_offset(static_cast<double>(g.mean), kept(c));
-      const ParameterGradients sum = call.ghosts.add(
-          {weight_gradient(total, offset, correction(c)), total.sum}, call.shape.channels, c);
-      if (!call.ghosts.is_complete()) continue;
-      write(call.grad_weight, c, sum.weight);
-      write(call.grad_bias, c, sum.bias);
     }
   }
   void apply(const Span& span, const Columns<F>& columns) const {
@@ -391,10 +332,10 @@ void run(const Call* calls, int64_t count) {
   std::vector<Spans> spans;
   int64_t elements = 0;
   bool by_span = true;
+  for (int64_t k = 0; k < count; ++k) elements += calls[k].shape.numel();
   for (int64_t k = 0; k < count; ++k) {
     const BatchNormShape& shape = calls[k].shape;
-    spans.emplace_back(shape, Direction{calls[k]}.past_caches());
-    elements += shape.numel();
+    spans.emplace_back(shape, Direction{calls[k]}.past_caches(elements));
     by_span = by_span && shape.inner > 1 && spans[k].parts() == 1;
   }
   if (by_span) {

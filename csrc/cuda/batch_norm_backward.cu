@@ -13,24 +13,6 @@ namespace gradfuse::cuda {
 namespace {
 
 template <class W>
-__device__ KeptStatistics kept_of(const BatchNormBackward& call, int64_t c) {
-  return kept_statistics<W>(call.stats, call.shape.channels, c);
-}
-
-template <class W>
-__device__ Correction correction_of(const BatchNormBackward& call, int64_t c) {
-  if (!call.renormalises) return {1.0, 0.0};
-  return kept_correction<W>(call.stats, call.shape.channels, c);
-}
-
-template <class W>
-__device__ Normalisation<W> normalisation_of(const BatchNormBackward& call, int64_t c) {
-  const Correction correction = correction_of<W>(call, c);
-  const double weight = read_channel(call.weight, c, 1.0), bias = read_channel(call.bias, c, 0.0);
-  return normalisation<W>(kept_of<W>(call, c), correction.weight(weight),
-                          correction.bias(weight, bias));
-}
-template <class W>
 struct Group {
   W at[kGroup];
 };
@@ -38,25 +20,6 @@ struct Group {
 template <class W>
 __device__ W invstd_of(const BatchNormBackward& call, int64_t c) {
   return scale_of_shrunk<W>(kept_of<W>(call, c).invstd);
-}
-
-// Writes a channel's parameter gradients and returns the coefficients of its input gradient.
-template <class W>
-__device__ InputGradient<W> finish_channel(const BatchNormBackward& call, int64_t c, TwoSums sums) {
-  const KeptStatistics kept = kept_of<W>(call, c);
-  const GradientSums s = {sums.first, sums.second};
-  const Correction correction = correction_of<W>(call, c);
-  const InputGradient<W> g =
-      input_gradient<W>(kept, correction.weight(read_channel(call.weight, c, 1.0)), s,
-                        static_cast<double>(call.shape.count()), call.training);
-  const double offset = normalisation_offset(static_cast<double>(g.mean), kept);
-  const ParameterGradients sum =
-      call.ghosts.add({weight_gradient(s, offset, correction), s.sum}, call.shape.channels, c);
-  if (call.ghosts.is_complete()) {
-    write_channel(call.grad_weight, c, sum.weight);
-    write_channel(call.grad_bias, c, sum.bias);
-  }
-  return g;
 }
 
 // Returns a function that returns the normalised elements of group x, without the residual, by
@@ -160,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : kBlocks)
   using W = Wide<T>;
   const Groups<T> groups(Runs(call.shape).length);
   const int64_t c = blockIdx.x % call.shape.channels;
-  const Normalisation<W> n = normalisation_of<W>(call, c);
+  const Normalisation<W> n = normalisation_of<W, Vectors>(call, c);
   const W invstd = invstd_of<W>(call, c);
   const auto load = [&](const Place& place) {
     return load_saved<T>(call, groups, place, call.input != nullptr);
@@ -188,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 || kScaled ? 1 : 2)
   __shared__ alignas(16) W shared[kInvstd + 1][kTileColumns];
   const int64_t mine = at.first_channel() + threadIdx.x;
   if (mine < runs.channels) {
-    const Normalisation<W> n = normalisation_of<W>(call, mine);
+    const Normalisation<W> n = normalisation_of<W, Vectors>(call, mine);
     shared[kMean][threadIdx.x] = n.mean;
     shared[kScale][threadIdx.x] = n.scale;
     shared[kShift][threadIdx.x] = n.shift;
@@ -228,8 +191,9 @@ __global__ void __launch_bounds__(kThreads)
   if (c >= channels) return;
   const TwoSums sums = has_sums ? sum_of_chunks(call.shape, slots, c) : TwoSums();
   if (threadIdx.x % kWarp != 0) return;
-  const InputGradient<Wide<T>> g = finish_channel<Wide<T>>(call, c, sums);
-  const Normalisation<Wide<T>> n = normalisation_of<Wide<T>>(call, c);
+  const InputGradient<Wide<T>> g =
+      finish_backward<Wide<T>, Vectors>(call, c, {sums.first, sums.second});
+  const Normalisation<Wide<T>> n = normalisation_of<Wide<T>, Vectors>(call, c);
   coefficients[kMean * channels + c] = n.mean;
   coefficients[kScale * channels + c] = n.scale;
   coefficients[kShift * channels + c] = n.shift;
@@ -299,7 +263,7 @@ __global__ void __launch_bounds__(kBlock)
   const auto place_of_held = [&](int k) {
     return place_in_channel(runs, channel, threadIdx.x + k * kBlock, all);
   };
-  const Normalisation<W> n = normalisation_of<W>(call, channel);
+  const Normalisation<W> n = normalisation_of<W, Vectors>(call, channel);
   const W invstd = invstd_of<W>(call, channel);
   Packed<T> x[kHeld];
   W g[kHeld][kGroup];
@@ -323,7 +287,8 @@ __global__ void __launch_bounds__(kBlock)
   }
   const TwoSums sums = block_sum<kBlock>(mine);
   __shared__ InputGradient<W> shared;
-  if (threadIdx.x == 0) shared = finish_channel<W>(call, channel, sums);
+  if (threadIdx.x == 0)
+    shared = finish_backward<W, Vectors>(call, channel, {sums.first, sums.second});
   __syncthreads();
   const InputGradient<W> d = shared;
   const auto coefficients = [&](int k, W(&v)[kGroup]) {

@@ -11,54 +11,6 @@
 namespace gradfuse::cuda {
 namespace {
 
-// Updates a channel's running averages.
-__device__ inline void update_running(const BatchNormForward& call, int64_t c, double mean,
-                                      double var) {
-  const double old_mean = read_channel(call.running_mean, c, 0.0);
-  const double old_var = read_channel(call.running_var, c, 1.0);
-  double momentum = call.momentum_value ? *call.momentum_value : call.momentum;
-  if (call.drift.data) {
-    const auto row = [&](int64_t k) { return k * call.shape.channels + c; };
-    const auto old = [&](int64_t k) { return read_channel(call.drift, row(k), 0.0); };
-    Drift drift = {old(0), old(1), old(2), old(3)};
-    momentum = adaptive_momentum(drift, mean, var, old_mean, old_var, call.eps);
-    write_channel(call.drift, row(0), drift.mean);
-    write_channel(call.drift, row(1), drift.variance);
-    write_channel(call.drift, row(2), drift.square);
-    write_channel(call.drift, row(3), drift.batches);
-  }
-  write_channel(call.running_mean, c, running_average(old_mean, mean, momentum));
-  write_channel(call.running_var, c, running_average(old_var, var, momentum));
-}
-
-// Writes a channel's statistics and running averages, returns its coefficients.
-template <class W>
-__device__ Normalisation<W> finish_channel(const BatchNormForward& call, int64_t c, TwoSums sums,
-                                           double shift) {
-  const int64_t channels = call.shape.channels;
-  const double weight = read_channel(call.weight, c, 1.0), bias = read_channel(call.bias, c, 0.0);
-  if (!call.training) {
-    const KeptStatistics kept =
-        keep_statistics<W>(call.stats, channels, c, read_channel(call.running_mean, c, 0.0),
-                           read_channel(call.running_var, c, 1.0), call.eps);
-    return normalisation<W>(kept, weight, bias);
-  }
-  const double count = static_cast<double>(call.shape.count());
-  const Moments now = moments({sums.first, sums.second}, shift, count);
-  const KeptStatistics kept =
-      keep_statistics<W>(call.stats, channels, c, now.mean, now.variance, call.eps);
-  Correction correction = {1.0, 0.0};
-  if (call.renormalises) {
-    const double step = call.step ? static_cast<double>(*call.step) : HUGE_VAL;
-    correction = keep_correction<W>(
-        call.stats, channels, c,
-        renormalisation(call.renorm, step, kept, read_channel(call.running_mean, c, 0.0),
-                        read_channel(call.running_var, c, 1.0), call.eps));
-  }
-  if (call.running_mean.data) update_running(call, c, now.mean, unbiased(now.variance, count));
-  return normalisation<W>(kept, correction.weight(weight), correction.bias(weight, bias));
-}
-
 // Adds x - shift and its square for the first `count` elements of a group; in float64 if kWide.
 template <bool kWide, class T>
 __device__ void add_differences(const Packed<T>& x, int count, Wide<T> shift, TwoSums& sums) {
@@ -142,7 +94,8 @@ __global__ void __launch_bounds__(kThreads)
   if (call.training) sums = sum_of_chunks(call.shape, slots, c);
   if (threadIdx.x % kWarp != 0) return;
   const double shift = call.training ? shift_of<T>(call, c) : 0.0;
-  const Normalisation<Wide<T>> n = finish_channel<Wide<T>>(call, c, sums, shift);
+  const Normalisation<Wide<T>> n =
+      finish_forward<Wide<T>, Vectors>(call, c, {sums.first, sums.second}, shift);
   coefficients[kMean * channels + c] = n.mean;
   coefficients[kScale * channels + c] = n.scale;
   coefficients[kShift * channels + c] = n.shift;
@@ -240,7 +193,8 @@ __global__ void __launch_bounds__(kBlock, 512 / kBlock)
     }
   }
   __shared__ Normalisation<W> shared;
-  if (threadIdx.x == 0) shared = finish_channel<W>(call, channel, sums, shift);
+  if (threadIdx.x == 0)
+    shared = finish_forward<W, Vectors>(call, channel, {sums.first, sums.second}, shift);
   __syncthreads();
   const Normalisation<W> n = shared;
 #pragma unroll

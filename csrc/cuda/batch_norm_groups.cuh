@@ -4,7 +4,7 @@
 #pragma once
 
 #include "../math/batch_norm.h"
-#include "../ops/batch_norm.h"
+#include "../ops/batch_norm_channel.h"
 #include "groups.cuh"
 
 namespace gradfuse::cuda {
@@ -75,23 +75,25 @@ __device__ Coefficients<W> coefficients_of_group(const Runs& runs, int64_t row, 
   return {coefficients + first, runs.channels, count, runs.by_row};
 }
 
-// Element i of a vector of channels.
-__device__ inline double read_channel(ChannelRef v, int64_t i, double otherwise) {
-  double value = otherwise;
-  if (v.data)
+// Vectors of channels.
+struct Vectors {
+  static __device__ double read(ChannelRef v, int64_t i, double otherwise) {
+    double value = otherwise;
+    if (v.data)
+      with_type(v.dtype, [&](auto type) {
+        using T = typename decltype(type)::type;
+        value = Element<T>::widen(static_cast<const T*>(v.data)[i]);
+      });
+    return value;
+  }
+  static __device__ void write(ChannelRef v, int64_t i, double value) {
+    if (!v.data) return;
     with_type(v.dtype, [&](auto type) {
       using T = typename decltype(type)::type;
-      value = Element<T>::widen(static_cast<const T*>(v.data)[i]);
+      static_cast<T*>(v.data)[i] = Element<T>::narrow(static_cast<Wide<T>>(value));
     });
-  return value;
-}
-__device__ inline void write_channel(ChannelRef v, int64_t i, double value) {
-  if (!v.data) return;
-  with_type(v.dtype, [&](auto type) {
-    using T = typename decltype(type)::type;
-    static_cast<T*>(v.data)[i] = Element<T>::narrow(static_cast<Wide<T>>(value));
-  });
-}
+  }
+};
 
 // What a group of the normalised input is multiplied by.
 template <class W>

@@ -253,7 +253,7 @@ void check_forward(const BatchNormForwardCall& call) {
   check_memory(kOp, "momentum", *call.momentum_value);
   check_device(kOp, "momentum", *call.momentum_value, call.input);
   const int64_t numbers = call.momentum_value->numel();
-  if (numbers != 1 && (numbers != batches.count() || !call.momentum_value->is_contiguous()))
+  if (numbers != 1 && numbers != batches.count())
     fail<std::invalid_argument>(kOp, ": momentum must be one number",
                                 call.ghost_size ? " or one for each ghost batch" : "", ", got ",
                                 call.momentum_value->sizes());

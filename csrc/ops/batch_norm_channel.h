@@ -1,0 +1,115 @@
+// What a channel's sums become, for host and device alike: statistics, running averages,
+// coefficients, and the gradients of weight and bias.
+//
+// Vectors has the access to vectors of channels: read(vector, element, otherwise) and write(vector,
+// element, value), of the host or of the device.
+#pragma once
+
+#include <cmath>
+
+#include "../math/batch_norm.h"
+#include "batch_norm.h"
+
+namespace gradfuse {
+
+// Updates a channel's running averages by the batch's mean and unbiased variance.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable
+#endif
+template <class Vectors>
+GRADFUSE_HD void update_running(const BatchNormForward& call, int64_t c, double mean, double var) {
+  const double old_mean = Vectors::read(call.running_mean, c, 0.0);
+  const double old_var = Vectors::read(call.running_var, c, 1.0);
+  double momentum = call.momentum_value ? *call.momentum_value : call.momentum;
+  if (call.drift.data) {
+    const int64_t channels = call.shape.channels;
+    Drift drift = {Vectors::read(call.drift, c, 0.0), Vectors::read(call.drift, channels + c, 0.0),
+                   Vectors::read(call.drift, 2 * channels + c, 0.0),
+                   Vectors::read(call.drift, 3 * channels + c, 0.0)};
+    momentum = adaptive_momentum(drift, mean, var, old_mean, old_var, call.eps);
+    Vectors::write(call.drift, c, drift.mean);
+    Vectors::write(call.drift, channels + c, drift.variance);
+    Vectors::write(call.drift, 2 * channels + c, drift.square);
+    Vectors::write(call.drift, 3 * channels + c, drift.batches);
+  }
+  Vectors::write(call.running_mean, c, running_average(old_mean, mean, momentum));
+  Vectors::write(call.running_var, c, running_average(old_var, var, momentum));
+}
+
+// Writes a channel's statistics and running averages, and returns its coefficients. The sums are of
+// differences from `shift`; they are used if the call trains.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable
+#endif
+template <class F, class Vectors>
+GRADFUSE_HD Normalisation<F> finish_forward(const BatchNormForward& call, int64_t c,
+                                            ChannelSums sums, double shift) {
+  const int64_t channels = call.shape.channels;
+  const double weight = Vectors::read(call.weight, c, 1.0);
+  const double bias = Vectors::read(call.bias, c, 0.0);
+  const double mean = Vectors::read(call.running_mean, c, 0.0);
+  const double var = Vectors::read(call.running_var, c, 1.0);
+  if (!call.training)
+    return normalisation<F>(keep_statistics<F>(call.stats, channels, c, mean, var, call.eps),
+                            weight, bias);
+  const double count = static_cast<double>(call.shape.count());
+  const Moments now = moments(sums, shift, count);
+  const KeptStatistics kept =
+      keep_statistics<F>(call.stats, channels, c, now.mean, now.variance, call.eps);
+  Correction correction = {1.0, 0.0};
+  if (call.renormalises) {
+    const double step = call.step ? static_cast<double>(*call.step) : HUGE_VAL;
+    correction = keep_correction<F>(call.stats, channels, c,
+                                    renormalisation(call.renorm, step, kept, mean, var, call.eps));
+  }
+  if (call.running_mean.data)
+    update_running<Vectors>(call, c, now.mean, unbiased(now.variance, count));
+  return normalisation<F>(kept, correction.weight(weight), correction.bias(weight, bias));
+}
+
+template <class F>
+GRADFUSE_HD KeptStatistics kept_of(const BatchNormBackward& call, int64_t c) {
+  return kept_statistics<F>(call.stats, call.shape.channels, c);
+}
+template <class F>
+GRADFUSE_HD Correction correction_of(const BatchNormBackward& call, int64_t c) {
+  if (!call.renormalises) return {1.0, 0.0};
+  return kept_correction<F>(call.stats, call.shape.channels, c);
+}
+
+// The coefficients of the forward.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable
+#endif
+template <class F, class Vectors>
+GRADFUSE_HD Normalisation<F> normalisation_of(const BatchNormBackward& call, int64_t c) {
+  const Correction correction = correction_of<F>(call, c);
+  const double weight = Vectors::read(call.weight, c, 1.0);
+  const double bias = Vectors::read(call.bias, c, 0.0);
+  return normalisation<F>(kept_of<F>(call, c), correction.weight(weight),
+                          correction.bias(weight, bias));
+}
+
+// Writes a channel's parameter gradients and returns the coefficients of its input gradient.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable
+#endif
+template <class F, class Vectors>
+GRADFUSE_HD InputGradient<F> finish_backward(const BatchNormBackward& call, int64_t c,
+                                             GradientSums sums) {
+  const KeptStatistics kept = kept_of<F>(call, c);
+  const Correction correction = correction_of<F>(call, c);
+  const double weight = correction.weight(Vectors::read(call.weight, c, 1.0));
+  const double count = static_cast<double>(call.shape.count());
+  const InputGradient<F> g = input_gradient<F>(kept, weight, sums, count, call.training);
+  const double offset = normalisation_offset(static_cast<double>(g.mean), kept);
+  const ParameterGradients all = call.ghosts.add(
+      {weight_gradient(sums, offset, correction), sums.sum}, call.shape.channels, c);
+  if (call.ghosts.is_complete()) {
+    Vectors::write(call.grad_weight, c, all.weight);
+    Vectors::write(call.grad_bias, c, all.bias);
+  }
+  return g;
+}
+
+}  // namespace gradfuse
