@@ -481,8 +481,7 @@ def test_what_transforms_take_is_checked_as_well(backend):
     assert mean.isfinite().all()
 
 
-@pytest.mark.backends("cpu")
-def test_a_step_without_memory_is_refused(backend):
+def test_a_step_without_memory_is_refused(native):
     step = torch.zeros(1000, dtype=torch.int64)[-1:]
     step.untyped_storage().resize_(8)
     options = {"training": True, "renorm": (2.0, 1.0, 0, 4, 4)}
