@@ -11,6 +11,7 @@ __all__: list[str] = [
     "ParameterList",
     "Stepper",
     "adaptive_clip_",
+    "apply_",
     "batch_norm_backward",
     "batch_norm_forward",
     "clamp_",
@@ -24,6 +25,7 @@ __all__: list[str] = [
     "isa",
     "normalise_sum",
     "num_threads",
+    "plan_of_sums",
     "row_norm_backward",
     "row_norm_forward",
     "run_deferred_with",
@@ -117,6 +119,9 @@ def adaptive_clip_(
     norm_type: float,
     scale: torch.Tensor | None = None,
 ) -> None: ...
+def apply_(
+    op: str, tensors: torch.Tensor | collections.abc.Iterable[torch.Tensor], plan: torch.Tensor
+) -> None: ...
 def batch_norm_backward(
     grad_output: torch.Tensor,
     saved: gradfuse._records.BatchNormSaved,
@@ -143,6 +148,15 @@ def normalise_sum(
     sum: torch.Tensor, function: collections.abc.Callable[..., typing.Any]
 ) -> typing.Any: ...
 def num_threads() -> int: ...
+def plan_of_sums(
+    op: str,
+    sums: torch.Tensor,
+    wide: bool,
+    max_norm: float,
+    norm_type: float,
+    nonfinite: int,
+    scale: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 def row_norm_backward(
     grad_output: torch.Tensor | None,
     grad_sum: torch.Tensor | None,

@@ -218,8 +218,8 @@ def test_no_module_binds_an_implementation():
         for module in (reference, *([_native._module] if _native.available else []))
         for name in dir(reference)
         if name
-        in {"stats", "clip_", "scale_", "clamp_", "adaptive_clip_", "Stepper"}
-        | {"batch_norm_forward", "batch_norm_backward", "ParameterList"}
+        in {"stats", "clip_", "scale_", "clamp_", "apply_", "plan_of_sums", "adaptive_clip_"}
+        | {"Stepper", "batch_norm_forward", "batch_norm_backward", "ParameterList"}
     }
     modules = {id(reference): "reference", id(_native.backend): "backend"}
     bound = []

@@ -89,16 +89,20 @@ __device__ TensorStats row_of(const Stats& total, int64_t numel, const float* sc
   return row;
 }
 
-__device__ void write_plan(const Stats& total, const NormCall& call) {
-  const LossScale loss = {call.scale ? *call.scale : 1.0,
-                          call.found_inf && *call.found_inf != 0.0f};
-  const ClipPlan plan =
-      unscaled_plan(sum_of(total, call.spec), call.spec, call.max_norm, call.nonfinite, loss);
+__device__ void write_plan(const ClipPlan& plan, const NormCall& call) {
   *call.plan = plan;
   if (call.norm_is_double)
     *static_cast<double*>(call.norm) = plan.norm;
   else
     *static_cast<float*>(call.norm) = static_cast<float>(plan.norm);
+}
+
+__device__ void write_plan(const Stats& total, const NormCall& call) {
+  const LossScale loss = {call.scale ? *call.scale : 1.0,
+                          call.found_inf && *call.found_inf != 0.0f};
+  write_plan(
+      unscaled_plan(sum_of(total, call.spec), call.spec, call.max_norm, call.nonfinite, loss),
+      call);
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -151,6 +155,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   const Stats total = block_merge<kThreads>(sum, p);
   if (threadIdx.x == 0) write_plan(total, call);
+}
+
+__global__ void plan_of_rank_sums(const RankSum* sums, int64_t ranks,
+                                  const __grid_constant__ NormCall call) {
+  const double scale = call.scale ? *call.scale : 1.0;
+  write_plan(plan_of_sums(sums, ranks, call.spec, call.max_norm, call.nonfinite, scale), call);
 }
 
 __global__ void plan_of_norm(const double* norm, double max_norm, ClipPlan* plan) {
@@ -402,6 +412,11 @@ void stats(const std::vector<GradRef>& grads, const std::vector<int64_t>& rows,
   }
   finish<<<1, kThreads, 0, stream>>>(per_grad, count, call);
   check_launch("finish");
+}
+
+void plan_of_sums(const RankSum* sums, int64_t ranks, const NormCall& call, Stream stream) {
+  plan_of_rank_sums<<<1, 1, 0, stream>>>(sums, ranks, call);
+  check_launch("plan_of_rank_sums");
 }
 
 void plan(const double* norm, double max_norm, ClipPlan* plan, Stream stream) {

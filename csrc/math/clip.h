@@ -79,6 +79,32 @@ GRADFUSE_HD ClipPlan unscaled_plan(ScaledSum sum, NormSpec spec, double max_norm
   return plan;
 }
 
+// What one rank adds to a norm over several, stored as a row of a float64 tensor [ranks, 4].
+struct RankSum {
+  ScaledSum sum;
+  double found_inf;  // not 0 if the step is to be skipped
+  double refused;  // not 0 if the rank refused its gradients, so that no rank writes
+};
+constexpr int64_t kRankSumFields = 4;
+static_assert(sizeof(RankSum) == kRankSumFields * sizeof(double), "a row of a float64 [n, 4]");
+
+// The plan for the sums of all ranks, which are combined in the ranks' order: the bits are the same
+// on each of them.
+GRADFUSE_HD ClipPlan plan_of_sums(const RankSum* sums, int64_t ranks, NormSpec spec,
+                                  double max_norm, NonFinite nonfinite, double scale) {
+  ScaledSum total = ranks > 0 ? sums[0].sum : ScaledSum{0.0, 0.0};
+  LossScale loss = {scale, false};
+  bool refused = false;
+  for (int64_t r = 0; r < ranks; ++r) {
+    if (r > 0) total = combine(total, sums[r].sum, spec);
+    loss.found_inf |= sums[r].found_inf != 0.0;
+    refused |= sums[r].refused != 0.0;
+  }
+  ClipPlan plan = unscaled_plan(total, spec, max_norm, nonfinite, loss);
+  if (refused) plan.action_code = static_cast<double>(Action::Refuse);
+  return plan;
+}
+
 // Statistics of one tensor, stored as a row of a float64 tensor [n, 5]. gradfuse/_records.py has
 // the same fields.
 struct TensorStats {

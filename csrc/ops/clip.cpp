@@ -3,6 +3,9 @@
 
 #include <torch/csrc/utils/object_ptr.h>
 
+#include <string>
+#include <utility>
+
 #include "../tensor/checks.h"
 #include "../tensor/dispatch.h"
 #include "../tensor/event.h"
@@ -97,6 +100,28 @@ void clamp_(TensorsArg tensors, bool of_grad, double clip_value) {
   clamp_gradients(list, clip_value);
 }
 
+// The norm over several ranks, and what it says of their gradients.
+std::pair<at::Tensor, at::Tensor> plan_of_ranks(const std::string& op, TensorArg sums, bool wide,
+                                                double max_norm, double norm_type, int nonfinite,
+                                                OptionalTensorArg scale) {
+  const at::Tensor given = tensor_of(op.c_str(), "sums", sums.object);
+  if (given.dim() != 2 || given.size(1) != kRankSumFields || given.scalar_type() != at::kDouble)
+    fail<std::invalid_argument>(op, ": sums must be float64 [ranks, ", kRankSumFields, "], got ",
+                                given.scalar_type(), " ", given.sizes());
+  return plan_of_rank_sums(op.c_str(), given, wide, max_norm, norm_spec(norm_type),
+                           nonfinite_of(nonfinite),
+                           maybe_tensor(op.c_str(), "scale", scale.object));
+}
+
+// Does what the plan says.
+void apply_(const std::string& op, TensorsArg tensors, TensorArg plan) {
+  const at::Tensor given = checked_vector(op.c_str(), "plan", plan.object, kPlanFields);
+  GradList list =
+      check_gradients(op.c_str(), read_tensors(op.c_str(), tensors, false), Access::Write);
+  const py::gil_scoped_release release;
+  apply_plan(list, given, {});
+}
+
 // Parameters held between calls, so that a call walks no Python list. They are held as objects,
 // as HeldParams does.
 class ParameterList {
@@ -172,6 +197,9 @@ void bind_clip(py::module_& m) {
         py::arg("norm_type"), py::arg("nonfinite"));
   m.def("scale_", &scale_, py::arg("tensors"), py::arg("of_grad"), py::arg("max_norm"),
         py::arg("total_norm"));
+  m.def("plan_of_sums", &plan_of_ranks, py::arg("op"), py::arg("sums"), py::arg("wide"),
+        py::arg("max_norm"), py::arg("norm_type"), py::arg("nonfinite"), py::arg("scale"));
+  m.def("apply_", &apply_, py::arg("op"), py::arg("tensors"), py::arg("plan"));
   m.def("clamp_", &clamp_, py::arg("tensors"), py::arg("of_grad"), py::arg("clip_value"));
   py::class_<ParameterList>(m, "ParameterList", collects_garbage<ParameterList>())
       .def(py::init<>())

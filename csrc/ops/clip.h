@@ -37,6 +37,8 @@ void stats(const std::vector<GradRef>& grads, const std::vector<int64_t>& rows, 
            const NormCall& call, void* scratch,  // stats_scratch_bytes(grads), 256-byte aligned
            Stream stream);
 int64_t stats_scratch_bytes(const std::vector<GradRef>& grads);
+// The plan for the sums of several ranks.
+void plan_of_sums(const RankSum* sums, int64_t ranks, const NormCall& call, Stream stream);
 // The plan for a given norm.
 void plan(const double* norm, double max_norm, ClipPlan* plan, Stream stream);
 }  // namespace cuda

@@ -52,9 +52,9 @@ void write_norm(const at::Tensor& norm, double value) {
 }
 
 // Raises if the plan's action is Refuse. On CUDA this waits for the device.
-void check_refused(const char* op, const ClipResult& result, const Measurement& m) {
+void check_refused(const char* op, const at::Tensor& plan, const Measurement& m) {
   if (m.nonfinite != NonFinite::Error) return;
-  const at::Tensor host = on_host(result.plan);
+  const at::Tensor host = on_host(plan);
   if (plan_in(host)->action() == Action::Refuse)
     fail<std::runtime_error>(
         op, ": expected a finite total norm of order ", m.spec.p, ", got ", plan_in(host)->norm,
@@ -164,8 +164,42 @@ ClipResult measure_gradients(const char* op, const GradList& grads, double max_n
   for (const auto& [row, first] : grads.repeats)
     result.stats.select(0, static_cast<int64_t>(row))
         .copy_(result.stats.select(0, static_cast<int64_t>(first)));
-  check_refused(op, result, m);
+  check_refused(op, result.plan, m);
   return result;
+}
+
+std::pair<at::Tensor, at::Tensor> plan_of_rank_sums(const char* op, const at::Tensor& sums,
+                                                    bool wide, double max_norm, NormSpec spec,
+                                                    NonFinite nonfinite, const MaybeTensor& scale) {
+  const at::Tensor dense = sums.contiguous();
+  const auto* const rows = reinterpret_cast<const RankSum*>(dense.const_data_ptr<double>());
+  const at::TensorOptions options = dense.options();
+  const at::Tensor norm = empty_on_device({}, options.dtype(wide ? at::kDouble : at::kFloat));
+  const at::Tensor plan = empty_on_device({kPlanFields}, options);
+  run_on(
+      dense.device(),
+      [&] {
+        *mutable_plan_in(plan) =
+            plan_of_sums(rows, dense.size(0), spec, max_norm, nonfinite, scale_on_host(scale));
+        write_norm(norm, plan_in(plan)->norm);
+      },
+      [&](Stream stream) {
+        const MaybeTensor value = number_on(dense.device(), scale);
+        const NormCall call = {spec,
+                               max_norm,
+                               nonfinite,
+                               value ? value->const_data_ptr<float>() : nullptr,
+                               nullptr,
+                               nullptr,
+                               0,
+                               mutable_plan_in(plan),
+                               norm.mutable_data_ptr(),
+                               wide};
+        cuda::plan_of_sums(rows, dense.size(0), call, stream);
+      });
+  const LossScaleTensors none;
+  check_refused(op, plan, {max_norm, spec, nonfinite, none});
+  return {norm, plan};
 }
 
 void apply_plan(GradList& grads, const at::Tensor& plan, const MaybeTensor& coefficients) {

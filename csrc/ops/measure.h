@@ -3,6 +3,7 @@
 #pragma once
 
 #include <tuple>
+#include <utility>
 
 #include "../tensor/grad_list.h"
 #include "../tensor/storage.h"
@@ -42,6 +43,13 @@ MaybeTensor number_on(at::Device device, const MaybeTensor& t);
 // Throws std::runtime_error if the norm is NaN or inf under NonFinite::Error.
 ClipResult measure_gradients(const char* op, const GradList& grads, double max_norm, NormSpec spec,
                              NonFinite nonfinite, const LossScaleTensors& scale);
+
+// Norm and plan for the sums of several ranks, a RankSum each in a float64 tensor
+// [ranks, kRankSumFields], on their device.
+// Throws std::runtime_error if the norm is NaN or inf under NonFinite::Error; on CUDA this waits.
+std::pair<at::Tensor, at::Tensor> plan_of_rank_sums(const char* op, const at::Tensor& sums,
+                                                    bool wide, double max_norm, NormSpec spec,
+                                                    NonFinite nonfinite, const MaybeTensor& scale);
 
 // Applies the plan to the gradients and multiplies each by its row's coefficient, if given. CUDA
 // gradients read the plan on the device; the host waits for a plan on a device only if there is a

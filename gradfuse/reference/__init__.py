@@ -18,7 +18,15 @@ from gradfuse.reference.batch_norm import (
     unpack_mask,
 )
 from gradfuse.reference.batch_norm_modes import DRIFT_ROWS, ghost_batches, ghost_sizes, split_saved
-from gradfuse.reference.clip import ParameterList, clamp_, clip_, scale_, stats
+from gradfuse.reference.clip import (
+    ParameterList,
+    apply_,
+    clamp_,
+    clip_,
+    plan_of_sums,
+    scale_,
+    stats,
+)
 from gradfuse.reference.dropout import addend, philox, random_words, stays
 from gradfuse.reference.optim import Stepper
 from gradfuse.reference.row_norm import (
@@ -39,6 +47,7 @@ __all__ = [
     "activate",
     "adaptive_clip_",
     "addend",
+    "apply_",
     "batch_norm_act",
     "batch_norm_backward",
     "batch_norm_forward",
@@ -51,6 +60,7 @@ __all__ = [
     "num_threads",
     "output_like",
     "philox",
+    "plan_of_sums",
     "random_words",
     "row_norm",
     "row_norm_backward",

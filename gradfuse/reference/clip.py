@@ -131,8 +131,26 @@ def planned(
     for row, first in grads.repeats:
         rows[row] = rows[first]
     norm = combine_norms([scaled_norm(g, p) for _, g in grads.each], p)
-    norm = (norm[0], norm[1] / scale)
-    scaling = scaling_of(norm, max_norm, nonfinite)
+    total_norm, plan, scaling = _decided(
+        op, norm, max_norm, p, nonfinite, scale, found_inf, any_double, device
+    )
+    stats = torch.tensor(rows, dtype=torch.float64, device=device)
+    return ClipResult(total_norm, plan, stats.reshape(-1, len(TensorStats._fields))), scaling
+
+
+def _decided(
+    op: str,
+    norm: tuple[float, float],
+    max_norm: float,
+    p: float,
+    nonfinite: int,
+    scale: float,
+    found_inf: bool,
+    wide: bool,
+    device: torch.device,
+) -> tuple[Tensor, Tensor, Scaling]:
+    """The norm, the plan and its scaling for a norm as scaled_norm gives it."""
+    scaling = scaling_of((norm[0], norm[1] / scale), max_norm, nonfinite)
     if found_inf:
         scaling = scaling._replace(action=Action.SKIP)
     if scaling.action == Action.REFUSE:
@@ -141,20 +159,79 @@ def planned(
             'written (nonfinite="propagate" or "zero" would go on; a GradReport names the layer)'
         )
     coefficient = math.prod(scaling.steps)
+    power, exponent = _power_of(norm, p)
     fields = ClipPlan(
         norm=scaling.norm,
         coefficient=coefficient,
         clipped_norm=scaling.clipped_norm,
         action=float(scaling.action),
-        sum=norm[1],
-        sum_exponent=0.0,
+        sum=power,
+        sum_exponent=exponent,
         factor=coefficient / scale,
         factor_exponent=0.0,
     )
     plan = torch.tensor(fields, dtype=torch.float64, device=device)
-    total_norm = ClipPlan.of(plan).norm.clone().to(torch.float64 if any_double else torch.float32)
-    stats = torch.tensor(rows, dtype=torch.float64, device=device)
-    return ClipResult(total_norm, plan, stats.reshape(-1, len(TensorStats._fields))), scaling
+    total_norm = ClipPlan.of(plan).norm.clone().to(torch.float64 if wide else torch.float32)
+    return total_norm, plan, scaling
+
+
+def _power_of(norm: tuple[float, float], p: float) -> tuple[float, float]:
+    """(sum, exponent) such that the sum of p-th powers is sum * 2**(p * exponent); for p = inf the
+    largest magnitude and 0."""
+    s, v = norm
+    if math.isinf(p):
+        return s * v, 0.0
+    if not math.isfinite(v):
+        return v, 0.0
+    mantissa, exponent = math.frexp(s)
+    return float((mantissa * v) ** p), float(exponent)
+
+
+def plan_of_sums(
+    op: str,
+    sums: Tensor,
+    wide: bool,
+    max_norm: float,
+    norm_type: float,
+    nonfinite: int,
+    scale: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    p = norm_type
+    norms = [
+        (1.0, power) if math.isinf(p) or not math.isfinite(power) else (2.0**e, power ** (1 / p))
+        for power, e, _, _ in sums.tolist()
+    ]
+    found_inf, refused = (bool((sums[:, i] != 0).any()) for i in (2, 3))
+    total_norm, plan, _ = _decided(
+        op,
+        combine_norms(norms, p),
+        max_norm,
+        p,
+        nonfinite,
+        1.0 if scale is None else float(scale),
+        found_inf,
+        wide,
+        sums.device,
+    )
+    if refused:
+        plan[3] = Action.REFUSE
+    return total_norm, plan
+
+
+@torch.no_grad()
+def apply_(op: str, tensors: Iterable[Tensor], plan: Tensor) -> None:
+    _follow(check_gradients(op, read_tensors(op, tensors, False), Access.WRITE), plan, None)
+
+
+def _follow(grads: GradList, plan: Tensor, coefficients: Tensor | None) -> None:
+    """Does what the plan says, times a coefficient for each gradient if given."""
+    fields = ClipPlan.read(plan)
+    for i, g in grads.each:
+        own = fields.factor if coefficients is None else fields.factor * float(coefficients[i])
+        if fields.action == Action.ZERO:
+            g.zero_()
+        elif fields.action in (Action.KEEP, Action.SCALE) and own != 1.0:
+            scale_tensor_(g, [own])
 
 
 def _apply(grads: GradList, scaling: Scaling) -> None:
@@ -229,13 +306,7 @@ class ParameterList:
     @torch.no_grad()
     def apply_(self, plan: Tensor, coefficients: Tensor | None) -> None:
         grads = check_gradients("GradClipper", [p.grad for p in self._parameters], Access.WRITE)
-        fields = ClipPlan.read(plan)
-        for i, g in grads.each:
-            own = fields.factor if coefficients is None else fields.factor * float(coefficients[i])
-            if fields.action == Action.ZERO:
-                g.zero_()
-            elif fields.action in (Action.KEEP, Action.SCALE) and own != 1.0:
-                scale_tensor_(g, [own])
+        _follow(grads, plan, coefficients)
 
     def clamp_(self, clip_value: float) -> None:
         clamp_(self._parameters, True, clip_value)

@@ -11,7 +11,7 @@ from helpers import COMPLEX, REAL, bits, random, short
 
 import gradfuse
 import gradfuse.optim
-from gradfuse import reference
+from gradfuse import _native, reference
 from ptx.emulator import emulated
 from ptx.emulator.checks import Violation
 from ptx.emulator.cudart import DRIVER
@@ -29,6 +29,7 @@ STEPS = {
     "report": lambda p: gradfuse.GradClipper(p, 0.5).clip_()._stats,
     "given norm": lambda p: gradfuse.clip_grads_with_norm_(p, 1.0, torch.tensor(7.0)),
     "value": lambda p: gradfuse.clip_grad_value_([q for q in p if not q.is_complex()], 0.25),
+    "sums of two ranks": lambda p: sums_of_two(p),
     "adaptive": lambda p: gradfuse.adaptive_clip_grad_(p, 0.05),
     "adaptive 3": lambda p: gradfuse.adaptive_clip_grad_(p, 0.05, norm_type=3.0),
 }
@@ -43,6 +44,16 @@ def parameters(dtype, sizes=(1, 31, 33, 4097, 32769)):
     for p, g in zip(params, grads, strict=True):
         p.grad = g
     return [*params[:2], torch.nn.Parameter(torch.ones(3, dtype=dtype)), *params[2:]]
+
+
+def sums_of_two(params):
+    """The norm of two halves, as two ranks would find it."""
+    halves = [[p.grad for p in half if p.grad is not None] for half in (params[:4], params[4:])]
+    plans = [_native.backend.stats(half, False, 2.0, 0)[1] for half in halves]
+    sums = torch.stack([torch.cat([plan[4:6], torch.zeros(2)]) for plan in plans])
+    norm, plan = _native.backend.plan_of_sums("norm", sums, False, 0.5, 2.0, 0, None)
+    _native.backend.apply_("norm", [*halves[0], *halves[1]], plan)
+    return norm
 
 
 def run(step, dtype):
