@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor
 from gradfuse import _native
 from gradfuse.clipping.policy import Policy, plan_with_policy
 from gradfuse.clipping.report import GradReport
+from gradfuse.distributed import Group, ReplicatedOver, is_dtensor
+from gradfuse.distributed.norm import plan_over_ranks, shares_of
 from gradfuse.ops.checks import (
     CLIP_NONFINITE,
     check_max_norm,
@@ -37,6 +40,8 @@ class GradClipper:
             May be changed between steps.
         norm_type: p > 0, or inf; 2 with a policy.
         nonfinite: "propagate" | "error" | "zero", as in clip_grad_norm_.
+        group, replicated_over: as in clip_grad_norm_. With them, or with DTensors among the
+            parameters, each clip is a collective call, and max_norm must be a number.
 
     Raises:
         ValueError: an argument is out of range.
@@ -52,8 +57,13 @@ class GradClipper:
         max_norm: float | Policy,
         norm_type: float = 2.0,
         nonfinite: str = "propagate",
+        *,
+        group: Group | None = None,
+        replicated_over: ReplicatedOver | None = None,
     ) -> None:
         self._norm_type = check_norm_type("GradClipper", norm_type)
+        self._group, self._replicated_over = group, replicated_over
+        self._is_over_ranks = group is not None or replicated_over is not None
         self.max_norm = max_norm
         check_nonfinite("GradClipper", nonfinite, CLIP_NONFINITE)
         self._nonfinite = nonfinite
@@ -86,7 +96,16 @@ class GradClipper:
             raise ValueError(
                 f"GradClipper: norm_type must be 2 with a policy, got {self._norm_type:g}"
             )
+        if self._is_over_ranks:
+            self._refuse_policy(value)
         self._max_norm = value
+
+    def _refuse_policy(self, limit: float | Policy) -> None:
+        if isinstance(limit, Policy):
+            raise ValueError(
+                "GradClipper: max_norm must be a number over ranks, because a policy would decide "
+                f"by the shards of one, got {limit!r}"
+            )
 
     @property
     def norm_type(self) -> float:
@@ -112,11 +131,15 @@ class GradClipper:
 
         Raises:
             TypeError: parameter is not a Tensor.
+            ValueError: it is a DTensor and a policy decides.
         """
         if not isinstance(parameter, Tensor):
             raise TypeError(f"GradClipper.add: expected a Tensor, got {type(parameter).__name__}")
         if id(parameter) in self._ids:
             return
+        if is_dtensor(parameter):
+            self._refuse_policy(self._max_norm)
+            self._is_over_ranks = True
         self._ids.add(id(parameter))
         # A new list each time: reports made earlier keep the names of their own step.
         self._names = [*self._names, str(len(self._names)) if name is None else name]
@@ -138,6 +161,9 @@ class GradClipper:
         if isinstance(self._max_norm, Policy):
             report: GradReport = self._clip_by(self._max_norm)
             return report
+        if self._is_over_ranks:
+            of_ranks: GradReport = self._clip_over_ranks(self._max_norm)
+            return of_ranks
         code = CLIP_NONFINITE[self._nonfinite]
         names = self._names
         if _native.is_traced_in_place("GradClipper.clip_"):
@@ -149,6 +175,26 @@ class GradClipper:
         else:
             result = self._list.clip_(self._max_norm, self._norm_type, code)
         return GradReport(names, result, self._max_norm, self._norm_type, self._nonfinite)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def _clip_over_ranks(self, max_norm: float) -> GradReport:
+        op = "GradClipper.clip_"
+        _native.refuse_tracing(op)
+        shares = shares_of(op, self._parameters, True, self._group, self._replicated_over)
+        code = CLIP_NONFINITE[self._nonfinite]
+        result = plan_over_ranks(op, shares, max_norm, self._norm_type, code, True)
+        _native.backend.apply_(op, shares.all, result.plan)
+        order = sorted(range(len(shares.rows)), key=shares.rows.__getitem__)
+        rows = [shares.rows[i] for i in order]
+        return GradReport(
+            [self._names[row] for row in rows],
+            result._replace(stats=result.stats[order]),
+            max_norm,
+            self._norm_type,
+            self._nonfinite,
+            ranks=replace(shares.ranks, counted=[shares.ranks.counted[row] for row in rows]),
+        )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from copy import copy
 from typing import Any, NamedTuple
 
+import torch.distributed as dist
 from torch import Tensor
 
 from gradfuse._codes import Action
 from gradfuse._records import ClipPlan, TensorStats
+from gradfuse.distributed import Ranks
 
 __all__ = ["GradReport", "ParameterGrad"]
 
@@ -22,12 +25,46 @@ class ParameterGrad(NamedTuple):
     nonfinite: int  # count of NaN and inf
     zeros: int  # count of exact zeros
     numel: int
+    rank: int | None = None  # in a gathered report, the first rank with a NaN or inf
+
+
+def gathered(rows: list[ParameterGrad], ranks: Ranks) -> list[ParameterGrad]:
+    """The rows of all ranks, those of a name as one. Collective.
+
+    Args:
+        rows: of this rank's shards.
+        ranks: who takes part; `counted` tells of each row whether it counts or is a copy.
+    """
+    everywhere: list[Any] = [None] * ranks.size
+    dist.all_gather_object(everywhere, (rows, ranks.counted, dist.get_rank()), group=ranks.group)
+    whole: dict[str, ParameterGrad] = {}
+    for mine, counted, rank in everywhere:
+        for row, counts in zip(mine, counted, strict=True):
+            known = whole.get(row.name, ParameterGrad(row.name, 0.0, 0.0, 0, 0, 0))
+            if row.nonfinite and known.rank is None:
+                known = known._replace(rank=rank)
+            whole[row.name] = _joined(known, row) if counts else known
+    return list(whole.values())
+
+
+def _joined(a: ParameterGrad, b: ParameterGrad) -> ParameterGrad:
+    """Two shards of a gradient as one."""
+    return ParameterGrad(
+        a.name,
+        math.nan if math.isnan(a.norm + b.norm) else math.hypot(a.norm, b.norm),
+        math.nan if math.isnan(a.largest + b.largest) else max(a.largest, b.largest),
+        a.nonfinite + b.nonfinite,
+        a.zeros + b.zeros,
+        a.numel + b.numel,
+        a.rank,
+    )
 
 
 class GradReport:
     """The outcome of one clipping step, from the same pass over the gradients as the norm.
 
-    The figures stay on the gradients' device until one is read. On CUDA, that read waits.
+    The figures stay on the gradients' device until one is read. On CUDA, that read waits. Over
+    ranks, `parameters` are this rank's shards until the report is gathered; the rest is of all.
 
     Attributes:
         max_norm: upper bound of the norm in this step.
@@ -44,6 +81,7 @@ class GradReport:
         norm_type: float,
         nonfinite: str,
         policy: str | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self._names = names
         self._norm, self._plan, self._stats = result
@@ -51,6 +89,7 @@ class GradReport:
         self.norm_type = norm_type
         self.nonfinite = nonfinite
         self.policy = policy
+        self._ranks = ranks
         self._values: ClipPlan[float] | None = None
         self._rows: list[ParameterGrad] | None = None
 
@@ -111,12 +150,28 @@ class GradReport:
             ]
         return self._rows
 
+    def gather(self) -> GradReport:
+        """The report with each parameter over all its shards, copies once. Collective: all ranks
+        of the norm must call it. The figures of all ranks are exchanged on the host.
+
+        Returns:
+            A report whose `parameters` have the norm, the largest magnitude and the counts of the
+            whole gradient, in the order of the lowest rank that has each, and the first rank that
+            found a NaN or inf. This report itself where one process did it all.
+        """
+        if self._ranks is None or self._ranks.size == 1:
+            return self
+        report = copy(self)
+        report._rows, report._ranks = gathered(self.parameters, self._ranks), None
+        return report
+
     def worst(self, n: int = 5) -> list[ParameterGrad]:
         """The n parameters of largest gradient norm, non-finite ones first."""
         return sorted(self.parameters, key=lambda p: (-(p.nonfinite > 0), -p.norm))[:n]
 
     def first_nonfinite(self) -> ParameterGrad | None:
-        """The first parameter with a NaN or inf gradient, or None."""
+        """The first parameter with a NaN or inf gradient, or None. In a gathered report its `rank`
+        is the first global rank that found one."""
         return next((p for p in self.parameters if p.nonfinite), None)
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import types
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from gradfuse import _native
 from gradfuse._codes import NonFinite
 from gradfuse._native import define_op
 from gradfuse._records import ClipPlan, ClipResult, TensorStats
+from gradfuse.distributed import Group, ReplicatedOver, has_dtensor, is_dtensor
+from gradfuse.distributed.norm import Shares, plan_over_ranks, shares_of
 from gradfuse.ops.checks import (
     CLIP_NONFINITE,
     as_sequence,
@@ -31,6 +34,9 @@ def get_total_norm(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
+    *,
+    group: Group | None = None,
+    replicated_over: ReplicatedOver | None = None,
 ) -> Tensor:
     """Norm of all tensors, taken as one vector; one that is given twice counts twice.
 
@@ -43,14 +49,22 @@ def get_total_norm(
         norm_type: p > 0, or inf. Strings such as "inf" are converted, as in torch.
         error_if_nonfinite: raise instead of returning nan or inf. On CUDA this waits.
         foreach: accepted for torch's signature; all paths are fused.
+        group: ranks over which tensors are disjoint, beyond what the meshes of DTensors say: with
+            ZeRO, pipeline stages, shards made by hand. A ProcessGroup or a DeviceMesh of one
+            dimension. None: DTensors count over their meshes; plain tensors count on this rank
+            alone, or beside DTensors once, as copies.
+        replicated_over: ranks over which all tensors are copies that count once, or a mapping from
+            such groups to the tensors for which that holds.
 
     Returns:
         0-d float32 Tensor (float64 if any input is), on the first tensor's device. Unit: that of
         the inputs. A norm beyond float32 is returned as inf though it is used in full for clipping.
+        Over ranks a plain Tensor, with the same bits on each.
 
     Raises:
-        RuntimeError: error_if_nonfinite is set and the norm is nan or inf.
-        ValueError: norm_type is not > 0.
+        RuntimeError: error_if_nonfinite is set and the norm is nan or inf. Or another rank refused
+            its tensors; or a call over ranks is traced.
+        ValueError: norm_type is not > 0; a DTensor is Partial; or meshes and groups do not fit.
         TypeError: an input is no tensor, is neither dense nor sparse COO, of an integer dtype or on
             another device.
 
@@ -61,6 +75,8 @@ def get_total_norm(
     norm_type = check_norm_type("get_total_norm", norm_type)
     code = NonFinite.ERROR if error_if_nonfinite else NonFinite.PROPAGATE
     tensors = as_sequence("get_total_norm", tensors)
+    if (shares := _shares("get_total_norm", tensors, False, group, replicated_over)) is not None:
+        return plan_over_ranks("get_total_norm", shares, math.inf, norm_type, code, False).norm
     if _native.is_traced():
         norm: Tensor = torch.ops.gradfuse.grad_stats(list(tensors), norm_type, code)[0]
         return norm
@@ -75,6 +91,8 @@ def clip_grad_norm_(
     foreach: bool | None = None,
     *,
     nonfinite: str = "propagate",
+    group: Group | None = None,
+    replicated_over: ReplicatedOver | None = None,
 ) -> Tensor:
     """Scales the gradients in place so that their norm, as one vector, is at most max_norm.
 
@@ -91,15 +109,24 @@ def clip_grad_norm_(
         foreach: accepted for torch's signature; all paths are fused.
         nonfinite: what a NaN or inf gradient does. "propagate": as in torch, the gradients become
             NaN or 0. "error": RuntimeError, nothing is written. "zero": all gradients become 0.
+            Over ranks, what one has acts on all alike.
+        group: ranks over which gradients are disjoint, beyond what the meshes of DTensors say:
+            with ZeRO, pipeline stages, shards made by hand. A ProcessGroup or a DeviceMesh of one
+            dimension. None: DTensors count over their meshes; plain gradients count on this rank
+            alone, or beside DTensors once, as copies.
+        replicated_over: ranks over which all gradients are copies that count once, or a mapping
+            from such groups to the parameters for which that holds.
 
     Returns:
         The norm before clipping, as get_total_norm returns it.
 
     Raises:
         RuntimeError: nonfinite="error" and the norm is nan or inf; or a gradient is expanded, so
-            that several elements share memory.
+            that several elements share memory. Or another rank refused its gradients; or a call
+            over ranks is traced.
         ValueError: max_norm is negative or NaN, norm_type is not > 0, nonfinite is unknown, or
-            error_if_nonfinite contradicts it.
+            error_if_nonfinite contradicts it. Or a gradient is Partial; or meshes and groups do not
+            fit.
         TypeError: as get_total_norm.
 
     Source: Pascanu, Mikolov, Bengio 2013, "On the difficulty of training recurrent neural
@@ -121,6 +148,10 @@ def clip_grad_norm_(
         warnings.warn(
             "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2
         )
+    if (shares := _shares(op, parameters, True, group, replicated_over)) is not None:
+        result = plan_over_ranks(op, shares, max_norm, norm_type, code, True)
+        _native.backend.apply_(op, shares.all, result.plan)
+        return result.norm
     if _native.is_traced_in_place(op):
         grads = grads_of(parameters)
         norm: Tensor = torch.ops.gradfuse.clip_grads_(grads, max_norm, norm_type, code)[0]
@@ -155,6 +186,11 @@ def clip_grads_with_norm_(
     if not isinstance(total_norm, Tensor):
         total_norm = torch.tensor(total_norm, device="cpu")
     parameters = as_sequence("clip_grads_with_norm_", parameters)
+    if is_dtensor(total_norm):
+        total_norm = total_norm.full_tensor()
+    if (shares := _shares("clip_grads_with_norm_", parameters, True)) is not None:
+        _native.backend.scale_(shares.all, False, max_norm, total_norm)
+        return
     if _native.is_traced_in_place("clip_grads_with_norm_"):
         torch.ops.gradfuse.scale_grads_(grads_of(parameters), max_norm, total_norm)
     else:
@@ -182,10 +218,33 @@ def clip_grad_value_(
     """
     clip_value = check_nonnegative("clip_grad_value_", "clip_value", clip_value)
     parameters = as_sequence("clip_grad_value_", parameters)
+    if (shares := _shares("clip_grad_value_", parameters, True)) is not None:
+        _native.backend.clamp_(shares.all, False, clip_value)
+        return
     if _native.is_traced_in_place("clip_grad_value_"):
         torch.ops.gradfuse.clamp_grads_(grads_of(parameters), clip_value)
     else:
         _native.backend.clamp_(parameters, True, clip_value)
+
+
+def _shares(
+    op: str,
+    tensors: Sequence[Tensor],
+    of_grad: bool,
+    group: Group | None = None,
+    replicated_over: ReplicatedOver | None = None,
+) -> Shares | None:
+    """This rank's shards, or None where all is plain and on this rank alone."""
+    is_compiling = torch.compiler.is_compiling()
+    if group is None and replicated_over is None and (is_compiling or not has_dtensor(tensors)):
+        return None
+    if is_compiling:
+        raise RuntimeError(
+            f"{op}: expected no group within torch.compile, whose graph would not hold the "
+            "collective; call it outside of the compiled function"
+        )
+    _native.refuse_tracing(op)
+    return shares_of(op, tensors, of_grad, group, replicated_over)
 
 
 def _fake_result(grads: list[Tensor]) -> ClipResult:
