@@ -1,60 +1,64 @@
-"""Ranks for tests: processes that talk over gloo, each with one thread, ended after a time-out."""
+"""Runs a function on several gloo processes, with a time-out, and leaves none behind."""
 
 from __future__ import annotations
 
-import traceback
+import datetime
+import multiprocessing
+import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 
-SECONDS = 120
+LIMIT = 60.0  # seconds
+# A process that has imported these starts the others, which thus have them from the beginning.
+PRELOAD = [
+    "pytest",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "torch._dynamo",
+]
 
 
-def _rank(rank: int, size: int, store: str, cases: list[Callable[..., Any]], results: Any) -> None:
+def on_ranks(size: int, function: Callable[[int, str], Any], folder: Path) -> list[Any]:
+    """What function(rank, folder) returned on each rank of a default group of this size.
+
+    Raises:
+        TimeoutError: a process has not ended in time; all were killed.
+    """
+    folder.mkdir(exist_ok=True)
+    multiprocessing.set_forkserver_preload(PRELOAD)
+    context = mp.start_processes(
+        _run, (size, function, str(folder)), nprocs=size, join=False, start_method="forkserver"
+    )
+    end = time.monotonic() + LIMIT
+    try:
+        while not context.join(timeout=1.0):
+            if time.monotonic() > end:
+                raise TimeoutError(f"{function.__name__}: not done in {LIMIT:g} s")
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+    return [torch.load(folder / f"{size}-{rank}", weights_only=False) for rank in range(size)]
+
+
+def _run(rank: int, size: int, function: Callable[[int, str], Any], folder: str) -> None:
     torch.set_num_threads(1)
+    import torch.distributed as dist
+
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{store}",
+        init_method=f"file://{folder}/store-{size}",
         rank=rank,
         world_size=size,
-        timeout=timedelta(seconds=SECONDS // 2),
+        timeout=datetime.timedelta(seconds=40),
     )
-    found = {}
-    for case in cases:
-        try:
-            found[case.__name__] = case(rank)
-        except Exception:
-            found[case.__name__] = traceback.format_exc()
-            results.put((rank, found))
-            return
-    results.put((rank, found))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def run_ranks(size: int, folder: Path, cases: list[Callable[..., Any]]) -> dict[str, list[Any]]:
-    """What each case returned on each rank; the traceback, a string, where it raised.
-
-    A rank stops at its first error. The others then wait in vain, and are ended.
-    """
-    context = mp.get_context("spawn")
-    results = context.Queue()
-    arguments = (size, f"{folder}/store", cases, results)
-    processes = [
-        context.Process(target=_rank, args=(rank, *arguments), daemon=True) for rank in range(size)
-    ]
-    for process in processes:
-        process.start()
     try:
-        found = dict(results.get(timeout=SECONDS) for _ in processes)
-        for process in processes:
-            process.join(timeout=10)
+        torch.save(function(rank, folder), f"{folder}/{size}-{rank}")
     finally:
-        for process in processes:
-            process.kill()
-    return {case.__name__: [found[r].get(case.__name__) for r in range(size)] for case in cases}
+        dist.destroy_process_group()

@@ -1,50 +1,51 @@
-"""What a rank holds of a tensor."""
+"""The part of a DTensor that lies on this process.
+
+torch.distributed.tensor takes seconds to import, and nobody has a DTensor before it is imported.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
-from torch.nn import Parameter
+from typing_extensions import TypeIs
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 __all__ = ["has_dtensor", "is_dtensor", "local_of"]
 
-_PLAIN = {Tensor, Parameter}
-
 
 def _class() -> Any:
-    """DTensor; None before anything has imported its module, which takes two seconds."""
+    """DTensor, or None as long as nobody can have one."""
     module = sys.modules.get("torch.distributed.tensor")
+    # A module that another thread is still importing may lack the class.
     return getattr(module, "DTensor", None)
 
 
-def is_dtensor(t: object) -> TypeGuard[DTensor]:
-    """Whether t is a DTensor."""
-    if type(t) in _PLAIN:
-        return False
-    dtensor = _class()
-    return dtensor is not None and isinstance(t, dtensor)
+def is_dtensor(t: object) -> TypeIs[DTensor]:
+    """Whether t is a torch.distributed.tensor.DTensor."""
+    kind = _class()
+    return kind is not None and isinstance(t, kind)
 
 
 def has_dtensor(tensors: Iterable[object]) -> bool:
     """Whether any of them is a DTensor."""
-    dtensor = _class()
-    if dtensor is None:
-        return False
-    return any(issubclass(kind, dtensor) for kind in set(map(type, tensors)) - _PLAIN)
+    kind = _class()
+    return kind is not None and any(issubclass(t, kind) for t in set(map(type, tensors)))
 
 
 def local_of(t: Tensor) -> Tensor:
-    """This rank's shard of a DTensor, which shares its memory; a plain tensor itself."""
+    """The shard of a DTensor on this process, without a copy; a plain tensor itself.
+
+    An asynchronous collective that still computes the shard is waited for. The same DTensor gives
+    the same object until its shard is replaced.
+    """
     if not is_dtensor(t):
         return t
-    with torch.no_grad():
-        shard: Tensor = t.to_local()
-    wait = getattr(shard, "wait", None)  # of a collective that is still on its way
-    return shard if wait is None else wait()
+    # Not to_local(), which returns a view with a place in the graph where gradients are enabled.
+    local = t._local_tensor
+    wait = getattr(local, "wait", None)  # of an AsyncCollectiveTensor
+    return local if wait is None else wait()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -17,8 +17,12 @@ from gradfuse.clipping.policy import Policy
 from gradfuse.clipping.report import GradReport
 from gradfuse.ops.checks import STEP_NONFINITE, check_max_norm, check_nonfinite
 from gradfuse.optim.parts import Clip, Part, StepCall, step_apart
+from gradfuse.optim.shards import Shards, is_divided, shards_of
 from gradfuse.optim.skips import SkipCounter
 from gradfuse.optim.unwrapped import unwrapped_step
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 __all__ = ["Clip", "ClippedOptimizer", "as_number", "check_torchs_options", "parameter_names"]
 
@@ -181,7 +185,12 @@ class ClippedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step()
+        try:
+            self._step()
+        finally:
+            for part in (self._whole, *self._apart.values()):
+                if part.shards is not None:
+                    part.shards.take_gradients_back()
         return loss
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -284,16 +293,50 @@ class ClippedOptimizer(torch.optim.Optimizer):
             if len(parts) > 1:
                 groups = [groups[i] for i in part.indices]
             needs = [self._needed(group) for group in groups]
-            if part.stepper.is_current(groups, self.state, needs):
+            if part.shards is None and part.stepper.is_current(groups, self.state, needs):
                 continue
+            part.shards = shards = part.shards or shards_of(self._step_name, groups)
+            seen, state = groups, cast("dict[Tensor, Any]", self.state)
+            if shards is not None:
+                seen = shards.lend_gradients(groups)
+                if part.stepper.is_current(seen, shards.states(groups, self.state), needs):
+                    continue
+                shards.divided = self._divided_one(groups)
             for group, need in zip(groups, needs, strict=True):
                 for p in group["params"]:
                     if need and p.grad is not None and _fits(p.grad, p):
-                        self._complete(p, self.state[p], need)
+                        self._complete_any(p, need, shards)
                     self._skips.put_on(p.device)
             names = parameter_names(self.param_groups)
             part.names = [name for i in part.indices for name in names[i]]
-            part.stepper.bind(groups, self.state, needs)
+            if shards is not None:
+                state = shards.states(groups, self.state)
+            part.stepper.bind(seen, state, needs)
+
+    def _divided_one(self, groups: Sequence[dict[str, Any]]) -> DTensor | None:
+        """A parameter of which other processes hold a part, or None.
+
+        Raises:
+            ValueError: there is one, and its update needs norms of the whole.
+        """
+        p = next(filter(is_divided, (p for group in groups for p in group["params"])), None)
+        if p is not None and self._lr_scale() != LrScale.NONE:
+            what = "trust ratios" if self._rule == Rule.LAMB else "update_clip"
+            raise ValueError(
+                f"{self._step_name}: expected whole parameters, because {what} need norms of all "
+                f"of a parameter, got a shard of one of {list(p.shape)}, {p.placements}"
+            )
+        return p
+
+    def _complete_any(self, p: Tensor, need: Slot, shards: Shards | None) -> None:
+        if shards is None:
+            self._complete(p, self.state[p], need)
+            return
+        names = STATE_NAMES[self._rule]
+        numbers = [name for slot, name in names.items() if slot >= Slot.STEP]
+        shards.complete(
+            p, self.state[p], lambda local, state: self._complete(local, state, need), numbers
+        )
 
     def _complete(self, p: Tensor, state: dict[str, Any], need: Slot) -> None:
         """Gives a parameter the state it needs, in the type, device and layout of the kernels."""

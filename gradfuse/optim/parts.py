@@ -15,6 +15,7 @@ from gradfuse._records import ClipPlan, ClipResult, StepGroup, StepOptions
 from gradfuse.clipping.policy import PlannedStep, Policy, plan_with_policy
 from gradfuse.clipping.report import GradReport
 from gradfuse.ops.clip import clip_grad_value_
+from gradfuse.optim.shards import Shards
 
 __all__ = ["Clip", "Part", "StepCall", "step_apart"]
 
@@ -55,17 +56,18 @@ class Part:
         self.indices: Sequence[int] = []  # of its groups
         self.clip: Clip = None
         self.report: GradReport | None = None  # of the last step
+        self.shards: Shards | None = None  # if a parameter is a DTensor
 
     def step(self, groups: Groups, call: StepCall) -> Tensor | None:
         """A whole step. Returns the plan that decided on it, or None if nothing was measured."""
         clip = self.clip
-        if isinstance(clip, Policy):
-            planned = self.plan(call)
-            self.update(groups, call, planned)
-            return planned.plan
         if clip is None and not call.code and call.scale is None and call.found_inf is None:
             self.stepper.update(groups, None, None, call.options())
             return None
+        if isinstance(clip, Policy) or self.shards is not None:
+            planned = self.plan(call)
+            self.update(groups, call, planned)
+            return planned.plan
         max_norm = math.inf if clip is None else clip
         result = self.stepper.step(
             groups, max_norm, call.code, call.scale, call.found_inf, call.options()
@@ -73,16 +75,33 @@ class Part:
         self.report = GradReport(self.names, result, max_norm, 2.0, call.nonfinite)
         return result[1]
 
+    def measure(self, max_norm: float, call: StepCall) -> ClipResult:
+        """Norm, plan and statistics of the gradients.
+
+        Raises:
+            ValueError: the norm depends on shards of other processes.
+        """
+        if self.shards is not None and self.shards.divided is not None:
+            p = self.shards.divided
+            raise ValueError(
+                f"{self.shards.op}: expected clip=None and nonfinite='propagate' with parameters "
+                "that are divided among processes, because each would decide by the norm of its "
+                f"own shards, got a shard of one of {list(p.shape)}, {p.placements}"
+            )
+        return ClipResult(*self.stepper.measure(max_norm, call.code, call.scale, call.found_inf))
+
     def plan(self, call: StepCall) -> PlannedStep:
         """Measures the gradients and decides."""
         clip = self.clip
-
-        def measure(max_norm: float) -> tuple[Tensor, Tensor, Tensor]:
-            return self.stepper.measure(max_norm, call.code, call.scale, call.found_inf)
-
         if isinstance(clip, Policy):
-            return plan_with_policy(clip, measure, self.stepper.parameters, call.scale, skips=True)
-        result = ClipResult(*measure(math.inf if clip is None else clip))
+            return plan_with_policy(
+                clip,
+                lambda max_norm: self.measure(max_norm, call),
+                self.stepper.parameters,
+                call.scale,
+                skips=True,
+            )
+        result = self.measure(math.inf if clip is None else clip, call)
         return PlannedStep(result.norm, result.plan, None, result, {})
 
     def update(self, groups: Groups, call: StepCall, planned: PlannedStep) -> None:
@@ -110,7 +129,7 @@ def step_apart(parts: Sequence[Part], groups: Sequence[Groups], call: StepCall) 
     """
     if call.code == NonFinite.ERROR:  # before a policy rewrites gradients
         for part in parts:
-            part.stepper.measure(math.inf, call.code, call.scale, call.found_inf)
+            part.measure(math.inf, call)
     planned = [part.plan(call) for part in parts]
     device = planned[0].plan.device
     skipped = [ClipPlan.of(p.plan).action.eq(Action.SKIP).to(device) for p in planned]

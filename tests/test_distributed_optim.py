@@ -1,0 +1,368 @@
+"""gradfuse.optim on DTensors, and with torch's other parallelisms: two gloo processes run all
+cases, one after another."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import SANITIZED
+from processes import on_ranks
+from torch import Tensor, nn
+
+from gradfuse.optim import LAMB, SGD, Adam, AdamW, Lion, ScheduleFreeAdamW
+from gradfuse.policies import AutoClip
+
+pytestmark = [
+    pytest.mark.no_kernel,
+    pytest.mark.skipif(SANITIZED, reason="torch's own processes are not sanitized"),
+]
+Case = Callable[[int, str], None]
+CASES: dict[str, Case] = {}
+RULES: dict[type[torch.optim.Optimizer], dict[str, Any]] = {
+    AdamW: {"lr": 0.05, "amsgrad": True},
+    Adam: {"lr": 0.05},
+    SGD: {"lr": 0.1, "momentum": 0.9},
+    Lion: {"lr": 0.01},
+    ScheduleFreeAdamW: {"lr": 0.05, "warmup_steps": 2},
+}
+FREE = {"nonfinite": "propagate"}  # nothing has to be agreed on
+
+
+def case(function: Case) -> Case:
+    CASES[function.__name__] = function
+    return function
+
+
+def run_all(rank: int, folder: str) -> dict[str, str]:
+    outcomes = {}
+    for name, function in CASES.items():
+        try:
+            function(rank, folder)
+            outcomes[name] = ""
+        except Exception:
+            outcomes[name] = traceback.format_exc()
+        dist.barrier()
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: Path) -> list[dict[str, str]]:
+    return on_ranks(2, run_all, folder)
+
+
+def net(width: int = 9) -> nn.Sequential:
+    """Two do not divide its sizes, and the last bias leaves the second rank an empty shard."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(7, width), nn.Tanh(), nn.Linear(width, 1))
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(8, 7, generator=generator)
+    return x, x[:, :1] * 3.0
+
+
+def half(rank: int, step: int) -> tuple[Tensor, Tensor]:
+    x, y = batch(step)
+    return x[rank::2], y[rank::2]
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: Callable[[int], tuple[Tensor, Tensor]],
+    steps: range = range(4),
+) -> None:
+    for step in steps:
+        x, y = data(step)
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def trained(rule: Any, steps: int = 4, **options: Any) -> nn.Module:
+    """A model that one process trained on whole batches."""
+    model = net()
+    train(model, rule(model.parameters(), **options), batch, range(steps))
+    return model
+
+
+def full(t: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    return (t.full_tensor() if isinstance(t, DTensor) else t).detach()
+
+
+def assert_as(model: nn.Module, expected: nn.Module, **close: float) -> None:
+    for a, b in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(full(a), b.detach(), **(close or {"rtol": 1e-4, "atol": 1e-6}))
+
+
+def sharded(mesh: Any = None, **options: Any) -> nn.Module:
+    from torch.distributed.fsdp import fully_shard
+
+    model = net()
+    for layer in (model[0], model[2], model):
+        fully_shard(layer, mesh=mesh, **options)
+    return model
+
+
+def mesh_of(shape: tuple[int, ...]) -> Any:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+
+
+@case
+def fsdp2(rank: int, folder: str) -> None:
+    for rule, options in RULES.items():
+        model = sharded()
+        optimizer: Any = rule(model.parameters(), **options, **FREE)
+        train(model, optimizer, lambda step: half(rank, step))
+        assert_as(model, trained(rule, **options, **FREE))
+        for p in model.parameters():
+            assert p._local_tensor.grad is None
+            for name, t in optimizer.state[p].items():
+                if name in ("step", "weight_sum", "lr_max"):
+                    assert type(t) is Tensor
+                    assert t.shape == ()
+                    continue
+                assert (t.placements, t.device_mesh) == (p.placements, p.device_mesh)
+                assert t.shape == p.shape
+
+
+@case
+def schedule_free_mean(rank: int, folder: str) -> None:
+    model, whole = sharded(), net()
+    ours = ScheduleFreeAdamW(model.parameters(), lr=0.05, **FREE)
+    other = ScheduleFreeAdamW(whole.parameters(), lr=0.05, **FREE)
+    train(model, ours, lambda step: half(rank, step))
+    train(whole, other, batch)
+    ours.eval(), other.eval()
+    assert_as(model, whole)
+    ours.train(), other.train()
+    assert_as(model, whole)
+
+
+@case
+def steady_steps_bind_nothing(rank: int, folder: str) -> None:
+    model = sharded()
+    optimizer = AdamW(model.parameters(), **FREE)
+    train(model, optimizer, lambda step: half(rank, step), range(1))
+    bound = []
+    bind = optimizer._complete_any
+    optimizer._complete_any = lambda *args: (bound.append(args), bind(*args))
+    train(model, optimizer, lambda step: half(rank, step), range(2))
+    assert not bound
+    p = next(iter(model.parameters()))
+    p._local_tensor = p._local_tensor.clone()  # as loading with assign=True does
+    before = p.to_local().clone()
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert p.to_local().ne(before).all()
+
+
+@case
+def mixed_precision(rank: int, folder: str) -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    model = sharded(mp_policy=policy)
+    optimizer = AdamW(model.parameters(), lr=0.05, **FREE)
+    train(model, optimizer, lambda step: half(rank, step))
+    assert_as(model, trained(AdamW, lr=0.05, **FREE), rtol=0.05, atol=0.05)
+    short = sharded().bfloat16()
+    optimizer = AdamW(short.parameters(), lr=0.05, master_weights=True, **FREE)
+    train(short, optimizer, lambda step: [t.bfloat16() for t in half(rank, step)])
+    for p in short.parameters():
+        master = optimizer.state[p]["master_param"]
+        assert (master.dtype, master.placements) == (torch.float32, p.placements)
+        assert torch.equal(full(master).bfloat16(), full(p))
+
+
+@case
+def hsdp(rank: int, folder: str) -> None:
+    model = sharded(mesh_of((2, 1)))
+    train(model, AdamW(model.parameters(), **FREE), lambda step: half(rank, step))
+    assert_as(model, trained(AdamW, **FREE))
+
+
+@case
+def tensor_parallel(rank: int, folder: str) -> None:
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    for rule, options in RULES.items():
+        model, whole = parallelize_module(net(10), mesh_of((2,)), plan), net(10)
+        for of_one in (model, whole):
+            train(of_one, rule(of_one.parameters(), **options, **FREE), batch)
+        assert_as(model, whole)
+
+
+@case
+def data_parallel(rank: int, folder: str) -> None:
+    model = nn.parallel.DistributedDataParallel(net(), gradient_as_bucket_view=True)
+    optimizer = AdamW(model.parameters(), clip=0.5)
+    for step in range(4):
+        x, y = half(rank, step)
+        with model.no_sync():
+            (0.5 * nn.functional.mse_loss(model(x[:2]), y[:2])).backward()
+        (0.5 * nn.functional.mse_loss(model(x[2:]), y[2:])).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_as(model.module, trained(AdamW, clip=0.5))
+
+
+@case
+def zero_redundancy(rank: int, folder: str) -> None:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = nn.parallel.DistributedDataParallel(net())
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=AdamW, lr=1e-3)
+    train(model, optimizer, lambda step: half(rank, step))
+    assert_as(model.module, trained(AdamW))
+
+
+@case
+def optimizer_in_backward(rank: int, folder: str) -> None:
+    for model, data in ((net(), batch), (sharded(), lambda step: half(rank, step))):
+        own = {p: AdamW([p], **FREE) for p in model.parameters()}
+
+        def update(p: Tensor, own: dict[Tensor, AdamW] = own) -> None:
+            own[p].step()
+            own[p].zero_grad()
+
+        for p in own:
+            p.register_post_accumulate_grad_hook(update)
+        for step in range(4):
+            x, y = data(step)
+            nn.functional.mse_loss(model(x), y).backward()
+        assert_as(model, trained(AdamW, **FREE))
+
+
+@case
+def refused(rank: int, folder: str) -> None:
+    from torch.distributed.tensor import DTensor, Partial
+
+    model = sharded()
+    for optimizer in (LAMB(model.parameters()), AdamW(model.parameters(), update_clip=True)):
+        with pytest.raises(ValueError, match="expected whole parameters, because"):
+            train(model, optimizer, batch, range(1))
+        model.zero_grad()
+    for options in ({"clip": 1.0}, {}, {"clip": AutoClip()}):
+        with pytest.raises(ValueError, match="expected clip=None and nonfinite='propagate' with"):
+            train(model, AdamW(model.parameters(), **options), batch, range(1))
+        assert_as(model, net())
+        model.zero_grad()
+    p = nn.Parameter(DTensor.from_local(torch.ones(3), mesh_of((2,))))
+    p.grad = DTensor.from_local(torch.ones(3), mesh_of((2,)), [Partial()])
+    optimizer = SGD([p], lr=1.0, **FREE)
+    with pytest.raises(ValueError, match=r"Partial.*for parameter 0; set p.grad = "):
+        optimizer.step()
+    assert torch.equal(p.to_local(), torch.ones(3))
+    p.grad = p.grad.redistribute(placements=p.placements)
+    optimizer.step()
+    assert torch.equal(p.to_local(), torch.full((3,), -1.0))
+    LAMB([p], lr=0.1, clip=1.0).step()  # each process has all of it
+
+
+@case
+def whole_state_dicts(rank: int, folder: str) -> None:
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    whole = StateDictOptions(full_state_dict=True)
+    (model, ours), (other, again) = (
+        (model, AdamW(model.parameters(), **FREE)) for model in (sharded(), sharded())
+    )
+    train(model, ours, lambda step: half(rank, step))
+    saved = get_optimizer_state_dict(model, ours, options=whole)
+    assert type(saved["state"]["0.weight"]["exp_avg"]) is Tensor
+    set_optimizer_state_dict(other, again, saved, options=whole)
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        for name, t in ours.state[p].items():
+            assert torch.equal(full(t), full(again.state[q][name]))
+    own = AdamW(other.parameters(), **FREE)
+    own.load_state_dict(ours.state_dict())
+    train(other, own, lambda step: half(rank, step), range(1))
+    first = next(iter(other.parameters()))
+    own.state[first]["exp_avg"] = full(own.state[first]["exp_avg"])
+    first.grad = torch.ones_like(first)
+    with pytest.raises(ValueError, match=r"^AdamW.step: expected state exp_avg of"):
+        own.step()
+
+
+@case
+def saves(rank: int, folder: str) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    model = sharded()
+    optimizer = AdamW(model.parameters(), amsgrad=True, **FREE)
+    train(model, optimizer, lambda step: half(rank, step), range(3))
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=f"{folder}/saved")
+
+
+def loads(rank: int, folder: str) -> dict[str, str]:
+    """Loads onto other processes what two saved, and goes on as one that never stopped."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    size = dist.get_world_size()
+    model = sharded()
+    optimizer = AdamW(model.parameters(), amsgrad=True, **FREE)
+    weights, state = get_state_dict(model, optimizer)
+    held = {"model": weights, "optimizer": state}
+    came_from = {3: "saved", 1: "saved-3"}[size]
+    dcp.load(held, checkpoint_id=f"{folder}/{came_from}")
+    set_state_dict(
+        model, optimizer, model_state_dict=held["model"], optim_state_dict=held["optimizer"]
+    )
+    whole = net()
+    other = AdamW(whole.parameters(), amsgrad=True, **FREE)
+    first = {3: 3, 1: 4}[size]
+    train(whole, other, batch, range(first))
+    assert_as(model, whole)
+    train(whole, other, batch, range(first, first + 1))
+    train(model, optimizer, batch, range(first, first + 1))
+    assert_as(model, whole)
+    for p, q in zip(model.parameters(), whole.parameters(), strict=True):
+        assert optimizer.state[p].keys() == other.state[q].keys()
+        for name, t in optimizer.state[p].items():
+            torch.testing.assert_close(full(t), other.state[q][name], rtol=1e-4, atol=1e-7)
+    weights, state = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=f"{folder}/saved-{size}")
+    return {}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes(name: str, outcomes: list[dict[str, str]]) -> None:
+    for rank, of_rank in enumerate(outcomes):
+        assert not of_rank[name], f"rank {rank}:\n{of_rank[name]}"
+
+
+def test_checkpoints_of_two_processes_go_to_three_and_one(
+    folder: Path, outcomes: list[dict[str, str]]
+) -> None:
+    assert not outcomes[0]["saves"]
+    on_ranks(3, loads, folder)
+    on_ranks(1, loads, folder)
