@@ -76,6 +76,11 @@ class TensorStats(NamedTuple, Generic[T]):
     numel: T  # -1 in a row without gradient
 
     @classmethod
+    def absent(cls) -> TensorStats[float]:
+        """The row of a parameter without gradient."""
+        return TensorStats(0.0, 0.0, 0.0, 0.0, -1.0)
+
+    @classmethod
     def of(cls, stats: Tensor) -> TensorStats[Tensor]:
         """The columns of a [n, 5] Tensor, as views."""
         return TensorStats(*stats.unbind(1))

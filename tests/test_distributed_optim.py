@@ -3,6 +3,7 @@ cases, one after another."""
 
 from __future__ import annotations
 
+import copy
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from processes import on_ranks
 from torch import Tensor, nn
 
 from gradfuse.optim import LAMB, SGD, Adam, AdamW, Lion, ScheduleFreeAdamW
-from gradfuse.policies import AutoClip
+from gradfuse.policies import AutoClip, Norm, Value
 
 pytestmark = [
     pytest.mark.no_kernel,
@@ -143,6 +144,57 @@ def fsdp2(rank: int, folder: str) -> None:
 
 
 @case
+def clipped(rank: int, folder: str) -> None:
+    """The step clips by the norm of all shards, and reports it."""
+    for clip in (0.5, Norm(0.5), Value(0.01)):
+        model = sharded()
+        optimizer = AdamW(model.named_parameters(), lr=0.05, clip=clip)
+        train(model, optimizer, lambda step: half(rank, step))
+        whole = net()
+        other = AdamW(whole.named_parameters(), lr=0.05, clip=copy.deepcopy(clip))
+        train(whole, other, batch)
+        assert_as(model, whole)
+        assert optimizer.report.total_norm == pytest.approx(other.report.total_norm, rel=1e-4)
+        everything = optimizer.report.gather()
+        for a, b in zip(everything.parameters, other.report.parameters, strict=True):
+            assert (a.name, a.numel) == (b.name, b.numel)
+            assert a.norm == pytest.approx(b.norm, rel=1e-3)
+
+
+@case
+def one_all_reduce_a_step(rank: int, folder: str) -> None:
+    model = sharded()
+    optimizer = AdamW(model.parameters(), clip=0.5)
+    model(batch(0)[0]).sum().backward()
+    calls, real = [], dist.all_reduce
+    dist.all_reduce = lambda t, **options: (calls.append(t.numel()), real(t, **options))
+    try:
+        optimizer.step()
+    finally:
+        dist.all_reduce = real
+    assert calls == [8]  # four numbers a rank
+
+
+@case
+def nan_on_one_rank(rank: int, folder: str) -> None:
+    for nonfinite in ("skip", "error"):
+        model = sharded()
+        optimizer = AdamW(model.parameters(), clip=0.5, nonfinite=nonfinite)
+        model(batch(0)[0]).sum().backward()
+        if rank == 1:
+            model[0].weight.grad.to_local()[0, 0] = float("nan")
+        if nonfinite == "error":
+            with pytest.raises(RuntimeError, match="expected a finite total norm"):
+                optimizer.step()
+        else:
+            optimizer.step()
+            assert optimizer.skipped_steps == 1
+            bad = optimizer.report.gather().first_nonfinite()
+            assert (bad.name, bad.rank) == ("0", 1)
+        assert_as(model, net())
+
+
+@case
 def schedule_free_mean(rank: int, folder: str) -> None:
     model, whole = sharded(), net()
     ours = ScheduleFreeAdamW(model.parameters(), lr=0.05, **FREE)
@@ -264,11 +316,15 @@ def refused(rank: int, folder: str) -> None:
         with pytest.raises(ValueError, match="expected whole parameters, because"):
             train(model, optimizer, batch, range(1))
         model.zero_grad()
-    for options in ({"clip": 1.0}, {}, {"clip": AutoClip()}):
-        with pytest.raises(ValueError, match="expected clip=None and nonfinite='propagate' with"):
-            train(model, AdamW(model.parameters(), **options), batch, range(1))
-        assert_as(model, net())
-        model.zero_grad()
+    with pytest.raises(ValueError, match="expected clip to be a number and no GradScaler with"):
+        train(model, AdamW(model.parameters(), clip=AutoClip()), batch, range(1))
+    assert_as(model, net())
+    scaler = torch.amp.GradScaler("cpu")
+    optimizer = AdamW(model.parameters(), clip=1.0)
+    scaler.scale(model(batch(0)[0]).sum()).backward()
+    with pytest.raises((ValueError, RuntimeError, NotImplementedError)):
+        scaler.step(optimizer)
+    assert_as(model, net())
     p = nn.Parameter(DTensor.from_local(torch.ones(3), mesh_of((2,))))
     p.grad = DTensor.from_local(torch.ones(3), mesh_of((2,)), [Partial()])
     optimizer = SGD([p], lr=1.0, **FREE)

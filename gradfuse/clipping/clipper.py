@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -185,15 +184,14 @@ class GradClipper:
         code = CLIP_NONFINITE[self._nonfinite]
         result = plan_over_ranks(op, shares, max_norm, self._norm_type, code, True)
         _native.backend.apply_(op, shares.all, result.plan)
-        order = sorted(range(len(shares.rows)), key=shares.rows.__getitem__)
-        rows = [shares.rows[i] for i in order]
+        rows, stats, ranks = shares.in_order(result.stats)
         return GradReport(
             [self._names[row] for row in rows],
-            result._replace(stats=result.stats[order]),
+            result._replace(stats=stats),
             max_norm,
             self._norm_type,
             self._nonfinite,
-            ranks=replace(shares.ranks, counted=[shares.ranks.counted[row] for row in rows]),
+            ranks=ranks,
         )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -201,6 +201,12 @@ class PlannedStep(NamedTuple):
     state: dict[str, Tensor]  # for Policy.keep, once the step is done: one that raises keeps none
 
 
+def decides_itself(policy: Policy) -> bool:
+    """Whether more than max_norm and bound decide: decide or rewrite is overridden."""
+    cls = type(policy)
+    return cls.decide is not Policy.decide or cls.rewrite is not Policy.rewrite
+
+
 def plan_with_policy(
     policy: Policy,
     measure: Callable[[float], tuple[Tensor, Tensor, Tensor]],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -45,6 +45,14 @@ class Shares:
     @property
     def all(self) -> list[Tensor]:
         return [*self.counted, *self.copies]
+
+    def in_order(self, stats: Tensor) -> tuple[list[int], Tensor, Ranks]:
+        """The rows of `stats` in the order of the caller's tensors: their indices, themselves, and
+        who takes part, with `counted` of these rows alone."""
+        order = sorted(range(len(self.rows)), key=self.rows.__getitem__)
+        rows = [self.rows[i] for i in order]
+        ranks = replace(self.ranks, counted=[self.ranks.counted[row] for row in rows])
+        return rows, stats if order == list(range(len(order))) else stats[order], ranks
 
 
 def shares_of(

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from gradfuse import _native
 from gradfuse._codes import Action, LrScale, NonFinite, Rule
-from gradfuse._records import ClipPlan, ClipResult, StepGroup, StepOptions
-from gradfuse.clipping.policy import PlannedStep, Policy, plan_with_policy
+from gradfuse._records import ClipPlan, ClipResult, StepGroup, StepOptions, TensorStats
+from gradfuse.clipping.policy import PlannedStep, Policy, decides_itself, plan_with_policy
 from gradfuse.clipping.report import GradReport
+from gradfuse.distributed.norm import plan_over_ranks, shares_of
+from gradfuse.distributed.ranks import Ranks
 from gradfuse.ops.clip import clip_grad_value_
 from gradfuse.optim.shards import Shards
 
@@ -57,6 +59,7 @@ class Part:
         self.clip: Clip = None
         self.report: GradReport | None = None  # of the last step
         self.shards: Shards | None = None  # if a parameter is a DTensor
+        self.ranks: Ranks | None = None  # who took part in the last norm, if it was over ranks
 
     def step(self, groups: Groups, call: StepCall) -> Tensor | None:
         """A whole step. Returns the plan that decided on it, or None if nothing was measured."""
@@ -79,16 +82,34 @@ class Part:
         """Norm, plan and statistics of the gradients.
 
         Raises:
-            ValueError: the norm depends on shards of other processes.
+            ValueError: parameters are divided, and a policy or a loss scaler decides by this
+                process's shards.
         """
-        if self.shards is not None and self.shards.divided is not None:
-            p = self.shards.divided
-            raise ValueError(
-                f"{self.shards.op}: expected clip=None and nonfinite='propagate' with parameters "
-                "that are divided among processes, because each would decide by the norm of its "
-                f"own shards, got a shard of one of {list(p.shape)}, {p.placements}"
-            )
+        if self.shards is not None:
+            return self._measure_over_ranks(self.shards, max_norm, call)
         return ClipResult(*self.stepper.measure(max_norm, call.code, call.scale, call.found_inf))
+
+    def _measure_over_ranks(self, shards: Shards, max_norm: float, call: StepCall) -> ClipResult:
+        """The same over all shards of the parameters. Collective."""
+        p, clip = shards.divided, self.clip
+        scaled = call.scale is not None or call.found_inf is not None
+        decides = isinstance(clip, Policy) and decides_itself(clip)
+        if p is not None and (scaled or decides):
+            raise ValueError(
+                f"{shards.op}: expected clip to be a number and no GradScaler with parameters that "
+                "are divided among processes, because each would decide by its own shards, got "
+                f"{clip!r} and a shard of one of {list(p.shape)}, {p.placements}"
+            )
+        if p is None and scaled:  # whole on every process, which decide alike
+            return ClipResult(
+                *self.stepper.measure(max_norm, call.code, call.scale, call.found_inf)
+            )
+        shares = shares_of(shards.op, shards.owners, True)
+        result = plan_over_ranks(shards.op, shares, max_norm, 2.0, call.code, True)
+        rows, stats, self.ranks = shares.in_order(result.stats)
+        table = stats.new_tensor(TensorStats.absent()).repeat(len(shards.owners), 1)
+        table[rows] = stats
+        return result._replace(stats=table)
 
     def plan(self, call: StepCall) -> PlannedStep:
         """Measures the gradients and decides."""
@@ -109,11 +130,19 @@ class Part:
         clip = self.clip
         if not isinstance(clip, Policy):
             max_norm = math.inf if clip is None else clip
-            self.report = GradReport(self.names, planned.reported, max_norm, 2.0, call.nonfinite)
+            self.report = GradReport(
+                self.names, planned.reported, max_norm, 2.0, call.nonfinite, ranks=self.ranks
+            )
             self.stepper.update(groups, planned.plan, None, call.options())
             return
         self.report = GradReport(
-            self.names, planned.reported, clip.max_norm, 2.0, call.nonfinite, repr(clip)
+            self.names,
+            planned.reported,
+            clip.max_norm,
+            2.0,
+            call.nonfinite,
+            repr(clip),
+            self.ranks,
         )
         self.stepper.update(groups, planned.plan, planned.coefficients, call.options(clip.bound))
         clip.keep(planned.state)

@@ -34,6 +34,7 @@ class Shards:
 
     def __init__(self, op: str) -> None:
         self.op = op
+        self.owners: list[Tensor] = []  # the parameters, as the optimizer has them
         self._states: dict[Tensor, State] = {}  # by the tensors that the kernels see
         self._lent: list[Tensor] = []  # whose .grad is set
         self.divided: DTensor | None = None  # a parameter of which others hold a part
@@ -47,16 +48,11 @@ class Shards:
         Raises:
             ValueError: a gradient is distributed in another way than its parameter.
         """
-        index, seen = 0, []
-        for group in groups:
-            listed = []
-            for p in group["params"]:
-                listed.append(local_of(p))
-                if is_dtensor(p) and p.grad is not None:
-                    self._lend(listed[-1], _local_gradient(self.op, p, index))
-                index += 1
-            seen.append({"params": listed})
-        return seen
+        self.owners = [p for group in groups for p in group["params"]]
+        for index, p in enumerate(self.owners):
+            if is_dtensor(p) and p.grad is not None:
+                self._lend(local_of(p), _local_gradient(self.op, p, index))
+        return [{"params": [local_of(p) for p in group["params"]]} for group in groups]
 
     def _lend(self, local: Tensor, grad: Tensor) -> None:
         self._lent.append(local)

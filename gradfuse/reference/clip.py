@@ -105,9 +105,6 @@ def _stats_of(grad: Tensor, scale: float) -> TensorStats[float]:
     )
 
 
-_NO_GRADIENT = TensorStats(norm=0.0, largest=0.0, nonfinite=0.0, zeros=0.0, numel=-1.0)
-
-
 @torch.no_grad()
 def planned(
     op: str,
@@ -125,7 +122,7 @@ def planned(
     """
     device = grads.each[0][1].device if grads.each else torch.device("cpu")
     any_double = any(g.dtype in (torch.float64, torch.complex128) for _, g in grads.each)
-    rows = [_NO_GRADIENT for _ in tensors]
+    rows = [TensorStats.absent() for _ in tensors]
     for row, g in grads.each:
         rows[row] = _stats_of(g, scale)
     for row, first in grads.repeats:
