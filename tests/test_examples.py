@@ -17,9 +17,15 @@ EXAMPLES = {
     "accelerate_loop": ("accelerate", "skipped steps: 0"),
     "bfloat16_layer_norm": (None, "gradient of bias, from 65,536 ones"),
     "self_supervised_digits": ("matplotlib", "| VICReg, a bad batch, SpikeSkip | "),
+    "fsdp2_clip": (None, "skipped steps: 1"),
+    "torchtitan_clip": (None, "step 40: gradient norm "),
+    "accelerate_fsdp": ("accelerate", "epoch 5: loss 0.0"),
+    "lightning_model_parallel": ("lightning", "after 12 steps: gradient norm "),
     "adapt_digits": ("sklearn", "| inverted | "),
     "curriculum_digits": ("sklearn", "| competence by the noise | never | "),
 }
+# These run on two processes.
+LAUNCHED = {"fsdp2_clip", "torchtitan_clip", "accelerate_fsdp", "lightning_model_parallel"}
 ARGUMENTS = {
     "adapt_digits": ["--seeds", "1", "--steps", "5"],
     "curriculum_digits": ["--seeds", "1", "--steps", "10"],
@@ -34,9 +40,17 @@ def test_example(name: str, tmp_path: Path) -> None:
     if package is not None and importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
     arguments = [a.format(tmp=tmp_path) for a in ARGUMENTS.get(name, [])]
+    path = str(FOLDER / f"{name}.py")
+    if name in LAUNCHED:
+        launch = ["--standalone", "--nproc-per-node", "2", path]
+        code = f"from torch.distributed.run import main; main({launch})"
+    else:
+        code = (
+            f"import runpy, sys; sys.argv[1:] = {arguments}\n"
+            f"runpy.run_path({path!r}, run_name='__main__')"
+        )
     done = run_python(
-        f"import runpy, sys; sys.argv[1:] = {arguments}\n"
-        f"runpy.run_path({str(FOLDER / f'{name}.py')!r}, run_name='__main__')",
+        code,
         OMP_NUM_THREADS="1",
         CUDA_VISIBLE_DEVICES="",
         HF_HUB_OFFLINE="1",
