@@ -14,6 +14,7 @@ from gradfuse import _native
 from gradfuse.bench import (
     batch_norm,
     clip,
+    distributed,
     fuse,
     history,
     homeostatic,
@@ -32,7 +33,14 @@ __all__ = ["BENCHES", "main"]
 
 BENCHES = {
     bench.op: bench
-    for bench in (clip.BENCH, batch_norm.BENCH, layer_norm.BENCH, fuse.BENCH, optim.BENCH)
+    for bench in (
+        clip.BENCH,
+        batch_norm.BENCH,
+        layer_norm.BENCH,
+        fuse.BENCH,
+        optim.BENCH,
+        distributed.BENCH,
+    )
 }
 
 # What is measured without a clock, and the plot of all that was.

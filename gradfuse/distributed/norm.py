@@ -17,7 +17,7 @@ from torch import Tensor
 from gradfuse import _native
 from gradfuse._codes import NonFinite
 from gradfuse._records import ClipPlan, ClipResult
-from gradfuse.distributed.locals import local_of
+from gradfuse.distributed.locals import is_dtensor, local_of
 from gradfuse.distributed.ranks import Group, Ranks, ReplicatedOver, ranks_of
 
 __all__ = ["Shares", "plan_over_ranks", "shares_of"]
@@ -35,12 +35,14 @@ class Shares:
         rows: the index of each among the caller's tensors, in the order of `all`.
         counted: those that this rank counts.
         copies: those that another rank counts.
+        refusal: what is wrong with one of them; plan_over_ranks raises it after its collective.
     """
 
     ranks: Ranks
     rows: list[int]
     counted: list[Tensor]
     copies: list[Tensor]
+    refusal: Exception | None = None
 
     @property
     def all(self) -> list[Tensor]:
@@ -77,7 +79,18 @@ def shares_of(
     counted = [(i, t) for i, t in there if ranks.counted[i]]
     copies = [(i, t) for i, t in there if not ranks.counted[i]]
     rows = [i for i, _ in (*counted, *copies)]
-    return Shares(ranks, rows, [t for _, t in counted], [t for _, t in copies])
+    refusal = _refusal(op, tensors)
+    return Shares(ranks, rows, [t for _, t in counted], [t for _, t in copies], refusal)
+
+
+def _refusal(op: str, tensors: Sequence[Tensor | None]) -> ValueError | None:
+    for i, t in enumerate(tensors):
+        if is_dtensor(t) and any(placement.is_partial() for placement in t.placements):
+            return ValueError(
+                f"{op}: expected gradients whose sum over ranks is done, got placements "
+                f"{t.placements} for tensor {i}; redistribute it first"
+            )
+    return None
 
 
 def plan_over_ranks(
@@ -104,11 +117,15 @@ def plan_over_ranks(
         TypeError, RuntimeError: this rank's gradients are refused.
     """
     ranks = shares.ranks
-    error: Exception | None = None
+    error = shares.refusal
+    results: list[ClipResult] = []
     try:
-        results = [_measured(part, norm_type, written) for part in (shares.counted, shares.copies)]
+        if error is None:
+            results = [
+                _measured(part, norm_type, written) for part in (shares.counted, shares.copies)
+            ]
     except (RuntimeError, TypeError, ValueError) as raised:
-        error, results = raised, []
+        error = raised
     sums = _gathered(ranks, _row(results), _device(shares, results))
     if error is not None:
         raise error

@@ -65,12 +65,12 @@ def ranks_of(
             themselves if None.
 
     Raises:
-        ValueError: a gradient is Partial, the meshes have no common one, or the groups do not fit
-            the meshes.
+        ValueError: the meshes have no common one, or the groups do not fit them.
     """
-    meshes = _meshes(op, tensors)
-    base = _base(op, list(meshes.values()))
     owners = [t for t in tensors if t is not None] if owners is None else owners
+    # A parameter without gradient still tells who takes part: another rank may have one.
+    meshes = _meshes(op, [*tensors, *owners])
+    base = _base(op, list(meshes.values()))
     everyone, copies = _copies_of(op, replicated_over)
     members = [ranks for ranks in (_members(op, group), everyone) if ranks is not None]
     here = _joined(op, base, [*members, *(ranks for ranks, _ in copies)])
@@ -104,11 +104,6 @@ def _meshes(op: str, tensors: Sequence[Tensor | None]) -> dict[int, DeviceMesh]:
     for i, t in enumerate(tensors):
         if not is_dtensor(t):
             continue
-        if any(placement.is_partial() for placement in t.placements):
-            raise ValueError(
-                f"{op}: expected gradients whose sum over ranks is done, got placements "
-                f"{t.placements} for tensor {i}; redistribute it first"
-            )
         if t.device_mesh.get_coordinate() is None:
             raise ValueError(f"{op}: expected a mesh that this rank is in, got one for tensor {i}")
         meshes[id(t.device_mesh)] = t.device_mesh
@@ -154,7 +149,8 @@ def _base(op: str, meshes: list[DeviceMesh]) -> DeviceMesh | None:
     if all(inside.issuperset(_ranks_in(m)) for m in meshes):
         return largest
     roots = [_root(m) for m in meshes]
-    if all(root == roots[0] for root in roots):
+    # By their ranks, not their names: torch caches DTensors' meshes, whatever the names of the root.
+    if all(root.mesh.equal(roots[0].mesh) for root in roots):
         return roots[0]
     raise ValueError(
         f"{op}: expected meshes of which one holds all others, or slices of one mesh, got "

@@ -189,7 +189,7 @@ def clip_grads_with_norm_(
     if is_dtensor(total_norm):
         total_norm = total_norm.full_tensor()
     if (shares := _shares("clip_grads_with_norm_", parameters, True)) is not None:
-        _native.backend.scale_(shares.all, False, max_norm, total_norm)
+        _native.backend.scale_(_taken(shares), False, max_norm, total_norm)
         return
     if _native.is_traced_in_place("clip_grads_with_norm_"):
         torch.ops.gradfuse.scale_grads_(grads_of(parameters), max_norm, total_norm)
@@ -219,7 +219,7 @@ def clip_grad_value_(
     clip_value = check_nonnegative("clip_grad_value_", "clip_value", clip_value)
     parameters = as_sequence("clip_grad_value_", parameters)
     if (shares := _shares("clip_grad_value_", parameters, True)) is not None:
-        _native.backend.clamp_(shares.all, False, clip_value)
+        _native.backend.clamp_(_taken(shares), False, clip_value)
         return
     if _native.is_traced_in_place("clip_grad_value_"):
         torch.ops.gradfuse.clamp_grads_(grads_of(parameters), clip_value)
@@ -245,6 +245,13 @@ def _shares(
         )
     _native.refuse_tracing(op)
     return shares_of(op, tensors, of_grad, group, replicated_over)
+
+
+def _taken(shares: Shares) -> list[Tensor]:
+    """All of them, where no collective follows that other ranks would wait in."""
+    if shares.refusal is not None:
+        raise shares.refusal
+    return shares.all
 
 
 def _fake_result(grads: list[Tensor]) -> ClipResult:
