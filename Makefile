@@ -85,6 +85,7 @@ pytest: build
 # The tests that depend on torch's version: binding, autograd, compile, AMP, fuse. Kernels do not.
 TORCH_TESTS = $(addprefix tests/test_,batch_norm_autograd.py batch_norm_errors.py \
 	batch_norm_modes.py blocks.py bench.py \
+	distributed_norm.py distributed_optim.py \
 	cli.py clip_in_step.py compile.py dropout.py errors.py fuse.py fuse_graph.py \
 	fuse_graph_norms.py fuse_norms.py layer_norm.py nn.py optim_amp.py optim_parameters.py \
 	optim_skips.py optim_state.py process.py tracing.py)
