@@ -149,7 +149,7 @@ def _base(op: str, meshes: list[DeviceMesh]) -> DeviceMesh | None:
     if all(inside.issuperset(_ranks_in(m)) for m in meshes):
         return largest
     roots = [_root(m) for m in meshes]
-    # By their ranks, not their names: torch caches DTensors' meshes, whatever the names of the root.
+    # By their ranks: torch caches the meshes of DTensors, whatever the names of the root are.
     if all(root.mesh.equal(roots[0].mesh) for root in roots):
         return roots[0]
     raise ValueError(
