@@ -106,6 +106,7 @@ def test_every_kernel_was_run(ptx):
     params = parameters(torch.float32)
     params[0].grad[0] = math.nan
     ran(gradfuse.clip_grad_norm_, params, 1.0, nonfinite="zero")
+    ran(sums_of_two, parameters(torch.float32))
     mixed = torch.nn.Parameter(torch.ones(5, 7, dtype=torch.float64))
     mixed.grad = random(5, 7, dtype=torch.float64)
     ran(gradfuse.adaptive_clip_grad_, [mixed])
