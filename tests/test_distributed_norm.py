@@ -341,9 +341,16 @@ def clipper(rank: int) -> Any:
         "sizes": [row.numel for row in whole.parameters],
         "norms": [row.norm for row in whole.parameters[1:]],
         "bad": whole.first_nonfinite(),
+        "bad copy": _bad_copy(rank),
         "here": report.first_nonfinite(),
         "policy": _error(lambda: setattr(own, "max_norm", gradfuse.policies.Value(1.0))),
     }
+
+
+def _bad_copy(rank: int) -> Any:
+    """A NaN on a rank that counts no plain gradient, as the gathered report has it."""
+    own = gradfuse.GradClipper(with_nan(rank, in_copy=True), math.inf)
+    return own.clip_().gather().first_nonfinite()
 
 
 def _error(call: Callable[[], object]) -> str:
@@ -505,6 +512,7 @@ def test_a_clipper_and_its_reports(found):
         assert r["norms"] == pytest.approx(expected, rel=1e-5)
         assert (r["bad"].name, r["bad"].rank, r["bad"].nonfinite) == ("p0", 2, 1)
         assert (r["here"] is not None) == (rank == 2)
+        assert (r["bad copy"].name, r["bad copy"].rank) == ("9", 2)
         assert "GradClipper: max_norm must be a number over ranks" in r["policy"]
 
 

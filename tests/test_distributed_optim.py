@@ -322,7 +322,7 @@ def refused(rank: int, folder: str) -> None:
     scaler = torch.amp.GradScaler("cpu")
     optimizer = AdamW(model.parameters(), clip=1.0)
     scaler.scale(model(batch(0)[0]).sum()).backward()
-    with pytest.raises((ValueError, RuntimeError, NotImplementedError)):
+    with pytest.raises(ValueError, match="expected clip to be a number and no GradScaler with"):
         scaler.step(optimizer)
     assert_as(model, net())
     p = nn.Parameter(DTensor.from_local(torch.ones(3), mesh_of((2,))))

@@ -43,7 +43,11 @@ def gathered(rows: list[ParameterGrad], ranks: Ranks) -> list[ParameterGrad]:
             known = whole.get(row.name, ParameterGrad(row.name, 0.0, 0.0, 0, 0, 0))
             if row.nonfinite and known.rank is None:
                 known = known._replace(rank=rank)
-            whole[row.name] = _joined(known, row) if counts else known
+            if counts:
+                whole[row.name] = _joined(known, row)
+            else:  # a copy that went bad is no other elements, but it is what acted on all ranks
+                bad = max(known.nonfinite, row.nonfinite)
+                whole[row.name] = known._replace(nonfinite=bad)
     return list(whole.values())
 
 

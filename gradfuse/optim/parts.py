@@ -101,6 +101,7 @@ class Part:
                 f"{clip!r} and a shard of one of {list(p.shape)}, {p.placements}"
             )
         if p is None and scaled:  # whole on every process, which decide alike
+            self.ranks = None
             return ClipResult(
                 *self.stepper.measure(max_norm, call.code, call.scale, call.found_inf)
             )
