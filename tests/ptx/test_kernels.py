@@ -46,13 +46,21 @@ def parameters(dtype, sizes=(1, 31, 33, 4097, 32769)):
     return [*params[:2], torch.nn.Parameter(torch.ones(3, dtype=dtype)), *params[2:]]
 
 
-def sums_of_two(params):
-    """The norm of two halves, as two ranks would find it."""
-    halves = [[p.grad for p in half if p.grad is not None] for half in (params[:4], params[4:])]
-    plans = [_native.backend.stats(half, False, 2.0, 0)[1] for half in halves]
+def halves_of(params):
+    return [[p.grad for p in half if p.grad is not None] for half in (params[:4], params[4:])]
+
+
+def plan_of_two(params):
+    """Norm and plan of two halves, as two ranks would find them."""
+    plans = [_native.backend.stats(half, False, 2.0, 0)[1] for half in halves_of(params)]
     sums = torch.stack([torch.cat([plan[4:6], torch.zeros(2)]) for plan in plans])
-    norm, plan = _native.backend.plan_of_sums("norm", sums, False, 0.5, 2.0, 0, None)
-    _native.backend.apply_("norm", [*halves[0], *halves[1]], plan)
+    return _native.backend.plan_of_sums("norm", sums, False, 0.5, 2.0, 0, None)
+
+
+def sums_of_two(params):
+    norm, plan = plan_of_two(params)
+    first, second = halves_of(params)
+    _native.backend.apply_("norm", [*first, *second], plan)
     return norm
 
 
@@ -106,7 +114,7 @@ def test_every_kernel_was_run(ptx):
     params = parameters(torch.float32)
     params[0].grad[0] = math.nan
     ran(gradfuse.clip_grad_norm_, params, 1.0, nonfinite="zero")
-    ran(sums_of_two, parameters(torch.float32))
+    ran(plan_of_two, parameters(torch.float32))
     mixed = torch.nn.Parameter(torch.ones(5, 7, dtype=torch.float64))
     mixed.grad = random(5, 7, dtype=torch.float64)
     ran(gradfuse.adaptive_clip_grad_, [mixed])
