@@ -42,7 +42,8 @@ def test_example(name: str, tmp_path: Path) -> None:
     arguments = [a.format(tmp=tmp_path) for a in ARGUMENTS.get(name, [])]
     path = str(FOLDER / f"{name}.py")
     if name in LAUNCHED:
-        launch = ["--standalone", "--nproc-per-node", "2", path]
+        launcher = str(Path(__file__).parent / "launched.py")
+        launch = ["--standalone", "--nproc-per-node", "2", launcher, path]
         code = f"from torch.distributed.run import main; main({launch})"
     else:
         code = (

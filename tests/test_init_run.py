@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from init_models import Mixer, Plain, Recurrent, Stream, digits
+from processes import on_ranks
 from torch import nn
 
 from gradfuse.init import initialize_
@@ -146,51 +147,29 @@ def test_meta_device_reports_without_drawing() -> None:
         initialize_(model, torch.empty(4, 64, device="meta"), scheme="lsuv")
 
 
-RANKS = """
-import os, sys, torch, torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
-from gradfuse.init import initialize_
+def initialize_shards(rank: int, folder: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
 
-rank, world, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
-mesh = init_device_mesh("cpu", (world,))
-model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
-whole = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
-for m in (model[0], model[2]):
-    for name in ("weight", "bias"):
-        sharded = distribute_tensor(getattr(m, name).detach(), mesh, [Shard(0)])
-        setattr(m, name, nn.Parameter(sharded))
-report = initialize_(model, generator=torch.Generator().manual_seed(1))
-expected = initialize_(whole, generator=torch.Generator().manual_seed(1))
-assert report.rows[0].rms_after == expected.rows[0].rms_after
-for a, b in zip(model.parameters(), whole.parameters()):
-    assert torch.equal(a.full_tensor(), b)
-try:
-    initialize_(model, torch.zeros(1, 16))
-except ValueError as error:
-    assert "example_inputs must be None for a model of DTensors" in str(error)
-else:
-    raise AssertionError
-dist.destroy_process_group()
-"""
+    mesh = init_device_mesh("cpu", (2,))
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+    whole = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+    for m in (model[0], model[2]):
+        for name in ("weight", "bias"):
+            sharded = distribute_tensor(getattr(m, name).detach(), mesh, [Shard(0)])
+            setattr(m, name, nn.Parameter(sharded))
+    report = initialize_(model, generator=torch.Generator().manual_seed(1))
+    expected = initialize_(whole, generator=torch.Generator().manual_seed(1))
+    assert report.rows[0].rms_after == expected.rows[0].rms_after
+    for a, b in zip(model.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(a.full_tensor(), b)
+    with pytest.raises(ValueError, match="example_inputs must be None for a model of DTensors"):
+        initialize_(model, torch.zeros(1, 16))
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-def test_shards_of_dtensors_are_those_of_the_whole(tmp_path) -> None:
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", RANKS, str(rank), "2", str(tmp_path / "store")],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in ranks:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+def test_shards_of_dtensors_are_those_of_the_whole(tmp_path: Path) -> None:
+    on_ranks(2, initialize_shards, tmp_path)
 
 
 def test_inputs_may_be_a_tuple_or_a_mapping() -> None:
