@@ -14,6 +14,8 @@ __all__: list[str] = [
     "apply_",
     "batch_norm_backward",
     "batch_norm_forward",
+    "batch_norm_gradient_sums",
+    "batch_norm_statistics",
     "clamp_",
     "clip_",
     "codes",
@@ -131,6 +133,12 @@ def batch_norm_backward(
 def batch_norm_forward(
     call: gradfuse._records.BatchNormCall,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+def batch_norm_gradient_sums(
+    grad_output: torch.Tensor,
+    saved: gradfuse._records.BatchNormSaved,
+    options: gradfuse._records.BatchNormOptions,
+) -> torch.Tensor: ...
+def batch_norm_statistics(call: gradfuse._records.BatchNormCall) -> torch.Tensor: ...
 def clamp_(
     tensors: torch.Tensor | collections.abc.Iterable[torch.Tensor], of_grad: bool, clip_value: float
 ) -> None: ...

@@ -119,6 +119,10 @@ class BatchNormCall(NamedTuple):
     renorm: Sequence[float] | None = None  # r_max, d_max, and steps: begin, r_end, d_end
     step: Tensor | None = None  # int64 [], of renorm's warm-up
     drift: Tensor | None = None  # [4, C]; sets the momentum, and is updated
+    # float64 [ranks, 1 + 2 * C]: of each rank the count, the means and the sums of squared
+    # deviations, in place of input's own.
+    gathered: Tensor | None = None
+    group: str | None = None  # the name of the ranks' process group
 
 
 class BatchNormSaved(NamedTuple):
@@ -134,6 +138,8 @@ class BatchNormSaved(NamedTuple):
     # renorm 5 rows each, whose last are r and d.
     stats: Tensor
     sample_scale: Tensor | None = None
+    # float64 [2, C]: over all ranks, of the gradient g before the norm and of g * normalised input.
+    means: Tensor | None = None
 
 
 class BatchNormOptions(NamedTuple):

@@ -679,14 +679,31 @@ def library_forward(dtype: torch.dtype) -> Iterable[tuple]:
         modes = (2, [1.5, 0.4, 1.0, 4.0, 9.0], t["step"], t["drift"])
         rest = (True, 0.1, 1e-5, code, 0.01, masked, None, None, *modes)
         yield (t["x"].requires_grad_(), t["r"], t["w"], t["b"], t["mean"], t["var"], *rest)
+    t = batch_norm_sample((4, 3, 5, 6), False, dtype).tensors
+    gathered = torch.stack([torch.ops.gradfuse.batch_norm_statistics(x) for x in (t["x"], t["r"])])
+    rest = (True, 0.1, 1e-5, A.SILU, 0.01, False, None, None, 0, None, None, None, gathered)
+    yield (t["x"].detach(), t["r"], t["w"], t["b"], t["mean"], t["var"], *rest)
+
+
+def library_statistics(dtype: torch.dtype) -> Iterable[tuple]:
+    for call in library_forward(dtype):
+        yield (call[0].detach(),)
+
+
+def library_sums(dtype: torch.dtype) -> Iterable[tuple]:
+    for call in library_backward(dtype):
+        *given, ghost_size, _ = call
+        if not ghost_size and given[11]:  # training
+            yield (*given, 0)
 
 
 def library_backward(dtype: torch.dtype) -> Iterable[tuple]:
     for i, call in enumerate(library_forward(dtype)):
         x, r, w, b, _, _, training, _, eps, code, slope, masked, _, scale, *modes = call
         x = x.detach()
+        means = random(2, x.shape[1], dtype=torch.float64) if len(modes) > 4 else None
         y, mask, stats, *_ = torch.ops.gradfuse.batch_norm_act(x, *call[1:])
-        saved = (x, r, y, mask if masked else None, w, b, stats, scale)
+        saved = (x, r, y, mask if masked else None, w, b, stats, scale, means)
         wanted = [i != 1, code != Activation.NONE and i != 2, True, i != 3]
         ghost_size = modes[0] if modes else 0
         last = not y.is_contiguous()
@@ -782,6 +799,8 @@ batch_norm_act = Op(
     registered={
         "batch_norm_act": library_forward,
         "batch_norm_act_backward": library_backward,
+        "batch_norm_statistics": library_statistics,
+        "batch_norm_gradient_sums": library_sums,
     },
     derivatives=batch_norm_derivatives(),
     traffic=[

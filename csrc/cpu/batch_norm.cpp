@@ -149,8 +149,8 @@ struct Forward {
   const BatchNormForwardKernels& kernels = batch_norm_forward_kernels();
 
   void prepare_sweep_by_sweep() {}
-  bool has_sums() const { return call.training; }
-  bool applies() const { return true; }
+  bool has_sums() const { return call.training && !call.over_ranks.data; }
+  bool applies() const { return !call.tally; }
   bool past_caches(int64_t elements) const {
     return store_past_caches(call.shape, elements, {call.input, call.residual}, {call.output});
   }
@@ -175,8 +175,12 @@ struct Forward {
   void finish(const Columns<F>& columns, const double* sums) const {
     for (int64_t c = columns.channel; c < columns.end; ++c) {
       const double* s = sums + c - columns.channel;
-      const auto n =
-          finish_forward<F, Vectors>(call, c, {s[0], s[columns.stride]}, columns(kMean, c));
+      const ChannelSums of_channel = {s[0], s[columns.stride]};
+      if (call.tally) {
+        write_tally(call, c, of_channel, columns(kMean, c));
+        continue;
+      }
+      const auto n = finish_forward<F, Vectors>(call, c, of_channel, columns(kMean, c));
       columns(kMean, c) = n.mean;
       columns(kScale, c) = n.scale;
       columns(kShift, c) = n.shift;
@@ -207,9 +211,7 @@ struct Backward {
     second.output = nullptr;
   }
 
-  bool has_sums() const {
-    return call.grad_weight.data || call.grad_bias.data || (call.training && call.grad_input);
-  }
+  bool has_sums() const { return needs_sums(call); }
   bool applies() const { return call.grad_input || call.grad_residual; }
   bool past_caches(int64_t elements) const {
     return store_past_caches(call.shape, elements, {call.grad_output, call.input, call.output},

@@ -313,8 +313,7 @@ void batch_norm_backward(const BatchNormBackward& call, void* scratch, Stream st
   with_type(call.shape.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const BatchNormShape& shape = call.shape;
-    const bool has_sums =
-        call.grad_weight.data || call.grad_bias.data || (call.training && call.grad_input);
+    const bool has_sums = needs_sums(call);
     if (fits_block(shape, kThreads)) {
       const unsigned blocks = blocks_for(shape.channels);
       if (fits_block(shape, kSmallBlock))

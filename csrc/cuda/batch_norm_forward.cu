@@ -2,7 +2,8 @@
 //
 // Three launches: sums of each channel's chunks (read input), the statistics of each channel, and
 // the sweep (read input and residual, write output and mask). A channel that one block can hold
-// takes one launch, which reads the input once. In eval mode the sums are left out.
+// takes one launch, which reads the input once. In eval mode, and where the statistics come from
+// all ranks, the sums are left out; what a rank tells the others ends after the second launch.
 //
 // Assumes element-aligned data; uses 16-byte accesses where all runs begin at 16-byte boundaries.
 #include "batch_norm_activation.cuh"
@@ -90,10 +91,15 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t c = channel_of_warp();
   const int64_t channels = call.shape.channels;
   if (c >= channels) return;
+  const bool has_sums = call.training && !call.over_ranks.data;
   TwoSums sums;
-  if (call.training) sums = sum_of_chunks(call.shape, slots, c);
+  if (has_sums) sums = sum_of_chunks(call.shape, slots, c);
   if (threadIdx.x % kWarp != 0) return;
-  const double shift = call.training ? shift_of<T>(call, c) : 0.0;
+  const double shift = has_sums ? shift_of<T>(call, c) : 0.0;
+  if (call.tally) {
+    write_tally(call, c, {sums.first, sums.second}, shift);
+    return;
+  }
   const Normalisation<Wide<T>> n =
       finish_forward<Wide<T>, Vectors>(call, c, {sums.first, sums.second}, shift);
   coefficients[kMean * channels + c] = n.mean;
@@ -184,7 +190,7 @@ __global__ void __launch_bounds__(kBlock, 512 / kBlock)
     return block_sum<kBlock>(mine);
   };
   TwoSums sums;
-  if (call.training) {
+  if (call.training && !call.over_ranks.data) {
     sums = sum(std::false_type());
     if constexpr (kLeavesRange<W>) {
       const double count = static_cast<double>(call.shape.count());
@@ -221,7 +227,7 @@ void batch_norm_forward(const BatchNormForward& call, void* scratch, Stream stre
   with_type(call.shape.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const BatchNormShape& shape = call.shape;
-    if (fits_block(shape, kThreads)) {
+    if (!call.tally && fits_block(shape, kThreads)) {
       const unsigned blocks = blocks_for(shape.channels);
       if (fits_block(shape, kSmallBlock))
         batch_norm_small<T, kSmallBlock><<<blocks, kSmallBlock, 0, stream>>>(call);
@@ -232,7 +238,7 @@ void batch_norm_forward(const BatchNormForward& call, void* scratch, Stream stre
     }
     double* slots = slots_of(scratch);
     Wide<T>* coefficients = static_cast<Wide<T>*>(coefficients_of(shape, scratch));
-    if (call.training) {
+    if (call.training && !call.over_ranks.data) {
       const unsigned blocks = blocks_for(sum_blocks(shape));
       if (shape.inner == 1)
         batch_norm_row_sums<T><<<blocks, kThreads, 0, stream>>>(call, slots);
@@ -243,6 +249,7 @@ void batch_norm_forward(const BatchNormForward& call, void* scratch, Stream stre
     batch_norm_statistics<T>
         <<<blocks_for(channel_blocks(shape)), kThreads, 0, stream>>>(call, slots, coefficients);
     check_launch("batch_norm_statistics");
+    if (call.tally) return;
     batch_norm_apply<T>
         <<<blocks_for(sweep_blocks(shape)), kThreads, 0, stream>>>(call, coefficients);
     check_launch("batch_norm_apply");

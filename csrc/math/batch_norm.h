@@ -40,6 +40,37 @@ GRADFUSE_HD Moments moments(ChannelSums s, double shift, double count) {
   return {shift + mean, variance < 0.0 ? 0.0 : variance};  // NaN stays
 }
 
+// A channel's values on one rank or several: how many, their mean, and the sum of their squared
+// deviations from it.
+struct Tally {
+  double count, mean, m2;
+};
+// Of both together; Chan, Golub, LeVeque 1983, equation 1.5. A rank without values adds nothing.
+GRADFUSE_HD Tally merged(Tally a, Tally b) {
+  if (a.count == 0.0) return b;
+  if (b.count == 0.0) return a;
+  const double count = a.count + b.count, ahead = b.mean - a.mean, share = b.count / count;
+  return {count, a.mean + ahead * share, a.m2 + b.m2 + ahead * ahead * (a.count * share)};
+}
+
+// What ranks tell each other of a batch: rows [ranks, 1 + 2 * channels] of the count, the means and
+// the sums of squared deviations.
+struct Tallies {
+  const double* data;  // null without other ranks
+  int64_t ranks;
+
+  GRADFUSE_HD static constexpr int64_t row(int64_t channels) { return 1 + 2 * channels; }
+
+  GRADFUSE_HD Tally of_channel(int64_t channels, int64_t c) const {  // in the order of ranks
+    Tally all = {0.0, 0.0, 0.0};
+    for (int64_t r = 0; r < ranks; ++r) {
+      const double* p = data + r * row(channels);
+      all = merged(all, {p[0], p[1 + c], p[1 + channels + c]});
+    }
+    return all;
+  }
+};
+
 // What the forward keeps of each channel for the backward, and computes with itself, so that both
 // see the same: rows [3, channels] of F, the mean, what its rounding left, and the deviation
 // sqrt(variance + eps), whose inverse could leave float32.
@@ -236,18 +267,26 @@ struct GhostSums {
   GRADFUSE_HD bool is_complete() const { return !data || is_last; }
 };
 
+// Means over all values of a channel of g and of g * (normalised element).
+struct GradientMeans {
+  double of_g, of_product;
+};
+GRADFUSE_HD GradientMeans gradient_means(GradientSums s, double offset, double count) {
+  return {s.sum / count, weight_gradient(s, offset) / count};
+}
+
 template <class F>
-GRADFUSE_HD InputGradient<F> input_gradient(KeptStatistics kept, double weight, GradientSums s,
-                                            double count, bool training) {
+GRADFUSE_HD InputGradient<F> input_gradient(KeptStatistics kept, double weight, bool training,
+                                            GradientMeans means) {
   const F shrunk = shrunk_mean<F>(kept.mean);
   const double direct = weight * kept.invstd;
   InputGradient<F> r = {shrunk, scale_of_shrunk<F>(kept.invstd), static_cast<F>(direct), F(0),
                         F(0)};
   if (!training) return r;
   const double offset = normalisation_offset(static_cast<double>(shrunk), kept);
-  const double slope = -direct * weight_gradient(s, offset) / count;
+  const double slope = -direct * means.of_product;
   r.slope = static_cast<F>(slope);
-  r.shift = static_cast<F>(slope * offset - direct * s.sum / count);
+  r.shift = static_cast<F>(slope * offset - direct * means.of_g);
   return r;
 }
 

@@ -43,6 +43,7 @@ struct BackwardCall {
   Activation activation;
   double negative_slope;
   int64_t ghost_size;  // the forward's
+  MaybeTensor means;  // float64 [2, C], GradientMeans over all ranks
 };
 
 // A value for each gradient: whether it is wanted, or the tensor, undefined if not wanted.
@@ -175,8 +176,7 @@ void check_modes(const BatchNormForwardCall& call) {
                              "tensor; .clone() it first");
 }
 
-void check_running(const at::Tensor& input, const MaybeTensor& mean, const MaybeTensor& var,
-                   bool training, const GhostBatches& batches) {
+void check_running(const MaybeTensor& mean, const MaybeTensor& var, bool training) {
   if (mean.has_value() != var.has_value())
     fail<std::invalid_argument>(kOp, ": running_mean and running_var must come together, got only ",
                                 mean ? "running_mean" : "running_var");
@@ -189,7 +189,15 @@ void check_running(const at::Tensor& input, const MaybeTensor& mean, const Maybe
       fail<std::runtime_error>(kOp,
                                ": running statistics must have an element per memory location, "
                                "got an expanded tensor; .clone() it first");
-  const int64_t count = input.numel() / std::max<int64_t>(input.size(1), 1);
+}
+
+int64_t values_per_channel(const at::Tensor& input) {
+  return input.numel() / std::max<int64_t>(input.size(1), 1);
+}
+
+// Throws if the batch's statistics are those of one value.
+void check_count(const at::Tensor& input, const GhostBatches& batches) {
+  const int64_t count = values_per_channel(input);
   if (count == 1)
     fail<std::invalid_argument>("Expected more than 1 value per channel when training, got ",
                                 "input size ", input.sizes());
@@ -197,6 +205,35 @@ void check_running(const at::Tensor& input, const MaybeTensor& mean, const Maybe
     fail<std::invalid_argument>(
         kOp, ": ghost_size must leave more than 1 value per channel in each ghost batch, got ",
         batches.count(), " ghost batches of input size ", input.sizes());
+}
+
+// The same over ranks. Throws on all ranks alike: where it has to wait for a device, it looks only
+// if the ranks may have one value together, and each of them finds that.
+void check_gathered(const BatchNormForwardCall& call) {
+  const at::Tensor &gathered = *call.gathered, &input = call.input;
+  check_memory(kOp, "gathered", gathered);
+  check_device(kOp, "gathered", gathered, input);
+  const int64_t row = Tallies::row(input.size(1));
+  if (gathered.scalar_type() != at::kDouble || !gathered.is_contiguous() || gathered.dim() != 2 ||
+      !gathered.size(0) || gathered.size(1) != row || !call.training || call.ghost_size)
+    fail<std::invalid_argument>(kOp, ": gathered must be [ranks, ", row,
+                                "] of Double, when training without ghost batches, got ",
+                                gathered.sizes(), " of ", gathered.scalar_type());
+  if (!input.is_cpu() && values_per_channel(input) > 1) return;
+  const at::Tensor counts = gathered.select(1, 0).to(at::kCPU).contiguous();
+  const double* count = counts.const_data_ptr<double>();
+  double all = 0.0;
+  for (int64_t r = 0; r < counts.numel(); ++r) {
+    if (!(count[r] >= 0.0))
+      fail<std::runtime_error>(kOp, ": expected an input that every rank takes, got one that rank ",
+                               r, " of ", counts.numel(),
+                               " refused; nothing was written, and its own error says why");
+    all += count[r];
+  }
+  if (all == 1.0)
+    fail<std::invalid_argument>("Expected more than 1 value per channel when training, got ",
+                                "input size ", input.sizes(), " and one value in all ",
+                                counts.numel(), " ranks");
 }
 
 // Vectors of channels as the kernels take them. Keeps its copies alive.
@@ -235,9 +272,11 @@ void finish_update(const at::Tensor& running, const at::Tensor& written) {
     running.unsafeGetTensorImpl()->bump_version();
 }
 
-}  // namespace
+GhostBatches ghost_batches(const BatchNormForwardCall& call) {
+  return GhostBatches(call.input.size(0), call.training ? call.ghost_size : 0);
+}
 
-void check_forward(const BatchNormForwardCall& call) {
+void check_arguments(const BatchNormForwardCall& call) {
   check_input(call.input);
   check_options(call.activation, call.eps, call.training);
   if (call.residual) check_twin("residual", *call.residual, call.input);
@@ -247,16 +286,25 @@ void check_forward(const BatchNormForwardCall& call) {
   check_vector("running_var", call.running_var, call.input);
   check_sample_scale_of_norm(call.sample_scale, call.input);
   check_modes(call);
-  const GhostBatches batches(call.input.size(0), call.training ? call.ghost_size : 0);
-  check_running(call.input, call.running_mean, call.running_var, call.training, batches);
+  check_running(call.running_mean, call.running_var, call.training);
   if (!call.momentum_value) return;
   check_memory(kOp, "momentum", *call.momentum_value);
   check_device(kOp, "momentum", *call.momentum_value, call.input);
   const int64_t numbers = call.momentum_value->numel();
-  if (numbers != 1 && numbers != batches.count())
+  if (numbers != 1 && numbers != ghost_batches(call).count())
     fail<std::invalid_argument>(kOp, ": momentum must be one number",
                                 call.ghost_size ? " or one for each ghost batch" : "", ", got ",
                                 call.momentum_value->sizes());
+}
+
+}  // namespace
+
+void check_forward(const BatchNormForwardCall& call) {
+  check_arguments(call);
+  if (call.gathered)
+    check_gathered(call);
+  else if (call.training)
+    check_count(call.input, ghost_batches(call));
 }
 
 c10::SmallVector<int64_t, 6> output_strides(const at::Tensor& input) {
@@ -286,6 +334,27 @@ ForwardResult allocate(const BatchNormForwardCall& call, const at::Tensor& x, co
   return result;
 }
 
+ForwardResult forward(const BatchNormForwardCall& given);
+
+// Updates the running statistics of a rank without values by those of the others.
+void update_without_values(const BatchNormForwardCall& given) {
+  if (!given.input.size(1) || !given.running_mean) return;
+  if (given.gathered->select(1, 0).sum().item<double>() == 0.0) return;  // as of an empty batch
+  BatchNormForwardCall call = {};
+  call.input = at::zeros({1, given.input.size(1)}, given.input.options());
+  call.running_mean = given.running_mean;
+  call.running_var = given.running_var;
+  call.training = true;
+  call.momentum = given.momentum;
+  call.momentum_value = given.momentum_value;
+  call.eps = given.eps;
+  call.renorm = given.renorm;
+  call.step = given.step;
+  call.drift = given.drift;
+  call.gathered = given.gathered;
+  forward(call);
+}
+
 // act(batch_norm(input) + residual). Updates the running statistics if training and they are given.
 // Throws TypeError or std::invalid_argument, nothing written, on what the kernels cannot take.
 ForwardResult forward(const BatchNormForwardCall& given) {
@@ -293,8 +362,9 @@ ForwardResult forward(const BatchNormForwardCall& given) {
   const at::Tensor& input = given.input;
   const bool channels_last = is_channels_last(input);
   const Dims strides = dense_strides(input.sizes(), channels_last);
-  const GhostBatches batches(input.size(0), given.training ? given.ghost_size : 0);
+  const GhostBatches batches = ghost_batches(given);
   const int64_t rows = statistics_rows(given.renorm.has_value());
+  if (input.numel() == 0 && given.gathered) update_without_values(given);
   if (input.numel() == 0)
     return {at::empty_strided(input.sizes(), strides, input.options()),
             at::empty({0}, input.options().dtype(at::kByte)),
@@ -336,6 +406,10 @@ ForwardResult forward(const BatchNormForwardCall& given) {
   call.activation = given.activation;
   call.negative_slope = given.negative_slope;
   call.stats = result.stats.mutable_data_ptr();
+  call.over_ranks = {};
+  if (given.gathered)
+    call.over_ranks = {given.gathered->const_data_ptr<double>(), given.gathered->size(0)};
+  call.tally = nullptr;
   const bool momentum_of_each = momentum && momentum->numel() > 1;
   const auto of_ghost_batch = [&](int64_t k) {
     const ToGhostBatch move(shape, batches, k);
@@ -369,6 +443,30 @@ ForwardResult forward(const BatchNormForwardCall& given) {
   return result;
 }
 
+// This rank's row of a call's Tallies. Throws what the forward throws, but for the count.
+at::Tensor statistics(const BatchNormForwardCall& given) {
+  check_arguments(given);
+  const at::Tensor& input = given.input;
+  const Dims sizes = {Tallies::row(input.size(1))};
+  if (input.numel() == 0) return at::zeros(sizes, input.options().dtype(at::kDouble));
+  const bool channels_last = is_channels_last(input);
+  const at::Tensor x = dense(input, dense_strides(input.sizes(), channels_last));
+  const at::Tensor result = empty_on_device(sizes, input.options().dtype(at::kDouble));
+  BatchNormForward call = {};
+  call.shape = shape_of(x, channels_last, false);
+  call.input = x.const_data_ptr();
+  call.training = true;
+  call.tally = result.mutable_data_ptr<double>();
+  run_on(
+      input.device(), [&] { cpu::batch_norm_forward(&call, 1); },
+      [&](Stream stream) {
+        const at::Tensor scratch =
+            scratch_on(input.device(), cuda::batch_norm_scratch_bytes(call.shape));
+        cuda::batch_norm_forward(call, scratch.mutable_data_ptr(), stream);
+      });
+  return result;
+}
+
 void check_backward(const BackwardCall& call, const OfEach<bool>& wanted) {
   check_ghost_size(call.ghost_size);
   const at::Tensor& g = call.grad_output;
@@ -394,6 +492,15 @@ void check_backward(const BackwardCall& call, const OfEach<bool>& wanted) {
                                 kStatisticsAndCorrection * batches, ", channels] of ",
                                 computed_in(g), ", got ", call.stats.sizes(), " of ",
                                 call.stats.scalar_type());
+  if (call.means) {
+    check_memory(kOp, "means", *call.means);
+    check_device(kOp, "means", *call.means, g);
+    if (call.means->scalar_type() != at::kDouble || !call.means->is_contiguous() ||
+        call.means->sizes() != at::IntArrayRef({2, g.size(1)}) || batches > 1)
+      fail<std::invalid_argument>(kOp, ": means must be [2, ", g.size(1),
+                                  "] of Double, without ghost batches, got ", call.means->sizes(),
+                                  " of ", call.means->scalar_type());
+  }
   const Activation act = call.activation;
   if ((!call.input && (call.training || wanted.weight || needs_input(act))) ||
       (!call.output && needs_output(act)) || (!call.output && !call.mask && has_mask(act)))
@@ -423,7 +530,9 @@ OfEach<at::Tensor> allocate(const BackwardCall& call, const OfEach<bool>& wanted
   return grads;
 }
 
-OfEach<at::Tensor> backward(const BackwardCall& given, OfEach<bool> wanted) {
+// Writes this batch's sums to `sums`, float64 [2, C], if it is defined; then none must be wanted.
+OfEach<at::Tensor> backward(const BackwardCall& given, OfEach<bool> wanted,
+                            const at::Tensor& sums = {}) {
   check_backward(given, wanted);
   const at::Tensor& grad_output = given.grad_output;
   const at::IntArrayRef sizes = grad_output.sizes();
@@ -484,7 +593,10 @@ OfEach<at::Tensor> backward(const BackwardCall& given, OfEach<bool> wanted) {
   call.grad_weight = channel_ref(grads.weight);
   call.grad_bias = channel_ref(grads.bias);
   if (passes_residual) grads.residual = grad_output;
-  if (!wanted.input && !wanted.residual && !wanted.weight && !wanted.bias) return grads;
+  call.means = static_cast<const double*>(data_of(given.means));
+  call.sums = static_cast<double*>(data(sums));
+  if (!wanted.input && !wanted.residual && !wanted.weight && !wanted.bias && !call.sums)
+    return grads;
   const auto of_ghost_batch = [&](int64_t k) {
     const ToGhostBatch move(shape, batches, k);
     BatchNormBackward part = call;
@@ -515,10 +627,21 @@ OfEach<at::Tensor> backward(const BackwardCall& given, OfEach<bool> wanted) {
   return grads;
 }
 
+// Sums over this batch of what GradientMeans are of.
+at::Tensor gradient_sums(const BackwardCall& call) {
+  if (call.ghost_size)
+    fail<std::invalid_argument>(kOp, ": sums of gradients must come without ghost batches, got ",
+                                "ghost_size ", call.ghost_size);
+  const at::Tensor sums = at::zeros({2, call.grad_output.dim() < 2 ? 0 : call.grad_output.size(1)},
+                                    call.grad_output.options().dtype(at::kDouble));
+  backward(call, {}, sums);
+  return sums;
+}
+
 }  // namespace
 
 BatchNormForwardCall read_forward(py::handle given) {
-  Fields fields("BatchNormCall", given, 17);
+  Fields fields("BatchNormCall", given, 19);
   BatchNormForwardCall call = {};
   call.input = tensor_of(kOp, "input", fields.next());
   call.residual = maybe_tensor(kOp, "residual", fields.next());
@@ -545,7 +668,8 @@ BatchNormForwardCall read_forward(py::handle given) {
   }
   call.step = maybe_tensor(kOp, "step", fields.next());
   call.drift = maybe_tensor(kOp, "drift", fields.next());
-  return call;
+  call.gathered = maybe_tensor(kOp, "gathered", fields.next());
+  return call;  // the last field, the group's name, is for Python's backward
 }
 
 namespace {
@@ -558,11 +682,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> batch_norm_forward_(BatchNormCall
   return {std::move(result.output), std::move(result.mask), std::move(result.stats)};
 }
 
-// grad_input, grad_residual, grad_weight, grad_bias; None where not wanted.
-std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor> batch_norm_backward_(
-    TensorArg grad_output, BatchNormSavedArg saved, BatchNormOptionsArg options, WantedArg wants) {
-  GRADFUSE_EVENT("gradfuse::batch_norm_act_backward");
-  Fields tensors("BatchNormSaved", saved.object, 8);
+at::Tensor batch_norm_statistics_(BatchNormCallArg given) {
+  GRADFUSE_EVENT("gradfuse::batch_norm_statistics");
+  const BatchNormForwardCall call = read_forward(given.object);
+  const py::gil_scoped_release release;
+  return statistics(call);
+}
+
+BackwardCall read_backward(TensorArg grad_output, BatchNormSavedArg saved,
+                           BatchNormOptionsArg options) {
+  Fields tensors("BatchNormSaved", saved.object, 9);
   BackwardCall call = {};
   call.grad_output = tensor_of(kOp, "grad_output", grad_output.object);
   call.input = maybe_tensor(kOp, "input", tensors.next());
@@ -573,6 +702,7 @@ std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor> batch_norm_backwa
   call.bias = maybe_tensor(kOp, "bias", tensors.next());
   call.stats = tensor_of(kOp, "stats", tensors.next());
   call.sample_scale = maybe_tensor(kOp, "sample_scale", tensors.next());
+  call.means = maybe_tensor(kOp, "means", tensors.next());
   Fields fields("BatchNormOptions", options.object, 6);
   call.channels_last = fields.next_as<bool>();
   call.training = fields.next_as<bool>();
@@ -580,6 +710,14 @@ std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor> batch_norm_backwa
   call.activation = static_cast<Activation>(fields.next_as<int>());
   call.negative_slope = fields.next_as<double>();
   call.ghost_size = fields.next_as<int64_t>();
+  return call;
+}
+
+// grad_input, grad_residual, grad_weight, grad_bias; None where not wanted.
+std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor> batch_norm_backward_(
+    TensorArg grad_output, BatchNormSavedArg saved, BatchNormOptionsArg options, WantedArg wants) {
+  GRADFUSE_EVENT("gradfuse::batch_norm_act_backward");
+  const BackwardCall call = read_backward(grad_output, saved, options);
   const auto wanted = wants.object.cast<std::array<bool, 4>>();
   const py::gil_scoped_release release;
   const OfEach<at::Tensor> grads = backward(call, {wanted[0], wanted[1], wanted[2], wanted[3]});
@@ -587,6 +725,14 @@ std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor> batch_norm_backwa
     return t.defined() ? MaybeTensor(t) : std::nullopt;
   };
   return {maybe(grads.input), maybe(grads.residual), maybe(grads.weight), maybe(grads.bias)};
+}
+
+at::Tensor batch_norm_gradient_sums_(TensorArg grad_output, BatchNormSavedArg saved,
+                                     BatchNormOptionsArg options) {
+  GRADFUSE_EVENT("gradfuse::batch_norm_gradient_sums");
+  const BackwardCall call = read_backward(grad_output, saved, options);
+  const py::gil_scoped_release release;
+  return gradient_sums(call);
 }
 
 }  // namespace
@@ -606,6 +752,9 @@ void bind_batch_norm(py::module_& m) {
   m.def("batch_norm_forward", &batch_norm_forward_, py::arg("call"));
   m.def("batch_norm_backward", &batch_norm_backward_, py::arg("grad_output"), py::arg("saved"),
         py::arg("options"), py::arg("wanted"));
+  m.def("batch_norm_statistics", &batch_norm_statistics_, py::arg("call"));
+  m.def("batch_norm_gradient_sums", &batch_norm_gradient_sums_, py::arg("grad_output"),
+        py::arg("saved"), py::arg("options"));
 }
 
 }  // namespace gradfuse

@@ -60,6 +60,8 @@ struct BatchNormForward {
   Activation activation;
   double negative_slope;
   void* stats;  // [3, channels] of the compute type, see KeptStatistics; [5, ...] if renormalises
+  Tallies over_ranks;  // the statistics if training, in place of this batch's own
+  double* tally;  // if not null, the call writes its own row of Tallies and nothing else
 };
 
 // The gradients of a forward call; a null gradient is not wanted. With g = grad_output * act'(z):
@@ -86,6 +88,8 @@ struct BatchNormBackward {
   ChannelRef grad_weight;
   ChannelRef grad_bias;
   GhostSums ghosts;
+  const double* means;  // [2, channels], GradientMeans over all ranks, in place of this batch's own
+  double* sums;  // if not null, the call writes sums of what GradientMeans are of, and nothing else
 };
 
 namespace cpu {

@@ -28,6 +28,7 @@ struct BatchNormForwardCall {
   std::optional<Renorm> renorm;
   MaybeTensor step;  // [] int64, of renorm's warm-up
   MaybeTensor drift;  // [kDriftRows, C], sets the momentum; updated
+  MaybeTensor gathered;  // float64 [ranks, 1 + 2 * C], Tallies: the statistics of all ranks
 };
 
 // Reads a BatchNormCall; throws TypeError.

@@ -36,8 +36,18 @@ GRADFUSE_HD void update_running(const BatchNormForward& call, int64_t c, double 
   Vectors::write(call.running_var, c, running_average(old_var, var, momentum));
 }
 
+// Writes a channel's part of call.tally.
+GRADFUSE_HD void write_tally(const BatchNormForward& call, int64_t c, ChannelSums sums,
+                             double shift) {
+  const double count = static_cast<double>(call.shape.count());
+  const Moments now = moments(sums, shift, count);
+  if (c == 0) call.tally[0] = count;
+  call.tally[1 + c] = now.mean;
+  call.tally[1 + call.shape.channels + c] = now.variance * count;
+}
+
 // Writes a channel's statistics and running averages, and returns its coefficients. The sums are of
-// differences from `shift`; they are used if the call trains.
+// differences from `shift`; they are used if the call trains by itself.
 #ifdef __CUDACC__
 #pragma nv_exec_check_disable
 #endif
@@ -52,8 +62,13 @@ GRADFUSE_HD Normalisation<F> finish_forward(const BatchNormForward& call, int64_
   if (!call.training)
     return normalisation<F>(keep_statistics<F>(call.stats, channels, c, mean, var, call.eps),
                             weight, bias);
-  const double count = static_cast<double>(call.shape.count());
-  const Moments now = moments(sums, shift, count);
+  double count = static_cast<double>(call.shape.count());
+  Moments now = moments(sums, shift, count);
+  if (call.over_ranks.data) {
+    const Tally all = call.over_ranks.of_channel(channels, c);
+    count = all.count;
+    now = {all.mean, all.m2 / count};
+  }
   const KeptStatistics kept =
       keep_statistics<F>(call.stats, channels, c, now.mean, now.variance, call.eps);
   Correction correction = {1.0, 0.0};
@@ -62,7 +77,7 @@ GRADFUSE_HD Normalisation<F> finish_forward(const BatchNormForward& call, int64_
     correction = keep_correction<F>(call.stats, channels, c,
                                     renormalisation(call.renorm, step, kept, mean, var, call.eps));
   }
-  if (call.running_mean.data)
+  if (call.running_mean.data && count > 0.0)  // NaN if a rank refused its input
     update_running<Vectors>(call, c, now.mean, unbiased(now.variance, count));
   return normalisation<F>(kept, correction.weight(weight), correction.bias(weight, bias));
 }
@@ -90,7 +105,14 @@ GRADFUSE_HD Normalisation<F> normalisation_of(const BatchNormBackward& call, int
                           correction.bias(weight, bias));
 }
 
-// Writes a channel's parameter gradients and returns the coefficients of its input gradient.
+// Whether a backward call has to sum over its own batch.
+inline bool needs_sums(const BatchNormBackward& call) {
+  return call.sums || call.grad_weight.data || call.grad_bias.data ||
+         (call.training && call.grad_input && !call.means);
+}
+
+// Writes a channel's parameter gradients, or its part of call.sums, and returns the coefficients of
+// its input gradient.
 #ifdef __CUDACC__
 #pragma nv_exec_check_disable
 #endif
@@ -100,11 +122,19 @@ GRADFUSE_HD InputGradient<F> finish_backward(const BatchNormBackward& call, int6
   const KeptStatistics kept = kept_of<F>(call, c);
   const Correction correction = correction_of<F>(call, c);
   const double weight = correction.weight(Vectors::read(call.weight, c, 1.0));
+  const int64_t channels = call.shape.channels;
   const double count = static_cast<double>(call.shape.count());
-  const InputGradient<F> g = input_gradient<F>(kept, weight, sums, count, call.training);
-  const double offset = normalisation_offset(static_cast<double>(g.mean), kept);
-  const ParameterGradients all = call.ghosts.add(
-      {weight_gradient(sums, offset, correction), sums.sum}, call.shape.channels, c);
+  const double mean = static_cast<double>(shrunk_mean<F>(kept.mean));
+  const double offset = normalisation_offset(mean, kept);
+  const GradientMeans means = call.means ? GradientMeans{call.means[c], call.means[channels + c]}
+                                         : gradient_means(sums, offset, count);
+  const InputGradient<F> g = input_gradient<F>(kept, weight, call.training, means);
+  if (call.sums) {
+    call.sums[c] = sums.sum;
+    call.sums[channels + c] = weight_gradient(sums, offset);
+  }
+  const ParameterGradients all =
+      call.ghosts.add({weight_gradient(sums, offset, correction), sums.sum}, channels, c);
   if (call.ghosts.is_complete()) {
     Vectors::write(call.grad_weight, c, all.weight);
     Vectors::write(call.grad_bias, c, all.bias);

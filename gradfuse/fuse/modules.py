@@ -27,8 +27,9 @@ __all__ = ["DEFERRED", "DeferredBatchNorm1d", "DeferredBatchNorm2d", "DeferredBa
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
 # To Dynamo before torch 2.13, __dict__["_buffers"] is the property of that name, which asks again.
 _OLD_DYNAMO = torch.__version__ < "2.13"
-# Fields of a BatchNormCall: no activation, and no mode.
+# Fields of a BatchNormCall: no activation, no mode, and no other ranks.
 _NO_ACTIVATION = (int(Activation.NONE), 0.01, False, None)
+_ALONE = (None, None)
 _NO_MODE = (0, None, None, None)
 
 
@@ -132,7 +133,7 @@ class _Deferred(Swapped, HasMode):
         output: Tensor | None = self._site.defer(
             (
                 input, None, weight, bias, mean, var, uses_batch, momentum, self.eps,
-                *_NO_ACTIVATION, *modes,
+                *_NO_ACTIVATION, *modes, *_ALONE,
             )
         )  # fmt: skip
         if counted is not None and output is not None:

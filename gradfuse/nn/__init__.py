@@ -14,6 +14,12 @@ from gradfuse.nn.blocks import (
 )
 from gradfuse.nn.homeostatic import HomeostaticGain
 from gradfuse.nn.layer_norm import AddLayerNorm, AddRMSNorm, DropPath, LayerNorm, RMSNorm
+from gradfuse.nn.sync_batch_norm import (
+    SyncBatchNormAct1d,
+    SyncBatchNormAct2d,
+    SyncBatchNormAct3d,
+    convert_sync_batchnorm,
+)
 
 __all__ = [
     "AddLayerNorm",
@@ -33,5 +39,9 @@ __all__ = [
     "RMSNorm",
     "Residual",
     "ResidualMLP",
+    "SyncBatchNormAct1d",
+    "SyncBatchNormAct2d",
+    "SyncBatchNormAct3d",
     "TransformerBlock",
+    "convert_sync_batchnorm",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -18,6 +18,9 @@ from gradfuse.nn.batch_norm_mode import (
     is_auto,
 )
 from gradfuse.ops.batch_norm import batch_norm_act, check_activation, recomputing
+
+if TYPE_CHECKING:
+    from gradfuse.ops.batch_norm_ranks import Ranks
 
 __all__ = ["BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d"]
 
@@ -116,7 +119,7 @@ class _BatchNormAct(HasMode):
         raise TypeError(
             f"{type(self).__name__}: expected a plain batch norm to convert, got one with "
             f"activation={self.activation!r} and a residual; put to_batch_norm(), an add and an "
-            "activation in its place"
+            "activation in its place, or call gradfuse.nn.convert_sync_batchnorm"
         )
 
     def __dir__(self) -> list[str]:
@@ -136,8 +139,10 @@ def normalise(
     negative_slope: float = 0.01,
     *,
     drop_path: float = 0.0,
+    ranks: Ranks | None = None,
 ) -> Tensor:
-    """act(drop_path(bn(input)) + residual) in one op, which counts the batch as bn does."""
+    """act(drop_path(bn(input)) + residual) in one op, which counts the batch as bn does. `ranks`
+    train with the statistics of all their samples."""
     modes: dict[str, Any] = {}
     if bn.training and isinstance(bn, HasMode) and not bn._is_plain:
         modes = bn._modes()
@@ -165,6 +170,7 @@ def normalise(
         negative_slope=negative_slope,
         save="bitmask" if activation in ("relu6", "leaky_relu") else "output",
         drop_path=drop_path,
+        process_group=ranks,
         **modes,
     )
     if counted is not None:  # last, so that an error leaves all as it was
@@ -203,7 +209,7 @@ class BatchNormAct1d(_BatchNormAct, nn.BatchNorm1d):
     A checkpoint's recomputation leaves the running statistics and num_batches_tracked alone, unless
     the module is compiled and the checkpoint around it is not.
     nn.SyncBatchNorm.convert_sync_batchnorm raises TypeError on these modules: it would drop the
-    activation and the residual.
+    activation and the residual; `convert_sync_batchnorm` keeps them.
 
     Raises:
         ValueError: the activation is unknown, the mode has no running statistics that it needs, or

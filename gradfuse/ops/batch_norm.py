@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,10 +16,14 @@ from gradfuse._native import define_op
 from gradfuse._records import BatchNormCall, BatchNormOptions, BatchNormSaved
 from gradfuse.ops.batch_norm_gradient import differentiable_backward
 from gradfuse.ops.batch_norm_modes import NO_MODES, Modes, check_recomputed, checked_modes
+from gradfuse.ops.batch_norm_ranks import Ranks, backward_over_ranks, library_gradients, together
 from gradfuse.ops.checks import is_batched, is_transformed
 from gradfuse.ops.drop_path import check_drop_mode, path_scale
 from gradfuse.ops.row_norm import check_probability, dropout, run
 from gradfuse.reference import MASKED, OUTPUT_SAVED
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     "ACTIVATIONS",
@@ -39,7 +43,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _NO_MOMENTUM: tuple[type, ...] = (type(None), str)  # which modules have
 _MASK = BatchNormCall._fields.index("wants_mask")
 # The last inputs of the registered op, which torch leaves out where they are the default.
-_DEFAULTS = (None, 0, None, None, None)
+_DEFAULTS = (None, 0, None, None, None, None, None)
 UPDATED = ("running_mean", "running_var", "drift")
 _FIELDS = BatchNormCall._fields
 LIBRARY_NAMES = (*_FIELDS[: _MASK + 1], "factor", *_FIELDS[_MASK + 1 :])  # of its inputs
@@ -92,6 +96,7 @@ def batch_norm_act(
     renorm: Sequence[float] | None = None,
     step: Tensor | None = None,
     drift: Tensor | None = None,
+    process_group: ProcessGroup | Ranks | None = None,
 ) -> Tensor:
     """act(dropout(F.batch_norm(input, ...)) + residual).
 
@@ -140,6 +145,9 @@ def batch_norm_act(
             counted before. Default: the warm-up is over.
         drift: [4, C] Tensor, at first of zeros, that sets momentum from how the batches differ from
             the running statistics, and is updated with them (docs/batch_norm.md has the rule).
+        process_group: ranks that train with the statistics of all their samples: each gives its own
+            part, of any size, also 0. All of them call this, and the backward where input needs a
+            gradient. Gradients of weight and bias are this rank's. Only a first derivative.
 
     Returns:
         Tensor of input's shape and memory format, of input's dtype or the wider one of
@@ -148,17 +156,39 @@ def batch_norm_act(
 
     Raises:
         ValueError: a shape, activation, save or eps is wrong; residual does not broadcast with
-            input; running statistics are missing; there is one value per channel when training.
+            input; running statistics are missing; there is one value per channel when training, on
+            all ranks together; ghost_size comes with a process_group.
         TypeError: an argument is no tensor, sparse, of another dtype or on another device; residual
-            is complex, sparse or on another device, unless it is a number without dimensions.
+            is complex, sparse or on another device, unless it is a number without dimensions;
+            process_group is no ProcessGroup.
         RuntimeError: running statistics are expanded, or a tensor's storage was freed; renorm in a
-            checkpoint's recomputation, which comes after the update of what it corrects towards.
+            checkpoint's recomputation, which comes after the update of what it corrects towards;
+            another rank of the process_group refused its arguments, which on CUDA the others do
+            not wait to hear: their results are NaN, their running statistics stay.
 
     Source: Ioffe, Szegedy 2015, "Batch Normalization", algorithms 1 and 2; He, Zhang, Ren, Sun
     2016, "Identity Mappings in Deep Residual Networks", figure 4(a); Ioffe 2017, "Batch
     Renormalization", algorithm 1; Hoffer, Hubara, Soudry 2017, "Train longer, generalize better",
-    algorithm 1, for ghost batches.
+    algorithm 1, for ghost batches; Chan, Golub, LeVeque 1983, equation 1.5, over ranks.
     """
+    if process_group is not None and not isinstance(process_group, Ranks):
+        if ghost_size is not None:
+            raise ValueError(
+                f"{_OP}: ghost_size must be None with a process_group, because a ghost batch is a "
+                f"part of one rank's batch, got {ghost_size}"
+            )
+        ranks = Ranks.of(_OP, process_group, training)
+        return together(
+            ranks,
+            (running_mean, weight, bias, input),
+            lambda: batch_norm_act(
+                input, running_mean, running_var, weight, bias, residual=residual,
+                activation=activation, training=training, momentum=momentum, eps=eps,
+                negative_slope=negative_slope, save=save, p=p, drop_path=drop_path,
+                drop_mode=drop_mode, generator=generator, renorm=renorm, step=step, drift=drift,
+                process_group=ranks,
+            ),
+        )  # fmt: skip
     code = check_activation(_OP, activation)
     if save != "bitmask":
         _check_save(save, activation, negative_slope)
@@ -179,7 +209,7 @@ def batch_norm_act(
             # The mask of a single channel has a form that knows no samples.
             return _in_turn(
                 input, running_mean, running_var, weight, bias, residual, activation, momentum,
-                eps, negative_slope, p, scale, generator, modes,
+                eps, negative_slope, p, scale, generator, modes, process_group,
             )  # fmt: skip
     if training and running_mean is not None and recomputing():
         running_mean = running_var = None
@@ -193,6 +223,7 @@ def batch_norm_act(
                 normalised = batch_norm_act(
                     input.to(dtype), running_mean, running_var, weight, bias, activation=None,
                     training=training, momentum=momentum, eps=eps, **modes.arguments(),
+                    process_group=process_group,
                 )  # fmt: skip
                 normalised = reference.addend(normalised, None, 0.0, scale)
                 return reference.activate(normalised + residual, activation, negative_slope)
@@ -203,6 +234,9 @@ def batch_norm_act(
         input, residual, weight, bias, running_mean, running_var, training, momentum, eps, code,
         negative_slope,
     )  # fmt: skip
+    if process_group is not None:
+        call = process_group.gathered(BatchNormCall(*arguments, wants_mask, scale, *modes))
+        return _through_library(call) if _native.is_traced() else _run(*call)
     if _native.is_traced():
         return _through_library(BatchNormCall(*arguments, wants_mask, scale, *modes))
     if is_transformed() or type(input) not in _PLAIN or not (input.is_cpu or input.is_cuda):
@@ -213,7 +247,7 @@ def batch_norm_act(
             negative_slope=negative_slope, sample_scale=scale, ghost_size=modes.ghost_size,
             renorm=modes.renorm, step=modes.step, drift=modes.drift,
         )  # fmt: skip
-    return _run(*arguments, wants_mask, scale, *modes)
+    return _run(*arguments, wants_mask, scale, *modes, None, None)
 
 
 def _in_turn(
@@ -231,6 +265,7 @@ def _in_turn(
     scale: Tensor | None,
     generator: torch.Generator | None,
     modes: Modes,
+    ranks: Ranks | None,
 ) -> Tensor:
     """Norm, dropout, add and activation one after the other, when training. Rounds once."""
     dtype = input.dtype
@@ -241,7 +276,7 @@ def _in_turn(
         input = input.to(torch.promote_types(dtype, torch.float32))
     normalised = batch_norm_act(
         input, running_mean, running_var, weight, bias, activation=None, training=True,
-        momentum=momentum, eps=eps, **modes.arguments(),
+        momentum=momentum, eps=eps, **modes.arguments(), process_group=ranks,
     )  # fmt: skip
     if p:
         scale, seed = dropout(_OP, normalised, p, True, scale, generator)
@@ -331,6 +366,7 @@ def _save_for_backward(
     from_input = name is not None and name not in MASKED and not from_output  # computes it again
     wants_weight = ctx.needs_input_grad[2]
     ctx.set_materialize_grads(False)
+    ctx.group = call.group
     ctx.options = BatchNormOptions(
         not output.is_contiguous(), call.training, call.eps, call.activation, call.negative_slope,
         call.ghost_size,
@@ -344,6 +380,8 @@ def _save_for_backward(
         call.bias,
         stats,
         call.sample_scale,
+        # Until the backward finds the means over ranks: what they are divided by.
+        None if call.gathered is None else call.gathered[:, 0].sum(),
     )
 
 
@@ -364,11 +402,21 @@ class _BatchNormAct(torch.autograd.Function):
             return (None,) * len(BatchNormCall._fields)
         wanted = ctx.needs_input_grad[:4]
         saved = _saved_from(ctx.saved_tensors)
-        if torch.is_grad_enabled() or type(grad_output) not in _PLAIN or is_batched(grad_output):
+        if ctx.group is not None:
+            grads = _over_ranks(ctx, grad_output, saved, by_library=False)
+        elif torch.is_grad_enabled() or type(grad_output) not in _PLAIN or is_batched(grad_output):
             grads = differentiable_backward(grad_output, saved, ctx.options, wanted)
         else:
             grads = _native.backend.batch_norm_backward(grad_output, saved, ctx.options, wanted)
         return (*grads, *(None,) * (len(BatchNormCall._fields) - 4))
+
+
+def _over_ranks(ctx: Any, grad_output: Tensor, saved: BatchNormSaved, by_library: bool) -> Any:
+    count, saved = saved.means, saved._replace(means=None)
+    assert count is not None
+    return backward_over_ranks(
+        grad_output, saved, ctx.options, ctx.needs_input_grad[:4], ctx.group, count, by_library
+    )
 
 
 def library_arguments(call: BatchNormCall) -> tuple[Any, ...]:
@@ -512,16 +560,12 @@ def _library_gradient(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Te
         return (None,) * len(ctx.needs_input_grad)
     wanted, saved = ctx.needs_input_grad[:4], _saved_from(ctx.saved_tensors)
     grads: tuple[Tensor | None, ...]
-    if torch.is_grad_enabled():
+    if ctx.group is not None:
+        grads = _over_ranks(ctx, grad_output, saved, by_library=True)
+    elif torch.is_grad_enabled():
         grads = differentiable_backward(grad_output, saved, ctx.options, wanted)
     else:
-        # An op's results must not be its arguments, as an identity's residual gradient would be.
-        is_identity = ctx.options.activation == Activation.NONE
-        asked = [wanted[0], wanted[1] and not is_identity, wanted[2], wanted[3]]
-        found = torch.ops.gradfuse.batch_norm_act_backward(grad_output, *saved, *ctx.options, asked)
-        grads = tuple(g if a else None for g, a in zip(found, asked, strict=True))
-        if wanted[1] and is_identity:
-            grads = (grads[0], grad_output, *grads[2:])
+        grads = library_gradients(grad_output, saved, ctx.options, wanted)
     return (*grads, *(None,) * (len(ctx.needs_input_grad) - 4))
 
 
@@ -533,7 +577,7 @@ define_op(
     " Tensor? running_mean, Tensor? running_var, bool training, float momentum, float eps,"
     " int activation, float negative_slope, bool wants_mask, Tensor? factor,"
     " Tensor? sample_scale=None, int ghost_size=0, float[]? renorm=None, Tensor? step=None,"
-    " Tensor? drift=None)"
+    " Tensor? drift=None, Tensor? gathered=None, str? group=None)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _library_forward,
     _fake_forward,
@@ -543,7 +587,7 @@ define_op(
 define_op(
     "batch_norm_act_backward(Tensor grad_output, Tensor? input, Tensor? residual, Tensor? output,"
     " Tensor? mask, Tensor? weight, Tensor? bias, Tensor stats, Tensor? sample_scale,"
-    " bool channels_last, bool training,"
+    " Tensor? means, bool channels_last, bool training,"
     " float eps, int activation, float negative_slope, int ghost_size, bool[4] wanted)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _library_backward,

@@ -14,6 +14,8 @@ from gradfuse.reference.batch_norm import (
     batch_norm_act,
     batch_norm_backward,
     batch_norm_forward,
+    batch_norm_gradient_sums,
+    batch_norm_statistics,
     output_like,
     unpack_mask,
 )
@@ -51,6 +53,8 @@ __all__ = [
     "batch_norm_act",
     "batch_norm_backward",
     "batch_norm_forward",
+    "batch_norm_gradient_sums",
+    "batch_norm_statistics",
     "check_row_norm",
     "clamp_",
     "clip_",

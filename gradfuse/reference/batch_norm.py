@@ -19,6 +19,7 @@ from gradfuse.reference.batch_norm_modes import (
     split_call,
     split_saved,
 )
+from gradfuse.reference.batch_norm_ranks import check_count, merged, tally
 from gradfuse.reference.dropout import addend
 
 ACTIVATIONS = (None, *(a.name.lower() for a in Activation if a))  # by Activation
@@ -225,13 +226,6 @@ def _check_forward(call: BatchNormCall) -> None:
             )
     _check_running(call)
     check_modes(call)
-    if not call.training:
-        return
-    if input.numel() // max(input.shape[1], 1) == 1:
-        raise ValueError(
-            "Expected more than 1 value per channel when training, got input size "
-            f"{list(input.shape)}"
-        )
 
 
 def _check_vector(name: str, t: Tensor, input: Tensor) -> None:
@@ -317,10 +311,15 @@ def _training_statistics(
     x: Tensor, call: BatchNormCall
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """Mean, biased variance and correction of each channel. Updates the running statistics."""
-    dims = [d for d in range(x.ndim) if d != 1]
-    count = x.numel() // x.shape[1]
-    mean = x.mean(dims)
-    var = (x - _per_channel(mean, x)).square().mean(dims)
+    count: float | Tensor
+    if call.gathered is None:
+        dims = [d for d in range(x.ndim) if d != 1]
+        count = x.numel() // x.shape[1]
+        mean = x.mean(dims)
+        var = (x - _per_channel(mean, x)).square().mean(dims)
+    else:
+        count, mean, m2 = merged(call.gathered)
+        var = m2 / count
     running_mean, running_var, correction = call.running_mean, call.running_var, None
     if running_mean is None or running_var is None:
         return mean, var, None
@@ -370,10 +369,14 @@ def _affine(weight: Tensor | None, bias: Tensor | None, stats: Tensor) -> tuple[
 def batch_norm_forward(call: BatchNormCall) -> tuple[Tensor, Tensor, Tensor]:
     """(output, mask, stats); the mask is empty where none is wanted."""
     _check_forward(call)
+    check_count(call)
     input, name = call.input, ACTIVATIONS[call.activation]
     no_mask = torch.empty(0, dtype=torch.uint8, device=input.device)
     computed_in = torch.promote_types(input.dtype, torch.float32)
     sizes = ghost_sizes(input.shape[0], call.ghost_size if call.training else 0)
+    if input.numel() == 0 and call.gathered is not None and call.gathered[:, 0].sum() > 0.0:
+        # A rank without values updates its running statistics by those of the others.
+        _training_statistics(input.double(), call)
     if input.numel() == 0:
         rows = len(sizes) * (3 if call.renorm is None else 5)
         ones = input.new_ones(rows, input.shape[1], dtype=computed_in)
@@ -401,6 +404,21 @@ def batch_norm_forward(call: BatchNormCall) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
+def batch_norm_statistics(call: BatchNormCall) -> Tensor:
+    """This rank's row of `gathered`. Checks the call as the forward does, but for the count."""
+    _check_forward(call)
+    return tally(call.input)
+
+
+@torch.no_grad()
+def batch_norm_gradient_sums(
+    grad_output: Tensor, saved: BatchNormSaved, options: BatchNormOptions
+) -> Tensor:
+    """float64 [2, C]: the sums over this batch of what `saved.means` are the means of."""
+    return _backward_of_one(grad_output, saved, options)[4]
+
+
+@torch.no_grad()
 def batch_norm_backward(
     grad_output: Tensor, saved: BatchNormSaved, options: BatchNormOptions, wanted: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
@@ -408,7 +426,7 @@ def batch_norm_backward(
     sizes = ghost_sizes(grad_output.shape[0], options.ghost_size)
     pieces = zip(grad_output.split(sizes), split_saved(saved, sizes), strict=True)
     parts = [_backward_of_one(g, s, options) for g, s in pieces]
-    inputs, residuals, weights, biases = zip(*parts, strict=True)
+    inputs, residuals, weights, biases, _ = zip(*parts, strict=True)
     dtype = grad_output.dtype
     w_dtype, b_dtype = (dtype if t is None else t.dtype for t in (saved.weight, saved.bias))
     no_activation = ACTIVATIONS[options.activation] is None
@@ -423,8 +441,8 @@ def batch_norm_backward(
 
 def _backward_of_one(
     grad_output: Tensor, saved: BatchNormSaved, options: BatchNormOptions
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of a ghost batch in float64."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of a ghost batch in float64, and the sums [2, C] that they come from."""
     name = ACTIVATIONS[options.activation]
     g = grad_output.double()
     dims = [d for d in range(g.ndim) if d != 1]
@@ -441,9 +459,12 @@ def _backward_of_one(
     before = g
     if options.training and normalised is not None and g.numel():
         count = g.numel() // g.shape[1]
-        before = g - _per_channel(total / count, g) - normalised * _per_channel(dot / count, g)
+        means = (total / count, dot / count) if saved.means is None else saved.means
+        of_g, of_product = (_per_channel(t, g) for t in means)
+        before = g - of_g - normalised * of_product
     grad_weight = dot * correction[0] + total * correction[1] if correction else dot
-    return before * _per_channel(w, g) * invstd, of_sum, grad_weight, total
+    grad_input = before * _per_channel(w, g) * invstd
+    return grad_input, of_sum, grad_weight, total, torch.stack([total, dot])
 
 
 def _before_activation(
