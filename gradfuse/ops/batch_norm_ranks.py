@@ -85,6 +85,8 @@ class Ranks:
     def _check(self, call: BatchNormCall) -> None:
         """Refuses what has no derivative here, and what the kernels do not take."""
         op, input = self.op, call.input
+        if not isinstance(input, Tensor):
+            raise TypeError(f"{op}: input must be a Tensor, got {type(input).__name__}")
         if is_transformed() or type(input) not in _PLAIN:
             raise TypeError(
                 f"{op}: input must be a plain Tensor with a process_group, outside of torch.func, "
