@@ -88,7 +88,7 @@ TORCH_TESTS = $(addprefix tests/test_,batch_norm_autograd.py batch_norm_errors.p
 	distributed_norm.py distributed_optim.py \
 	cli.py clip_in_step.py compile.py dropout.py errors.py fuse.py fuse_graph.py \
 	fuse_graph_norms.py fuse_norms.py layer_norm.py nn.py optim_amp.py optim_parameters.py \
-	optim_skips.py optim_state.py process.py tracing.py)
+	optim_skips.py optim_state.py process.py sync_batch_norm.py tracing.py)
 pytest-torch: build
 	GRADFUSE_PTX=0 $(PYTEST) --slowest-files=5 -k "not reference" $(TORCH_TESTS)
 

@@ -165,9 +165,8 @@ def convert_sync_batchnorm(
     Takes BatchNormAct1d, 2d and 3d with their activation and mode, torch's BatchNorm1d, 2d, 3d and
     SyncBatchNorm, and timm's BatchNormAct2d; all of them also in a model that `fuse` has changed,
     where the add and the activation after such a norm run by themselves then. The new modules hold
-    the very same parameters and buffers, under the same names, and the hooks. So do models made by
-    it: convert before or after an optimizer is made, and before DistributedDataParallel and
-    torch.compile.
+    the very same parameters and buffers, under the same names, and the hooks, so that an optimizer
+    may be there already; DistributedDataParallel and torch.compile come after.
 
     Args:
         model: an nn.Module.
