@@ -632,8 +632,10 @@ at::Tensor gradient_sums(const BackwardCall& call) {
   if (call.ghost_size)
     fail<std::invalid_argument>(kOp, ": sums of gradients must come without ghost batches, got ",
                                 "ghost_size ", call.ghost_size);
-  const at::Tensor sums = at::zeros({2, call.grad_output.dim() < 2 ? 0 : call.grad_output.size(1)},
-                                    call.grad_output.options().dtype(at::kDouble));
+  const at::Tensor& g = call.grad_output;
+  const Dims sizes = {2, g.dim() < 2 ? 0 : g.size(1)};
+  const at::TensorOptions options = g.options().dtype(at::kDouble);
+  const at::Tensor sums = g.numel() ? empty_on_device(sizes, options) : at::zeros(sizes, options);
   backward(call, {}, sums);
   return sums;
 }

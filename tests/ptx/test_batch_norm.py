@@ -114,6 +114,97 @@ def test_coefficients_are_loaded_once_for_a_group(ptx, shape, rows):
         assert narrow["batch_norm_grad_row_sums"][4] == 0
 
 
+SPLIT = [((6, 3, 70, 80), False), ((6, 24, 9, 8), True), ((140, 64), False), ((6, 3, 8, 8), False)]
+
+
+def over_ranks(backend, x, g, channels_last, act):
+    """Output, input gradients, and what two ranks of 1/3 and 2/3 of the batch tell each other."""
+    cut = len(x) // 3
+    mean, var = torch.zeros(x.shape[1]), torch.ones(x.shape[1])
+    of_call = (None, None, None, mean, var, True, 0.1, 1e-5, act, 0.0, False)
+    calls = [BatchNormCall(part, *of_call) for part in (x[:cut], x[cut:])]
+    gathered = torch.stack([backend.batch_norm_statistics(call) for call in calls])
+    calls = [c._replace(gathered=gathered) for c in calls]
+    results = [backend.batch_norm_forward(call) for call in calls]
+    options = BatchNormOptions(channels_last, True, 1e-5, act, 0.0)
+    saved = [
+        BatchNormSaved(c.input, None, None, None, None, None, stats)
+        for c, (_, _, stats) in zip(calls, results, strict=True)
+    ]
+    parts = (g[:cut], g[cut:])
+    sums = [
+        backend.batch_norm_gradient_sums(p, s, options) for p, s in zip(parts, saved, strict=True)
+    ]
+    means = torch.stack(sums).sum(0) / gathered[:, 0].sum()
+    grads = [
+        backend.batch_norm_backward(
+            p, s._replace(means=means), options, (True, False, False, False)
+        )[0]
+        for p, s in zip(parts, saved, strict=True)
+    ]
+    outputs = [y for y, _, _ in results]
+    return {
+        "gathered": gathered, "y": torch.cat(outputs), "sums": torch.stack(sums),
+        "dx": torch.cat(grads), "running": torch.stack([mean, var]),
+    }  # fmt: skip
+
+
+@DTYPES
+@pytest.mark.parametrize(("shape", "channels_last"), SPLIT)
+@pytest.mark.parametrize("act", [Activation.NONE, Activation.SILU], ids=["none", "silu"])
+def test_over_ranks_as_the_reference(ptx, dtype, shape, channels_last, act):
+    x, g = (random(*shape, dtype=dtype, seed=i) + i for i in range(2))
+    if channels_last:
+        x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
+    found = over_ranks(ptx, x, g, channels_last, act)
+    expected = over_ranks(reference, x, g, channels_last, act)
+    eps = max(torch.finfo(dtype).eps, 1e-9)
+    for name, t in expected.items():
+        size = float(t.abs().max())
+        bound = 8 * eps if name in ("y", "dx") else 1e-12 if dtype == torch.float64 else 1e-5
+        torch.testing.assert_close(found[name], t, rtol=bound, atol=bound * size, msg=name)
+
+
+@pytest.mark.parametrize(("shape", "channels_last"), SPLIT)
+def test_over_ranks_no_pass_is_added(ptx, shape, channels_last):
+    """Sums read their tensors once, sweeps once, and in any order of the blocks find the same."""
+    x, g = (random(*shape, seed=i) for i in range(2))
+    if channels_last:
+        x, g = (t.contiguous(memory_format=torch.channels_last) for t in (x, g))
+    nothing = (None, None, None, None, None)
+    call = BatchNormCall(x, *nothing, True, 0.1, 1e-5, Activation.NONE, 0.0, False)
+    row = ptx.batch_norm_statistics(call)
+    assert wide(counted(ptx.traffic.loaded), "input") == x.nbytes
+    gathered = torch.stack([row, row])
+    _, _, stats = ptx.batch_norm_forward(call._replace(gathered=gathered))
+    assert wide(counted(ptx.traffic.loaded), "input") == x.nbytes
+    saved = BatchNormSaved(x, None, None, None, None, None, stats)
+    options = BatchNormOptions(channels_last, True, 1e-5, Activation.NONE, 0.0)
+    sums = ptx.batch_norm_gradient_sums(g, saved, options)
+    assert wide(counted(ptx.traffic.loaded), "input") == x.nbytes
+    assert wide(counted(ptx.traffic.loaded), "tensor 0") == g.nbytes
+    saved = saved._replace(means=sums / gathered[:, 0].sum())
+    (dx, *_) = ptx.batch_norm_backward(g, saved, options, (True, False, False, False))
+    assert wide(counted(ptx.traffic.loaded), "input") == x.nbytes
+    assert wide(counted(ptx.traffic.loaded), "tensor 0") == g.nbytes
+    assert written(counted(ptx.traffic.stored), x.nbytes) == 1
+    for order in ("backward", "shuffled"):
+        ptx.machine.order = order
+        assert bits(ptx.batch_norm_statistics(call)) == bits(row)
+        assert bits(ptx.batch_norm_gradient_sums(g, saved._replace(means=None), options)) == bits(
+            sums
+        )
+    assert dx.shape == x.shape
+
+
+def counted(by):
+    """Bytes by buffer and width."""
+    found = {}
+    for (name, width), n in by.items():
+        found[name] = {**found.get(name, {}), width: n}
+    return found
+
+
 @DTYPES
 def test_any_order_of_the_blocks_gives_the_same_bits(ptx, dtype):
     """The second stage adds the chunks' sums in their order, whichever block ends first."""
