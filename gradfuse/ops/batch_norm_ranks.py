@@ -62,7 +62,7 @@ class Ranks:
     def gathered(self, call: BatchNormCall) -> BatchNormCall:
         """The call with what all ranks told. Collective."""
         if _native.is_traced():
-            row = torch.ops.gradfuse.batch_norm_statistics(call.input)
+            row = torch.ops.gradfuse.batch_norm_statistics(call.input.detach())
         else:
             self._check(call)
             row = _native.backend.batch_norm_statistics(call)
