@@ -27,6 +27,7 @@ from torch.nn.utils import clip_grad_norm_ as torch_clip
 import gradfuse
 from gradfuse import _native
 from gradfuse.bench.clip import MAX_NORM, least
+from gradfuse.bench.distributed_norms import OVER_RANKS, NormTurns, site_of
 from gradfuse.bench.gradients import Gradients, random_gradients
 from gradfuse.bench.harness import Contender, Plan, Target, Workload
 from gradfuse.bench.models import MODELS, Shape
@@ -38,16 +39,29 @@ RANKS = 2
 TORCH, TITAN = "torch, DTensor", "torchtitan's way"
 FAST = "gradfuse.clip_grad_norm_"
 FLOOR = "floor: the bytes alone"
-TARGETS = {FAST: Target(1.0)}
+# Inputs of both ranks together: of ResNet-50 at batch 32, and one so small that the collectives
+# take most of the time.
+NORMS: dict[str, Shape] = {
+    f"batch norm {'x'.join(map(str, shape))}": shape
+    for shape in ((32, 256, 56, 56), (32, 1024, 14, 14), (4, 32, 14, 14))
+}
 
 
 @dataclass
 class Work:
-    """A rank's part of a workload. `run` has the contenders by name; each is a collective call."""
+    """A rank's part of a workload.
+
+    Attributes:
+        run: the contenders by name, the baseline first; each call is a collective one.
+        prepare: runs untimed before every call.
+        verify: raises unless the last call did the work.
+    """
 
     run: dict[str, Callable[[], object]]
     bytes_moved: int
-    gradients: Gradients
+    targets: dict[str, Target]
+    prepare: Callable[[], object] = lambda: None
+    verify: Callable[[], object] = lambda: None
 
 
 def shard_of(shape: Shape, rank: int) -> Shape:
@@ -109,7 +123,18 @@ def clip_work(name: str, rank: int) -> Work:
         FLOOR: least(gradients.flat, clipping).run,
     }
     passes = 3 if clipping else 1
-    return Work(run, gradients.nbytes * passes, gradients)
+    moved = gradients.nbytes * passes
+    return Work(run, moved, {FAST: Target(1.0)}, gradients.preparation(), gradients.verify)
+
+
+def norm_work(name: str) -> Work:
+    """A rank's part of a batch norm + add + relu of half a batch, forward and backward."""
+    turns = NormTurns(site_of(NORMS[name], RANKS))
+    return Work({**turns.run, FLOOR: turns.least}, turns.bytes_moved, {OVER_RANKS: Target(1.0)})
+
+
+def work_of(name: str, rank: int) -> Work:
+    return norm_work(name) if name in NORMS else clip_work(name, rank)
 
 
 class Partner:
@@ -160,12 +185,11 @@ def workload(name: str) -> Iterator[Workload]:
 
 
 def shared_workload(name: str, partner: Partner) -> Workload:
-    work = clip_work(name, 0)
-    restore = work.gradients.preparation()
+    work = work_of(name, 0)
 
     def prepare() -> None:
         partner.tell("prepare")
-        restore()
+        work.prepare()
 
     def seconds(contender: str) -> float:
         partner.tell(contender)
@@ -187,8 +211,8 @@ def shared_workload(name: str, partner: Partner) -> Workload:
         base,
         FLOOR,
         prepare,
-        work.gradients.verify,
-        TARGETS,
+        work.verify,
+        work.targets,
         "cpu",
         (os.getpid(), partner.pid),
     )
@@ -197,6 +221,7 @@ def shared_workload(name: str, partner: Partner) -> Workload:
 def workloads(arguments: argparse.Namespace, notes: list[str]) -> Iterator[Workload]:
     models = ["ResNet-50"] if arguments.quick else ["ResNet-50", "GPT-2 small"]
     names = [f"{model}, {kind}, sharded" for model in models for kind in ("quiet", "clipping")]
+    names += list(NORMS)[-1:] if arguments.quick else NORMS
     for name in names:
         with workload(name) as shared:
             yield shared
@@ -217,14 +242,13 @@ def follow(name: str, store: str) -> None:
     """Rank 1: does what rank 0 writes to the standard input, until that ends."""
     torch.set_num_threads(1)
     join(store, 1)
-    work = clip_work(name, 1)
-    restore = work.gradients.preparation()
+    work = work_of(name, 1)
     for line in sys.stdin:
         what = line.rstrip("\n")
         if what == "end":
             break
         if what == "prepare":
-            restore()
+            work.prepare()
         else:
             dist.barrier()
             work.run[what]()
