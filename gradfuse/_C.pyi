@@ -23,6 +23,8 @@ __all__: list[str] = [
     "count_waiting",
     "cuda_archs",
     "cuda_version",
+    "exact_limbs",
+    "exact_plan",
     "expect_sum",
     "isa",
     "normalise_sum",
@@ -46,10 +48,10 @@ class ParameterList:
     def apply_(self, plan: torch.Tensor, coefficients: torch.Tensor | None) -> None: ...
     def clamp_(self, clip_value: float) -> None: ...
     def clip_(
-        self, max_norm: float, norm_type: float, nonfinite: int
+        self, max_norm: float, norm_type: float, nonfinite: int, exact: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
     def measure(
-        self, max_norm: float, norm_type: float, nonfinite: int
+        self, max_norm: float, norm_type: float, nonfinite: int, exact: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
 
 class BatchNormSite:
@@ -94,6 +96,7 @@ class Stepper:
         nonfinite: int,
         scale: torch.Tensor | None,
         found_inf: torch.Tensor | None,
+        exact: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
     def parameters(self) -> list[torch.Tensor]: ...
     def step(
@@ -104,6 +107,7 @@ class Stepper:
         scale: torch.Tensor | None,
         found_inf: torch.Tensor | None,
         options: gradfuse._records.StepOptions,
+        exact: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
     def update(
         self,
@@ -148,8 +152,20 @@ def clip_(
     max_norm: float,
     norm_type: float,
     nonfinite: int,
+    exact: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
 def count_waiting() -> int: ...
+def exact_limbs(
+    op: str, tensors: torch.Tensor | collections.abc.Iterable[torch.Tensor], written: bool
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+def exact_plan(
+    op: str,
+    limbs: torch.Tensor,
+    wide: bool,
+    max_norm: float,
+    nonfinite: int,
+    scale: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 def expect_sum(t: torch.Tensor, least_bytes: int) -> None: ...
 def isa() -> str: ...
 def normalise_sum(
@@ -190,6 +206,7 @@ def stats(
     of_grad: bool,
     norm_type: float,
     nonfinite: int,
+    exact: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
 def stream(
     reads: torch.Tensor | collections.abc.Iterable[torch.Tensor],

@@ -7,6 +7,7 @@
 
 #include "../ops/clip.h"
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 
@@ -36,11 +37,11 @@ void update(const std::vector<GradRef>& grads, bool backwards, F f) {
   });
 }
 
-}  // namespace
-
-Stats stats(const std::vector<GradRef>& grads, const std::vector<int64_t>& rows, NormSpec spec,
-            TensorStats* table) {
-  const Work work(grads);
+// Statistics of all gradients and of each, from run(item, gradient, start, length), the Stats of a
+// part of one.
+template <class F>
+Stats measure(const Work& work, const std::vector<GradRef>& grads, const std::vector<int64_t>& rows,
+              double p, TensorStats* table, F run) {
   const int64_t chunks = static_cast<int64_t>(work.chunks.size());
   const std::unique_ptr<Stats[]> slots(new Stats[chunks]);  // of gradients in several chunks
   const std::unique_ptr<Stats[]> sums(new Stats[work.count()]);
@@ -53,8 +54,8 @@ Stats stats(const std::vector<GradRef>& grads, const std::vector<int64_t>& rows,
       const Chunk& c = work.chunks[k];
       const GradRef& g = grads[c.tensor];
       if (k + kClipAhead < chunks) prefetch_chunk(grads, work.chunks[k + kClipAhead]);
-      const Stats s = run_stats(g, c.start, c.length, spec);
-      sum = merge(sum, s, spec.p);
+      const Stats s = run(item, g, c.start, c.length);
+      sum = merge(sum, s, p);
       if (c.length == g.numel)
         write_row(c.tensor, s);
       else
@@ -69,14 +70,43 @@ Stats stats(const std::vector<GradRef>& grads, const std::vector<int64_t>& rows,
       continue;
     }
     Stats sum = {};
-    for (; k < chunks && work.chunks[k].tensor == grad; ++k) sum = merge(sum, slots[k], spec.p);
+    for (; k < chunks && work.chunks[k].tensor == grad; ++k) sum = merge(sum, slots[k], p);
     write_row(grad, sum);
   }
   for (size_t i = 0; i < grads.size(); ++i)
     if (grads[i].numel == 0) write_row(static_cast<int64_t>(i), Stats{});
   Stats total = {};
-  for (int64_t i = 0; i < work.count(); ++i) total = merge(total, sums[i], spec.p);
+  for (int64_t i = 0; i < work.count(); ++i) total = merge(total, sums[i], p);
   return total;
+}
+
+}  // namespace
+
+Stats stats(const std::vector<GradRef>& grads, const std::vector<int64_t>& rows, NormSpec spec,
+            TensorStats* table) {
+  const Work work(grads);
+  return measure(work, grads, rows, spec.p, table,
+                 [&](int64_t, const GradRef& g, int64_t start, int64_t length) {
+                   return run_stats(g, start, length, spec);
+                 });
+}
+
+void exact_limbs(const std::vector<GradRef>& grads, const std::vector<int64_t>& rows, LimbForm form,
+                 int64_t* words, TensorStats* table) {
+  const Work work(grads);
+  // Each item has words of its own, because any thread may take it.
+  const int64_t size = work.count() * form.words();
+  const std::unique_ptr<int64_t[]> each(new int64_t[size]());
+  measure(work, grads, rows, 2.0, table,
+          [&](int64_t item, const GradRef& g, int64_t start, int64_t length) {
+            LimbSum sum = {each.get() + item * form.words(), form};
+            const Stats s = run_exact(g, start, length, sum);
+            sum.finish();
+            return s;
+          });
+  std::fill(words, words + form.words(), 0);
+  for (int64_t i = 0; i < work.count(); ++i) add_words(words, each.get() + i * form.words(), form);
+  carry(words, form);
 }
 
 void scale(const std::vector<GradRef>& grads, ScaledNorm norm_factor) {

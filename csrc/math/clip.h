@@ -1,6 +1,7 @@
 // Gradient clipping by the global norm for host and device: the plan of a step.
 #pragma once
 
+#include "limbs.h"
 #include "norm.h"
 
 namespace gradfuse {
@@ -69,14 +70,32 @@ struct LossScale {
 };
 
 // The plan for gradients of a scaled loss: its norms exclude the scale, its factor removes it.
-GRADFUSE_HD ClipPlan unscaled_plan(ScaledSum sum, NormSpec spec, double max_norm,
+GRADFUSE_HD ClipPlan unscaled_plan(ScaledNorm norm, ScaledSum sum, double max_norm,
                                    NonFinite nonfinite, LossScale scale) {
-  const ScaledNorm norm = norm_of(sum, spec);
   ClipPlan plan = clip_plan({norm.value / scale.value, norm.exponent}, max_norm, nonfinite);
   plan.factor.value /= scale.value;
   plan.sum = sum;
   if (scale.found_inf) plan.action_code = static_cast<double>(Action::Skip);
   return plan;
+}
+GRADFUSE_HD ClipPlan unscaled_plan(ScaledSum sum, NormSpec spec, double max_norm,
+                                   NonFinite nonfinite, LossScale scale) {
+  return unscaled_plan(norm_of(sum, spec), sum, max_norm, nonfinite, scale);
+}
+
+// The plan for an exact sum, in carried limbs. Its norm is the root, rounded once; a loss scale
+// that is no power of two rounds it once more.
+GRADFUSE_HD ClipPlan plan_of_limbs(const int64_t* words, LimbForm form, double max_norm,
+                                   NonFinite nonfinite, LossScale scale) {
+  const ScaledNorm norm = root_of_limbs(words, form, kToDouble);
+  const ScaledSum sum = {norm.value * norm.value, norm.exponent};
+  return unscaled_plan(norm, sum, max_norm, nonfinite, scale);
+}
+// The norm of that plan in float32, without a loss scale rounded once from the limbs.
+GRADFUSE_HD float float_norm(const int64_t* words, LimbForm form, const ClipPlan& plan,
+                             double scale) {
+  if (scale != 1.0) return static_cast<float>(plan.norm);
+  return static_cast<float>(to_double(root_of_limbs(words, form, kToFloat)));
 }
 
 // What one rank adds to a norm over several, stored as a row of a float64 tensor [ranks, 4].

@@ -51,31 +51,29 @@ void clamp_gradients(GradList& grads, double clip_value) {
 }
 
 // One read; a second read and a write if the norm is above max_norm.
-ClipTuple clip_tensors(std::vector<at::Tensor> tensors, double max_norm, double norm_type,
-                       int nonfinite) {
+ClipTuple clip_tensors(std::vector<at::Tensor> tensors, const Measurement& m) {
   const char* op = "clip_grad_norm_";
   GradList list = check_gradients(op, std::move(tensors), Access::Write);
   const py::gil_scoped_release release;
-  ClipResult result =
-      measure_gradients(op, list, max_norm, norm_spec(norm_type), nonfinite_of(nonfinite), {});
+  ClipResult result = measure_gradients(op, list, m);
   apply_plan(list, result.plan, {});
   return as_tuple(std::move(result));
 }
 
-ClipTuple stats(TensorsArg tensors, bool of_grad, double norm_type, int nonfinite) {
+ClipTuple stats(TensorsArg tensors, bool of_grad, double norm_type, int nonfinite, bool exact) {
   const char* op = "get_total_norm";
   GRADFUSE_EVENT("gradfuse::get_total_norm");
+  const Measurement m = measurement_of(INFINITY, norm_type, nonfinite, exact);
   const GradList list = check_gradients(op, read_tensors(op, tensors, of_grad), Access::Read);
   const py::gil_scoped_release release;
-  return as_tuple(
-      measure_gradients(op, list, INFINITY, norm_spec(norm_type), nonfinite_of(nonfinite), {}));
+  return as_tuple(measure_gradients(op, list, m));
 }
 
-ClipTuple clip_(TensorsArg tensors, bool of_grad, double max_norm, double norm_type,
-                int nonfinite) {
+ClipTuple clip_(TensorsArg tensors, bool of_grad, double max_norm, double norm_type, int nonfinite,
+                bool exact) {
   GRADFUSE_EVENT("gradfuse::clip_grad_norm_");
-  return clip_tensors(read_tensors("clip_grad_norm_", tensors, of_grad), max_norm, norm_type,
-                      nonfinite);
+  return clip_tensors(read_tensors("clip_grad_norm_", tensors, of_grad),
+                      measurement_of(max_norm, norm_type, nonfinite, exact));
 }
 
 void scale_(TensorsArg tensors, bool of_grad, double max_norm, TensorArg total_norm) {
@@ -108,9 +106,27 @@ std::pair<at::Tensor, at::Tensor> plan_of_ranks(const std::string& op, TensorArg
   if (given.dim() != 2 || given.size(1) != kRankSumFields || given.scalar_type() != at::kDouble)
     fail<std::invalid_argument>(op, ": sums must be float64 [ranks, ", kRankSumFields, "], got ",
                                 given.scalar_type(), " ", given.sizes());
-  return plan_of_rank_sums(op.c_str(), given, wide, max_norm, norm_spec(norm_type),
-                           nonfinite_of(nonfinite),
-                           maybe_tensor(op.c_str(), "scale", scale.object));
+  Measurement m = measurement_of(max_norm, norm_type, nonfinite, false);
+  m.scale.scale = maybe_tensor(op.c_str(), "scale", scale.object);
+  return plan_of_rank_sums(op.c_str(), given, wide, m);
+}
+
+// The exact sum of squares of one rank, and the statistics of its gradients.
+std::pair<at::Tensor, at::Tensor> limbs_of_rank(const std::string& op, TensorsArg tensors,
+                                                bool written) {
+  const GradList list = check_gradients(op.c_str(), read_tensors(op.c_str(), tensors, false),
+                                        written ? Access::Write : Access::Read);
+  const py::gil_scoped_release release;
+  return exact_limbs(list);
+}
+
+// The norm for the exact sums of several ranks, added up.
+std::pair<at::Tensor, at::Tensor> plan_of_limbs_of_ranks(const std::string& op, TensorArg limbs,
+                                                         bool wide, double max_norm, int nonfinite,
+                                                         OptionalTensorArg scale) {
+  Measurement m = measurement_of(max_norm, 2.0, nonfinite, true);
+  m.scale.scale = maybe_tensor(op.c_str(), "scale", scale.object);
+  return plan_of_exact_limbs(op.c_str(), tensor_of(op.c_str(), "limbs", limbs.object), wide, m);
 }
 
 // Does what the plan says.
@@ -137,16 +153,16 @@ class ParameterList {
     unpack_ = Unpacker(parameter.object);
     parameters_.emplace_back(parameter.object.inc_ref().ptr());
   }
-  ClipTuple clip_(double max_norm, double norm_type, int nonfinite) const {
+  ClipTuple clip_(double max_norm, double norm_type, int nonfinite, bool exact) const {
     GRADFUSE_EVENT("gradfuse::GradClipper.clip_");
-    return clip_tensors(gradients(), max_norm, norm_type, nonfinite);
+    return clip_tensors(gradients(), measurement_of(max_norm, norm_type, nonfinite, exact));
   }
   // Norm, plan and statistics; nothing is clipped.
-  ClipTuple measure(double max_norm, double norm_type, int nonfinite) const {
+  ClipTuple measure(double max_norm, double norm_type, int nonfinite, bool exact) const {
+    const Measurement m = measurement_of(max_norm, norm_type, nonfinite, exact);
     const GradList list = check_gradients(kOp, gradients(), Access::ReadOnce);
     const py::gil_scoped_release release;
-    return as_tuple(
-        measure_gradients(kOp, list, max_norm, norm_spec(norm_type), nonfinite_of(nonfinite), {}));
+    return as_tuple(measure_gradients(kOp, list, m));
   }
   // Does what the plan says, times a coefficient for each parameter if given.
   void apply_(TensorArg plan, OptionalTensorArg coefficients) const {
@@ -192,22 +208,25 @@ void bind_clip(py::module_& m) {
              {"REFUSE", static_cast<int>(Action::Refuse)},
              {"SKIP", static_cast<int>(Action::Skip)}});
   m.def("stats", &stats, py::arg("tensors"), py::arg("of_grad"), py::arg("norm_type"),
-        py::arg("nonfinite"));
+        py::arg("nonfinite"), py::arg("exact") = false);
   m.def("clip_", &clip_, py::arg("tensors"), py::arg("of_grad"), py::arg("max_norm"),
-        py::arg("norm_type"), py::arg("nonfinite"));
+        py::arg("norm_type"), py::arg("nonfinite"), py::arg("exact") = false);
   m.def("scale_", &scale_, py::arg("tensors"), py::arg("of_grad"), py::arg("max_norm"),
         py::arg("total_norm"));
   m.def("plan_of_sums", &plan_of_ranks, py::arg("op"), py::arg("sums"), py::arg("wide"),
         py::arg("max_norm"), py::arg("norm_type"), py::arg("nonfinite"), py::arg("scale"));
+  m.def("exact_limbs", &limbs_of_rank, py::arg("op"), py::arg("tensors"), py::arg("written"));
+  m.def("exact_plan", &plan_of_limbs_of_ranks, py::arg("op"), py::arg("limbs"), py::arg("wide"),
+        py::arg("max_norm"), py::arg("nonfinite"), py::arg("scale"));
   m.def("apply_", &apply_, py::arg("op"), py::arg("tensors"), py::arg("plan"));
   m.def("clamp_", &clamp_, py::arg("tensors"), py::arg("of_grad"), py::arg("clip_value"));
   py::class_<ParameterList>(m, "ParameterList", collects_garbage<ParameterList>())
       .def(py::init<>())
       .def("add", &ParameterList::add, py::arg("parameter"))
       .def("clip_", &ParameterList::clip_, py::arg("max_norm"), py::arg("norm_type"),
-           py::arg("nonfinite"))
+           py::arg("nonfinite"), py::arg("exact") = false)
       .def("measure", &ParameterList::measure, py::arg("max_norm"), py::arg("norm_type"),
-           py::arg("nonfinite"))
+           py::arg("nonfinite"), py::arg("exact") = false)
       .def("apply_", &ParameterList::apply_, py::arg("plan"), py::arg("coefficients"))
       .def("clamp_", &ParameterList::clamp_, py::arg("clip_value"));
 }

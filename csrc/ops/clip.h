@@ -43,6 +43,24 @@ void plan_of_sums(const RankSum* sums, int64_t ranks, const NormCall& call, Stre
 void plan(const double* norm, double max_norm, ClipPlan* plan, Stream stream);
 }  // namespace cuda
 
+// The exact sum of all squares, as the words of its form, carried; and the statistics of each
+// gradient. Reads each gradient once.
+namespace cpu {
+void exact_limbs(const std::vector<GradRef>& grads, const std::vector<int64_t>& rows,
+                 LimbForm form,  // wide if there is a float64 gradient
+                 int64_t* words, TensorStats* stats);
+}
+namespace cuda {
+// Writes `words`, and from the call its statistics alone.
+void exact_limbs(const std::vector<GradRef>& grads, const std::vector<int64_t>& rows, LimbForm form,
+                 int64_t* words, const NormCall& call,
+                 void* scratch,  // exact_scratch_bytes(grads, form), 256-byte aligned
+                 Stream stream);
+int64_t exact_scratch_bytes(const std::vector<GradRef>& grads, LimbForm form);
+// The plan and the norm for a sum of up to 2^22 of such words, which need not be carried.
+void exact_plan(const int64_t* words, LimbForm form, const NormCall& call, Stream stream);
+}  // namespace cuda
+
 // g *= factor, or g = 0; with coefficients, g *= factor * coefficients[row]. Reads and writes each
 // gradient once.
 namespace cpu {

@@ -2,7 +2,8 @@
 
 #include <ATen/ops/empty.h>
 
-#include "../tensor/checks.h"
+#include <algorithm>
+
 #include "../tensor/dispatch.h"
 
 namespace gradfuse {
@@ -26,6 +27,13 @@ TensorStats* stats_in(const at::Tensor& t) {
   return reinterpret_cast<TensorStats*>(t.mutable_data_ptr<double>());
 }
 
+CudaCall call_for(const ClipResult& out, const Measurement& m) {
+  CudaCall made(out.norm, out.plan, m);
+  made.call.stats = stats_in(out.stats);
+  made.call.rows = out.stats.size(0);
+  return made;
+}
+
 // On the host, with the rows of absent gradients filled in.
 ClipResult make_host_result(const GradList& grads) {
   const ClipResult r = make_result(
@@ -36,170 +44,129 @@ ClipResult make_host_result(const GradList& grads) {
   return r;
 }
 
-// Settings of a measurement.
-struct Measurement {
-  double max_norm;
-  NormSpec spec;
-  NonFinite nonfinite;
-  const LossScaleTensors& scale;
-};
-
-void write_norm(const at::Tensor& norm, double value) {
-  if (norm.scalar_type() == at::kDouble)
-    *norm.mutable_data_ptr<double>() = value;
-  else
-    *norm.mutable_data_ptr<float>() = static_cast<float>(value);
-}
-
-// Raises if the plan's action is Refuse. On CUDA this waits for the device.
-void check_refused(const char* op, const at::Tensor& plan, const Measurement& m) {
-  if (m.nonfinite != NonFinite::Error) return;
-  const at::Tensor host = on_host(plan);
-  if (plan_in(host)->action() == Action::Refuse)
-    fail<std::runtime_error>(
-        op, ": expected a finite total norm of order ", m.spec.p, ", got ", plan_in(host)->norm,
-        "; nothing was written (nonfinite=\"propagate\" or \"zero\" would go on; a "
-        "GradReport names the layer)");
-}
-
-// Measures the gradients of one CUDA device; everything stays there.
-void measure_on_cuda(const DeviceGroup& group, const Measurement& m, const ClipResult& out) {
-  const MaybeTensor value = number_on(group.device, m.scale.scale);
-  const MaybeTensor found_inf = number_on(group.device, m.scale.found_inf);
-  const auto data = [](const MaybeTensor& t) { return t ? t->const_data_ptr<float>() : nullptr; };
-  const NormCall call = {m.spec,
-                         m.max_norm,
-                         m.nonfinite,
-                         data(value),
-                         data(found_inf),
-                         stats_in(out.stats),
-                         out.stats.size(0),
-                         mutable_plan_in(out.plan),
-                         out.norm.mutable_data_ptr(),
-                         out.norm.scalar_type() == at::kDouble};
+// The limbs and the statistics of the gradients of one CUDA device; everything stays there.
+at::Tensor limbs_on_cuda(const DeviceGroup& group, LimbForm form, const CudaCall& out) {
+  const at::Tensor words =
+      empty_on_device({form.words()}, at::TensorOptions().dtype(at::kLong).device(group.device));
   run_on(
       group.device, [] {},
       [&](Stream stream) {
+        const at::Tensor scratch =
+            scratch_on(group.device, cuda::exact_scratch_bytes(group.refs, form));
+        cuda::exact_limbs(group.refs, group.rows, form, words.mutable_data_ptr<int64_t>(), out.call,
+                          scratch.mutable_data_ptr(), stream);
+      });
+  return words;
+}
+
+// Measures the gradients of one CUDA device; everything stays there.
+void measure_on_cuda(const DeviceGroup& group, LimbForm form, const Measurement& m,
+                     const ClipResult& out) {
+  const CudaCall given = call_for(out, m);
+  const at::Tensor words = m.exact ? limbs_on_cuda(group, form, given) : at::Tensor();
+  run_on(
+      group.device, [] {},
+      [&](Stream stream) {
+        if (m.exact)
+          return cuda::exact_plan(words.const_data_ptr<int64_t>(), form, given.call, stream);
         const at::Tensor scratch = scratch_on(group.device, cuda::stats_scratch_bytes(group.refs));
-        cuda::stats(group.refs, group.rows, call, scratch.mutable_data_ptr(), stream);
+        cuda::stats(group.refs, group.rows, given.call, scratch.mutable_data_ptr(), stream);
       });
 }
 
-// Norm, plan and statistics from a sum on the host.
-void write_result(const ClipResult& host, ScaledSum sum, const Measurement& m) {
-  LossScale scale = {scale_on_host(m.scale.scale), false};
-  if (m.scale.found_inf)
-    scale.found_inf =
-        *on_host(converted(*m.scale.found_inf, at::kDouble)).const_data_ptr<double>() != 0.0;
-  const ClipPlan plan = unscaled_plan(sum, m.spec, m.max_norm, m.nonfinite, scale);
-  *mutable_plan_in(host.plan) = plan;
-  write_norm(host.norm, plan.norm);
-  if (!m.scale.scale) return;
-  for (int64_t row = 0; row < host.stats.size(0); ++row)
-    unscale(stats_in(host.stats)[row], scale.value);
-}
-
-// The sum over one group, and its rows of the statistics, on the host.
-ScaledSum sum_on_host(const GradList& grads, const DeviceGroup& group, const Measurement& m,
-                      const ClipResult& host) {
-  if (is_host(group.device))
-    return sum_of(cpu::stats(group.refs, group.rows, m.spec, stats_in(host.stats)), m.spec);
+// Adds the sum over one group, and writes its rows of the statistics, on the host.
+void add_on_host(const GradList& grads, const DeviceGroup& group, LimbForm form,
+                 const Measurement& m, const ClipResult& host, HostSum& total) {
+  int64_t words[kMostWords];
+  if (is_host(group.device)) {
+    if (m.exact) {
+      cpu::exact_limbs(group.refs, group.rows, form, words, stats_in(host.stats));
+      return add_words(total.words, words, form);
+    }
+    const Stats s = cpu::stats(group.refs, group.rows, m.spec, stats_in(host.stats));
+    total.sum = combine(total.sum, sum_of(s, m.spec), m.spec);
+    return;
+  }
   const ClipResult part = make_device_result(grads, group.device);
-  const LossScaleTensors unscaled;  // the host takes the scale off the total
-  measure_on_cuda(group, {m.max_norm, m.spec, m.nonfinite, unscaled}, part);
-  const at::Tensor plan = on_host(part.plan), stats = on_host(part.stats);
+  // The host takes the scale off the total.
+  const Measurement unscaled = {m.max_norm, m.spec, m.nonfinite, m.exact};
+  if (m.exact) {
+    const at::Tensor limbs = on_host(limbs_on_cuda(group, form, call_for(part, unscaled)));
+    add_words(total.words, limbs.const_data_ptr<int64_t>(), form);
+  } else {
+    measure_on_cuda(group, form, unscaled, part);
+    total.sum = combine(total.sum, plan_in(on_host(part.plan))->sum, m.spec);
+  }
+  const at::Tensor stats = on_host(part.stats);
   for (int64_t row : group.rows) stats_in(host.stats)[row] = stats_in(stats)[row];
-  return plan_in(plan)->sum;
 }
 
 // Measures gradients on the host or on several devices: copies each group's sum to the host and
 // combines them there. This waits for every CUDA device.
-ClipResult measure_on_host(const GradList& grads, const Measurement& m) {
+ClipResult measure_on_host(const GradList& grads, LimbForm form, const Measurement& m) {
   ClipResult host = make_host_result(grads);
-  ScaledSum total = {};
-  if (grads.groups.size() == 1) total = sum_on_host(grads, grads.groups[0], m, host);
-  if (grads.groups.size() > 1)
-    for (const DeviceGroup& group : grads.groups)
-      total = combine(total, sum_on_host(grads, group, m, host), m.spec);
-  write_result(host, total, m);
+  HostSum total;
+  for (const DeviceGroup& group : grads.groups) add_on_host(grads, group, form, m, host, total);
+  const LossScale scale = loss_scale(m.scale);
+  write_plan(host.norm, host.plan, total, form, m, scale);
+  if (m.scale.scale)
+    for (int64_t row = 0; row < host.stats.size(0); ++row)
+      unscale(stats_in(host.stats)[row], scale.value);
   if (grads.groups.size() < 2) return host;
   const at::Device first = grads.groups.front().device;
   return {host.norm.to(first), host.plan.to(first), host.stats.to(first)};
 }
 
+bool is_on_one_gpu(const GradList& grads) {
+  return grads.groups.size() == 1 && !is_host(grads.groups[0].device);
+}
+
+// The rows of gradients that are given again.
+void repeat_rows(const GradList& grads, const at::Tensor& stats) {
+  for (const auto& [row, first] : grads.repeats)
+    stats.select(0, static_cast<int64_t>(row)).copy_(stats.select(0, static_cast<int64_t>(first)));
+}
+
 }  // namespace
 
-NonFinite nonfinite_of(int code) {
-  constexpr int kMost = static_cast<int>(NonFinite::Skip);
-  if (code < 0 || code > kMost)
-    fail<std::invalid_argument>("nonfinite: expected 0 to ", kMost, ", got ", code);
-  return static_cast<NonFinite>(code);
-}
-
-const ClipPlan* plan_in(const at::Tensor& t) {
-  return reinterpret_cast<const ClipPlan*>(t.const_data_ptr<double>());
-}
-ClipPlan* mutable_plan_in(const at::Tensor& t) {
-  return reinterpret_cast<ClipPlan*>(t.mutable_data_ptr<double>());
-}
-
-double scale_on_host(const MaybeTensor& scale) {
-  return scale ? *on_host(converted(*scale, at::kDouble)).const_data_ptr<double>() : 1.0;
-}
-
-MaybeTensor number_on(at::Device device, const MaybeTensor& t) {
-  return t ? MaybeTensor(converted(t->to(device), at::kFloat)) : MaybeTensor();
-}
-
-ClipResult measure_gradients(const char* op, const GradList& grads, double max_norm, NormSpec spec,
-                             NonFinite nonfinite, const LossScaleTensors& scale) {
-  const Measurement m = {max_norm, spec, nonfinite, scale};
+ClipResult measure_gradients(const char* op, const GradList& grads, const Measurement& m) {
+  const LimbForm form = grads.any_double ? kWideLimbs : kNarrowLimbs;
   ClipResult result;
-  if (grads.groups.size() == 1 && !is_host(grads.groups[0].device)) {
+  if (is_on_one_gpu(grads)) {
     result = make_device_result(grads, grads.groups[0].device);
-    measure_on_cuda(grads.groups[0], m, result);
+    measure_on_cuda(grads.groups[0], form, m, result);
   } else {
-    result = measure_on_host(grads, m);
+    result = measure_on_host(grads, form, m);
   }
-  for (const auto& [row, first] : grads.repeats)
-    result.stats.select(0, static_cast<int64_t>(row))
-        .copy_(result.stats.select(0, static_cast<int64_t>(first)));
+  repeat_rows(grads, result.stats);
   check_refused(op, result.plan, m);
   return result;
 }
 
-std::pair<at::Tensor, at::Tensor> plan_of_rank_sums(const char* op, const at::Tensor& sums,
-                                                    bool wide, double max_norm, NormSpec spec,
-                                                    NonFinite nonfinite, const MaybeTensor& scale) {
-  const at::Tensor dense = sums.contiguous();
-  const auto* const rows = reinterpret_cast<const RankSum*>(dense.const_data_ptr<double>());
-  const at::TensorOptions options = dense.options();
-  const at::Tensor norm = empty_on_device({}, options.dtype(wide ? at::kDouble : at::kFloat));
-  const at::Tensor plan = empty_on_device({kPlanFields}, options);
-  run_on(
-      dense.device(),
-      [&] {
-        *mutable_plan_in(plan) =
-            plan_of_sums(rows, dense.size(0), spec, max_norm, nonfinite, scale_on_host(scale));
-        write_norm(norm, plan_in(plan)->norm);
-      },
-      [&](Stream stream) {
-        const MaybeTensor value = number_on(dense.device(), scale);
-        const NormCall call = {spec,
-                               max_norm,
-                               nonfinite,
-                               value ? value->const_data_ptr<float>() : nullptr,
-                               nullptr,
-                               nullptr,
-                               0,
-                               mutable_plan_in(plan),
-                               norm.mutable_data_ptr(),
-                               wide};
-        cuda::plan_of_sums(rows, dense.size(0), call, stream);
-      });
-  const LossScaleTensors none;
-  check_refused(op, plan, {max_norm, spec, nonfinite, none});
-  return {norm, plan};
+std::pair<at::Tensor, at::Tensor> exact_limbs(const GradList& grads) {
+  const LimbForm form = grads.any_double ? kWideLimbs : kNarrowLimbs;
+  const Measurement m = {INFINITY, norm_spec(2.0), NonFinite::Propagate, true};
+  at::Tensor limbs, stats;
+  if (is_on_one_gpu(grads)) {
+    const ClipResult result = make_device_result(grads, grads.groups[0].device);
+    limbs = limbs_on_cuda(grads.groups[0], form, call_for(result, m));
+    stats = result.stats;
+  } else {
+    const ClipResult host = make_host_result(grads);
+    HostSum total;
+    for (const DeviceGroup& group : grads.groups) add_on_host(grads, group, form, m, host, total);
+    carry(total.words, form);
+    limbs = at::empty({form.words()}, at::kLong);
+    std::copy_n(total.words, form.words(), limbs.mutable_data_ptr<int64_t>());
+    stats = host.stats;
+    if (grads.groups.size() > 1) {
+      const at::Device first = grads.groups.front().device;
+      limbs = limbs.to(first);
+      stats = stats.to(first);
+    }
+  }
+  repeat_rows(grads, stats);
+  return {limbs, stats};
 }
 
 void apply_plan(GradList& grads, const at::Tensor& plan, const MaybeTensor& coefficients) {

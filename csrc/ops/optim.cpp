@@ -14,15 +14,17 @@ namespace {
 
 constexpr const char* kStepOp = "step";
 
-MeasureCall read_measure(double max_norm, int nonfinite, OptionalTensorArg scale,
-                         OptionalTensorArg found_inf) {
+Measurement read_measure(double max_norm, int nonfinite, OptionalTensorArg scale,
+                         OptionalTensorArg found_inf, bool exact) {
   const LossScaleTensors given = {maybe_tensor(kStepOp, "grad_scale", scale.object),
                                   maybe_tensor(kStepOp, "found_inf", found_inf.object)};
   for (const MaybeTensor& t : {given.scale, given.found_inf})
     if (t && t->numel() != 1)
       fail<std::invalid_argument>("step: grad_scale and found_inf must be one number, got ",
                                   t->sizes());
-  return {max_norm, nonfinite_of(nonfinite), given};
+  Measurement m = measurement_of(max_norm, 2.0, nonfinite, exact);
+  m.scale = given;
+  return m;
 }
 
 // HeldParams and the step on them, with the checks of Python's arguments. A call keeps the
@@ -50,20 +52,20 @@ class Stepper {
   }
   std::vector<at::Tensor> parameters() const { return current()->parameters(); }
   ClipTuple measure(double max_norm, int nonfinite, OptionalTensorArg scale,
-                    OptionalTensorArg found_inf) const {
-    const MeasureCall call = read_measure(max_norm, nonfinite, scale, found_inf);
+                    OptionalTensorArg found_inf, bool exact) const {
+    const Measurement m = read_measure(max_norm, nonfinite, scale, found_inf, exact);
     const auto held = current();
     const py::gil_scoped_release release;
-    return as_tuple(gradfuse::measure(*held, call));
+    return as_tuple(gradfuse::measure(*held, m));
   }
   ClipTuple step(StepGroupsArg groups, double max_norm, int nonfinite, OptionalTensorArg scale,
-                 OptionalTensorArg found_inf, StepOptionsArg options) {
-    const MeasureCall measurement = read_measure(max_norm, nonfinite, scale, found_inf);
+                 OptionalTensorArg found_inf, StepOptionsArg options, bool exact) {
+    const Measurement m = read_measure(max_norm, nonfinite, scale, found_inf, exact);
     const StepCall call = read_step(groups, options);
     GRADFUSE_EVENT(event());
     const auto held = current();
     const py::gil_scoped_release release;
-    return as_tuple(gradfuse::step(*held, measurement, call));
+    return as_tuple(gradfuse::step(*held, m, call));
   }
   void update(StepGroupsArg groups, OptionalTensorArg plan, OptionalTensorArg coefficients,
               StepOptionsArg options) {
@@ -188,9 +190,9 @@ void bind_optim(py::module_& m) {
       .def("bind", &Stepper::bind, py::arg("groups"), py::arg("state"), py::arg("needs"))
       .def("parameters", &Stepper::parameters)
       .def("measure", &Stepper::measure, py::arg("max_norm"), py::arg("nonfinite"),
-           py::arg("scale"), py::arg("found_inf"))
+           py::arg("scale"), py::arg("found_inf"), py::arg("exact") = false)
       .def("step", &Stepper::step, py::arg("groups"), py::arg("max_norm"), py::arg("nonfinite"),
-           py::arg("scale"), py::arg("found_inf"), py::arg("options"))
+           py::arg("scale"), py::arg("found_inf"), py::arg("options"), py::arg("exact") = false)
       .def("update", &Stepper::update, py::arg("groups"), py::arg("plan"), py::arg("coefficients"),
            py::arg("options"));
 }

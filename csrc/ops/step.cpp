@@ -158,17 +158,14 @@ void apply(const HeldParams& held, Walk& found, const StepCall& call, const Use&
 
 }  // namespace
 
-ClipResult measure(const HeldParams& held, const MeasureCall& call) {
+ClipResult measure(const HeldParams& held, const Measurement& m) {
   return measure_gradients(held.op(),
-                           check_gradients(held.op(), held.gradients(), Access::ReadOnce),
-                           call.max_norm, norm_spec(2.0), call.nonfinite, call.scale);
+                           check_gradients(held.op(), held.gradients(), Access::ReadOnce), m);
 }
 
-ClipResult step(HeldParams& held, const MeasureCall& measurement, const StepCall& call) {
+ClipResult step(HeldParams& held, const Measurement& m, const StepCall& call) {
   Walk found = walk(held);
-  const ClipResult result =
-      measure_gradients(held.op(), found.grads, measurement.max_norm, norm_spec(2.0),
-                        measurement.nonfinite, measurement.scale);
+  const ClipResult result = measure_gradients(held.op(), found.grads, m);
   apply(held, found, call, {result.plan, std::nullopt, false});
   return result;
 }

@@ -20,18 +20,11 @@ struct StepCall {
   bool materialize;  // write the factor to the gradients as well
 };
 
-// Settings of the measurement of the gradients' norm.
-struct MeasureCall {
-  double max_norm;
-  NonFinite nonfinite;
-  LossScaleTensors scale;
-};
-
 // Norm, plan and statistics of a step. Writes nothing. Throws as measure_gradients.
-ClipResult measure(const HeldParams& held, const MeasureCall& call);
+ClipResult measure(const HeldParams& held, const Measurement& m);
 
 // The same and the update, in one walk of the parameters. Throws as both.
-ClipResult step(HeldParams& held, const MeasureCall& measurement, const StepCall& call);
+ClipResult step(HeldParams& held, const Measurement& m, const StepCall& call);
 
 // Updates the parameters that have a gradient as the plan says, unless it says Skip.
 // Throws std::invalid_argument or TypeError, nothing written, where a gradient or a state does not

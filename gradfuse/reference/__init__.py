@@ -25,12 +25,12 @@ from gradfuse.reference.clip import (
     apply_,
     clamp_,
     clip_,
-    plan_of_sums,
     scale_,
     stats,
 )
 from gradfuse.reference.dropout import addend, philox, random_words, stays
 from gradfuse.reference.optim import Stepper
+from gradfuse.reference.ranks import exact_limbs, exact_plan, plan_of_sums
 from gradfuse.reference.row_norm import (
     check_row_norm,
     row_norm,
@@ -58,6 +58,8 @@ __all__ = [
     "check_row_norm",
     "clamp_",
     "clip_",
+    "exact_limbs",
+    "exact_plan",
     "ghost_batches",
     "ghost_sizes",
     "isa",

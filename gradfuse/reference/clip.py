@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gradfuse._codes import Action, NonFinite
 from gradfuse._records import ClipPlan, ClipResult, TensorStats
+from gradfuse.reference.exact import ExactSum, exact_sum
 from gradfuse.reference.gradients import (
     Access,
     GradList,
@@ -115,29 +116,44 @@ def planned(
     nonfinite: int,
     scale: float = 1.0,
     found_inf: bool = False,
+    exact: bool = False,
 ) -> tuple[ClipResult, Scaling]:
     """Measures and plans a clip; nothing is written.
 
     Norms are of the gradients without their loss scale, which the plan's factor takes off.
     """
+    stats = stats_of_all(tensors, grads, scale)
+    norm: tuple[float, float] | ExactSum
+    if exact:
+        norm = exact_sum(g for _, g in grads.each)
+    else:
+        norm = combine_norms([scaled_norm(g, p) for _, g in grads.each], p)
+    total_norm, plan, scaling = decided(
+        op, norm, max_norm, p, nonfinite, scale, found_inf, is_wide(grads), stats.device
+    )
+    return ClipResult(total_norm, plan, stats), scaling
+
+
+def is_wide(grads: GradList) -> bool:
+    """Whether any is float64."""
+    return any(g.dtype in (torch.float64, torch.complex128) for _, g in grads.each)
+
+
+def stats_of_all(tensors: list[Tensor | None], grads: GradList, scale: float) -> Tensor:
+    """The statistics of a ClipResult."""
     device = grads.each[0][1].device if grads.each else torch.device("cpu")
-    any_double = any(g.dtype in (torch.float64, torch.complex128) for _, g in grads.each)
     rows = [TensorStats.absent() for _ in tensors]
     for row, g in grads.each:
         rows[row] = _stats_of(g, scale)
     for row, first in grads.repeats:
         rows[row] = rows[first]
-    norm = combine_norms([scaled_norm(g, p) for _, g in grads.each], p)
-    total_norm, plan, scaling = _decided(
-        op, norm, max_norm, p, nonfinite, scale, found_inf, any_double, device
-    )
     stats = torch.tensor(rows, dtype=torch.float64, device=device)
-    return ClipResult(total_norm, plan, stats.reshape(-1, len(TensorStats._fields))), scaling
+    return stats.reshape(-1, len(TensorStats._fields))
 
 
-def _decided(
+def decided(
     op: str,
-    norm: tuple[float, float],
+    measured: tuple[float, float] | ExactSum,
     max_norm: float,
     p: float,
     nonfinite: int,
@@ -146,7 +162,8 @@ def _decided(
     wide: bool,
     device: torch.device,
 ) -> tuple[Tensor, Tensor, Scaling]:
-    """The norm, the plan and its scaling for a norm as scaled_norm gives it."""
+    """The norm, the plan and its scaling for a norm as scaled_norm gives it, or an exact sum."""
+    norm = measured.root() if isinstance(measured, ExactSum) else measured
     scaling = scaling_of((norm[0], norm[1] / scale), max_norm, nonfinite)
     if found_inf:
         scaling = scaling._replace(action=Action.SKIP)
@@ -168,8 +185,10 @@ def _decided(
         factor_exponent=0.0,
     )
     plan = torch.tensor(fields, dtype=torch.float64, device=device)
-    total_norm = ClipPlan.of(plan).norm.clone().to(torch.float64 if wide else torch.float32)
-    return total_norm, plan, scaling
+    total = ClipPlan.of(plan).norm.clone()
+    if isinstance(measured, ExactSum) and not wide and scale == 1.0:  # rounded once
+        total.fill_(math.prod(measured.root(24, -149)))
+    return total.to(torch.float64 if wide else torch.float32), plan, scaling
 
 
 def _power_of(norm: tuple[float, float], p: float) -> tuple[float, float]:
@@ -182,37 +201,6 @@ def _power_of(norm: tuple[float, float], p: float) -> tuple[float, float]:
         return v, 0.0
     mantissa, exponent = math.frexp(s)
     return float((mantissa * v) ** p), float(exponent)
-
-
-def plan_of_sums(
-    op: str,
-    sums: Tensor,
-    wide: bool,
-    max_norm: float,
-    norm_type: float,
-    nonfinite: int,
-    scale: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    p = norm_type
-    norms = [
-        (1.0, power) if math.isinf(p) or not math.isfinite(power) else (2.0**e, power ** (1 / p))
-        for power, e, _, _ in sums.tolist()
-    ]
-    found_inf, refused = (bool((sums[:, i] != 0).any()) for i in (2, 3))
-    total_norm, plan, _ = _decided(
-        op,
-        combine_norms(norms, p),
-        max_norm,
-        p,
-        nonfinite,
-        1.0 if scale is None else float(scale),
-        found_inf,
-        wide,
-        sums.device,
-    )
-    if refused:
-        plan[3] = Action.REFUSE
-    return total_norm, plan
 
 
 @torch.no_grad()
@@ -239,20 +227,32 @@ def _apply(grads: GradList, scaling: Scaling) -> None:
             scale_tensor_(g, scaling.steps)
 
 
-def stats(tensors: Iterable[Tensor], of_grad: bool, norm_type: float, nonfinite: int) -> ClipResult:
-    listed = read_tensors("get_total_norm", tensors, of_grad)
-    grads = check_gradients("get_total_norm", listed, Access.READ)
-    return planned("get_total_norm", listed, grads, math.inf, norm_type, nonfinite)[0]
+def stats(
+    tensors: Iterable[Tensor],
+    of_grad: bool,
+    norm_type: float,
+    nonfinite: int,
+    exact: bool = False,
+) -> ClipResult:
+    op = "get_total_norm"
+    listed = read_tensors(op, tensors, of_grad)
+    grads = check_gradients(op, listed, Access.READ)
+    return planned(op, listed, grads, math.inf, norm_type, nonfinite, exact=exact)[0]
 
 
 @torch.no_grad()
 def clip_(
-    tensors: Iterable[Tensor], of_grad: bool, max_norm: float, norm_type: float, nonfinite: int
+    tensors: Iterable[Tensor],
+    of_grad: bool,
+    max_norm: float,
+    norm_type: float,
+    nonfinite: int,
+    exact: bool = False,
 ) -> ClipResult:
     op = "clip_grad_norm_"
     listed = read_tensors(op, tensors, of_grad)
     grads = check_gradients(op, listed, Access.WRITE)
-    result, scaling = planned(op, listed, grads, max_norm, norm_type, nonfinite)
+    result, scaling = planned(op, listed, grads, max_norm, norm_type, nonfinite, exact=exact)
     _apply(grads, scaling)
     return result
 
@@ -292,13 +292,17 @@ class ParameterList:
     def add(self, parameter: Tensor) -> None:
         self._parameters.append(parameter)
 
-    def clip_(self, max_norm: float, norm_type: float, nonfinite: int) -> ClipResult:
-        return clip_(self._parameters, True, max_norm, norm_type, nonfinite)
+    def clip_(
+        self, max_norm: float, norm_type: float, nonfinite: int, exact: bool = False
+    ) -> ClipResult:
+        return clip_(self._parameters, True, max_norm, norm_type, nonfinite, exact)
 
-    def measure(self, max_norm: float, norm_type: float, nonfinite: int) -> ClipResult:
+    def measure(
+        self, max_norm: float, norm_type: float, nonfinite: int, exact: bool = False
+    ) -> ClipResult:
         op, listed = "GradClipper", [p.grad for p in self._parameters]
         grads = check_gradients(op, listed, Access.READ_ONCE)
-        return planned(op, listed, grads, max_norm, norm_type, nonfinite)[0]
+        return planned(op, listed, grads, max_norm, norm_type, nonfinite, exact=exact)[0]
 
     @torch.no_grad()
     def apply_(self, plan: Tensor, coefficients: Tensor | None) -> None:

@@ -139,13 +139,18 @@ class Stepper:
 
     @torch.no_grad()
     def measure(
-        self, max_norm: float, nonfinite: int, scale: Tensor | None, found_inf: Tensor | None
+        self,
+        max_norm: float,
+        nonfinite: int,
+        scale: Tensor | None,
+        found_inf: Tensor | None,
+        exact: bool = False,
     ) -> ClipResult:
         listed = self._gradients()
         grads = self._checked(listed, Access.READ_ONCE)
         of_scale = 1.0 if scale is None else float(scale)
         bad = found_inf is not None and bool(found_inf)
-        return planned(self._op, listed, grads, max_norm, 2.0, nonfinite, of_scale, bad)[0]
+        return planned(self._op, listed, grads, max_norm, 2.0, nonfinite, of_scale, bad, exact)[0]
 
     def step(
         self,
@@ -155,8 +160,9 @@ class Stepper:
         scale: Tensor | None,
         found_inf: Tensor | None,
         options: StepOptions,
+        exact: bool = False,
     ) -> ClipResult:
-        result = self.measure(max_norm, nonfinite, scale, found_inf)
+        result = self.measure(max_norm, nonfinite, scale, found_inf, exact)
         self.update(groups, result.plan, None, options)
         return result
 

@@ -18,6 +18,10 @@ namespace gradfuse::cpu {
 Stats stats(const std::vector<GradRef>&, const std::vector<int64_t>&, NormSpec, TensorStats*) {
   refuse();
 }
+void exact_limbs(const std::vector<GradRef>&, const std::vector<int64_t>&, LimbForm, int64_t*,
+                 TensorStats*) {
+  refuse();
+}
 void scale(const std::vector<GradRef>&, ScaledNorm) { refuse(); }
 void scale_each(const std::vector<GradRef>&, const std::vector<int64_t>&, ScaledNorm,
                 const double*) {
