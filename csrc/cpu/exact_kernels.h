@@ -1,28 +1,18 @@
 // Exact sums of squares of one contiguous run of gradients, for one instruction set.
 //
 // A block of kExactBlock bytes is read from memory once. A first sweep over it, by integers, finds
-// the range of its magnitudes, and so the limbs that its squares touch: few, mostly two or three. A
-// second one splits each square among these levels and adds the parts without rounding, in lanes of
-// float64 (after Rump, Ogita, Oishi 2008, "Accurate floating-point summation, part I", section 3;
-// Demmel, Nguyen 2013, "Fast reproducible floating-point summation").
-//
-// How: an accumulator of level l begins at 1.5 * 2^52 * unit, unit = 2^(lowest + 40 l). As long as
-// it stays in [2^52, 2^53] * unit, its last place is the unit, so that t = acc + r rounds r to a
-// multiple of it; t - acc is that multiple, and r - (t - acc) what is left, at most half a unit.
-// All three are exact but the first, whose rounding is the split. The lowest unit divides every
-// square, so nothing is left there. At the end of a block the difference of the bits of acc and its
-// beginning is the sum in units.
-//
-// Why it stays there: the top level has a square below or at 2^40 units, and each level below it at
-// most half a unit above, 2^39. A lane takes at most 1024 squares of a block (4096 float32 in two
-// sets of two lanes; 2048 float64 in two lanes), so the sum moves by at most 2^50 units of the 2^51
-// that there are on either side.
+// the range of its magnitudes, and so the bits that its squares have: some 45 for bfloat16, 80 for
+// float32. A second one splits each square among levels of 46 bits and adds the parts without
+// rounding, in lanes of float64 (after Rump, Ogita, Oishi 2008, "Accurate floating-point summation,
+// part I", section 3; Demmel, Nguyen 2013, "Fast reproducible floating-point summation"). How, and
+// why nothing is lost, is said in simd/vec_exact.h.
 //
 // Every product here is exact, so a compiler that fuses it with an addition changes no bit.
 #ifndef GRADFUSE_CPU_EXACT_KERNELS_H
 #define GRADFUSE_CPU_EXACT_KERNELS_H
 
 #include "../math/limbs.h"
+#include "../math/prefetch.h"
 #include "isa.h"
 
 namespace gradfuse::cpu {
@@ -42,60 +32,48 @@ GRADFUSE_KERNEL_TABLE(ExactKernels, exact_kernels)
 namespace {
 
 #include "simd/vec.h"
+#include "simd/vec_exact.h"
 
 constexpr int64_t kExactBlock = 16384;  // bytes as computed: 4096 float32 or 2048 float64
 
-// Significant bits of a type, of those that come as float32 too.
+// The bits of a type.
 template <class T>
-constexpr int32_t kBits = sizeof(T) == 8 ? 53 : 24;
-template <>
-constexpr int32_t kBits<Half> = 11;
-template <>
-constexpr int32_t kBits<BFloat16> = 8;
+struct Format {
+  using Word = std::conditional_t<sizeof(T) == 8, int64_t,
+                                  std::conditional_t<sizeof(T) == 4, int32_t, int16_t> >;
+  typedef Word Vec __attribute__((vector_size(GRADFUSE_VEC_BYTES)));
+  static constexpr int count = GRADFUSE_VEC_BYTES / sizeof(T);
+  static constexpr bool is_half = std::is_same<T, Half>::value;
+  static constexpr int32_t field = sizeof(T) == 8   ? 52  // place of the exponent
+                                   : sizeof(T) == 4 ? 23
+                                   : is_half        ? 10
+                                                    : 7;
+  static constexpr int32_t bias = sizeof(T) == 8 ? 1023 : is_half ? 15 : 127;
+  static constexpr Word magnitude = static_cast<Word>(~(Word{1} << (8 * sizeof(T) - 1)));
+  static constexpr Word infinity = static_cast<Word>(magnitude >> field << field);
+};
 
 // What the first sweep finds.
 template <class T>
 struct Range {
-  using Bits = typename Lanes<T>::Bits;
-  using Integer = std::decay_t<decltype(Bits{}[0])>;
-  Integer largest = 0;  // |x| as bits; integer order is magnitude order, NaN above all
-  Integer least = 0;  // of those that are not 0
-  int64_t zeros = 0;
+  using F = Format<T>;
+  using Word = typename F::Word;
+  Word largest;  // |x| as bits; integer order is magnitude order, NaN above all
+  Word least;  // of those that are not 0
+  int64_t zeros;
 
-  static constexpr int32_t kField = sizeof(T) == 8 ? 52 : 23;  // place of the exponent
-  static constexpr int32_t kBias = sizeof(T) == 8 ? 1023 : 127;
-  static constexpr int32_t exponent(Integer bits) {
-    const int32_t field = static_cast<int32_t>(bits >> kField);
-    return (field == 0 ? 1 : field) - kBias;
+  static constexpr int32_t exponent(Word bits) {
+    const int32_t field = static_cast<int32_t>(bits >> F::field);
+    return (field == 0 ? 1 : field) - F::bias;
   }
-  // |x| < 2^(top() + 1), and x is a multiple of 2^(bottom() - kBits + 1).
+  // |x| < 2^(top() + 1), and x is a multiple of 2^(bottom() - F::field).
   int32_t top() const { return exponent(largest); }
   int32_t bottom() const {
     // float64 is scaled, and so split where a subnormal number would have its leading bit.
-    if (sizeof(T) == 8 && (least >> kField) == 0) return -1074;
+    if (sizeof(T) == 8 && (least >> F::field) == 0) return -1074;
     return exponent(least);
   }
 };
-
-// step = 2 vectors; n is a multiple of it.
-template <class T>
-void widen_range(const T* x, int64_t n, typename Lanes<T>::Bits (&largest)[2],
-                 typename Lanes<T>::Bits (&least)[2], typename Lanes<T>::Bits (&zeros)[2]) {
-  using L = Lanes<T>;
-  using Bits = typename L::Bits;
-  const auto take = [&](typename L::Vec v, int u) {
-    const Bits bits = bit_cast<Bits>(v) & L::magnitude;
-    const Bits below = (bits - 1) & L::magnitude;  // 0 becomes the largest
-    largest[u] = bits > largest[u] ? bits : largest[u];
-    least[u] = below < least[u] ? below : least[u];
-    zeros[u] += (bits == 0);
-  };
-  for (int64_t i = 0; i < n; i += 2 * L::count) {
-    const auto v = load_pair(x + i);
-    take(v.a, 0);
-    take(v.b, 1);
-  }
-}
 
 // A block as whole steps, and what is left as one more, padded with zeros.
 template <class T>
@@ -112,6 +90,14 @@ struct Steps {
     std::memcpy(tail, x + whole, rest * sizeof(T));
     std::memset(static_cast<void*>(tail + rest), 0, padding * sizeof(T));
   }
+  // What the next block has at the place of this one's step, for the second sweep, during which
+  // memory would be idle. Past the end of a run this is no access.
+  static void prefetch_next(const T* x, int64_t n) {
+    constexpr int64_t kLine = 64;
+    const char* const next = reinterpret_cast<const char*>(x + n);
+    for (int64_t b = 0; b < kStep * static_cast<int64_t>(sizeof(T)); b += kLine)
+      prefetch_line(next + b);
+  }
   // f(x, n) for all of them, n a multiple of a step.
   template <class F>
   void each(F f) const {
@@ -122,99 +108,61 @@ struct Steps {
 
 template <class T>
 Range<T> range_of(const Steps<T>& steps) {
-  using Bits = typename Lanes<T>::Bits;
-  const Bits most = Bits{} + Lanes<T>::magnitude;
-  Bits largest[2] = {}, least[2] = {most, most}, zeros[2] = {};
-  steps.each([&](const T* x, int64_t n) { widen_range(x, n, largest, least, zeros); });
-  Range<T> r;
-  r.largest = lane_max(largest[0] > largest[1] ? largest[0] : largest[1]);
-  // least is that of |x| - 1 and not negative: its complement is largest where it is least.
-  r.least = ~lane_max(~(least[0] < least[1] ? least[0] : least[1])) + 1;
-  r.zeros = -lane_sum(zeros[0] + zeros[1]) - steps.padding;
-  return r;
-}
-
-// 2^exponent, for a normal result.
-inline double power(int32_t exponent) {
-  return bit_cast<double>(static_cast<int64_t>(exponent + 1023) << 52);
-}
-
-// The limbs that values touch: multiples of 2^low that are at most 2^high.
-struct Span {
-  int32_t bottom, top;
-  Span(int32_t low, int32_t high, LimbForm form)
-      : bottom((low - form.lowest) / kLimbBits), top((high - form.lowest - 1) / kLimbBits) {}
-  int32_t levels() const { return top - bottom + 1; }
-};
-
-// Accumulators of kLevels limbs, in kSets sets.
-template <int kLevels, int kSets>
-struct Accumulators {
-  DoubleVec acc[kSets][kLevels];
-  int32_t lowest;  // exponent of the lowest unit
-  int32_t limb;  // that it is
-
-  // For values that were scaled by 2^-scale before they were squared.
-  Accumulators(Span span, int32_t scale, LimbForm form) {
-    limb = span.top - kLevels + 1 < 0 ? 0 : span.top - kLevels + 1;
-    lowest = form.lowest + kLimbBits * limb - 2 * scale;
-    for (int s = 0; s < kSets; ++s)
-      for (int l = 0; l < kLevels; ++l) acc[s][l] = DoubleVec{} + beginning(l);
-  }
-  double beginning(int level) const { return 1.5 * power(lowest + kLimbBits * level + 52); }
-
-  inline void take(DoubleVec r, int set) {
-#pragma GCC unroll 16
-    for (int l = kLevels - 1; l > 0; --l) {
-      const DoubleVec t = acc[set][l] + r;
-      r -= t - acc[set][l];
-      acc[set][l] = t;
+  using F = Format<T>;
+  using Vec = typename F::Vec;
+  Vec largest = {}, least = Vec{} + F::magnitude, zeros = {};
+  steps.each([&](const T* x, int64_t n) {
+    for (int64_t i = 0; i < n; i += F::count) {
+      const Vec bits = load_bytes<Vec>(x + i) & F::magnitude;
+      const Vec below = (bits - 1) & F::magnitude;  // 0 becomes the largest
+      largest = bits > largest ? bits : largest;
+      least = below < least ? below : least;
+      zeros += (bits == 0);
     }
-    acc[set][0] += r;
-  }
-  // Adds the sum to the words, and returns it rounded, in units of the scaled squares.
-  double flush(int64_t* words) const {
-    double sum = 0.0;
-    for (int l = kLevels - 1; l >= 0; --l) {
-      LongVec units = {};
-      for (int s = 0; s < kSets; ++s)
-        units += bit_cast<LongVec>(acc[s][l]) - bit_cast<int64_t>(beginning(l));
-      const int64_t part = lane_sum(units);
-      words[limb + l] += part;
-      sum += static_cast<double>(part) * power(lowest + kLimbBits * l);
-    }
-    return sum;
-  }
-};
-
-// Calls f with the least of these counts of levels that is enough.
-template <class F>
-double with_levels(int32_t levels, F f) {
-  if (levels <= 2) return f(std::integral_constant<int, 2>());
-  if (levels <= 3) return f(std::integral_constant<int, 3>());
-  if (levels <= 4) return f(std::integral_constant<int, 4>());
-  if (levels <= 8) return f(std::integral_constant<int, 8>());
-  return f(std::integral_constant<int, 16>());
+  });
+  const auto larger = [](auto a, auto b) { return a > b ? a : b; };
+  const auto lesser = [](auto a, auto b) { return a < b ? a : b; };
+  const auto both = [](auto a, auto b) { return a + b; };
+  return {static_cast<typename F::Word>(reduce_lanes(largest, larger)),
+          static_cast<typename F::Word>(reduce_lanes(least, lesser) + 1),
+          -static_cast<int64_t>(reduce_lanes(zeros, both)) - steps.padding};
 }
-constexpr int32_t kMostLevels = 16;  // all of the narrow form
+
+// Calls take(x + i) for the steps of a block and drain() as often as it must be: a step adds at
+// most two values to each accumulator.
+template <class T, class Take, class Drain>
+void each_step(const Steps<T>& steps, Take take, Drain drain) {
+  constexpr int64_t run = kDrainAfter / 2 * Steps<T>::kStep;
+  steps.each([&](const T* x, int64_t n) {
+    for (int64_t i = 0; i < n; i += run) {
+      const int64_t end = n - i < run ? n : i + run;
+      for (int64_t k = i; k < end; k += Steps<T>::kStep) {
+        Steps<T>::prefetch_next(x + k, n);
+        take(x + k);
+      }
+      drain();
+    }
+  });
+}
 
 // Squares of float32 have 48 bits: float64 holds them.
 template <class T>
 ScaledSum add_finite(const Steps<T>& steps, const Range<T>& range, int64_t* words, LimbForm form) {
-  const Span span(2 * (range.bottom() - kBits<T> + 1), 2 * (range.top() + 1), form);
+  const Span span = {2 * (range.bottom() - Format<T>::field), 2 * (range.top() + 1)};
   const double sum = with_levels(span.levels(), [&](auto levels) {
-    Accumulators<levels(), 2> sums(span, 0, form);
-    steps.each([&](const T* x, int64_t n) {
-      for (int64_t i = 0; i < n; i += Steps<T>::kStep) {
-        const Pair<FloatVec> v = load_pair(x + i);
-        const Pair<DoubleVec> a = widen(v.a), b = widen(v.b);
-        sums.take(a.a * a.a, 0);
-        sums.take(a.b * a.b, 1);
-        sums.take(b.a * b.a, 0);
-        sums.take(b.b * b.b, 1);
-      }
-    });
-    return sums.flush(words);
+    Accumulators<levels(), 2> sums(span, 0);
+    each_step(
+        steps,
+        [&](const T* x) {
+          const Pair<FloatVec> v = load_pair(x);
+          const Pair<DoubleVec> a = widen(v.a), b = widen(v.b);
+          sums.take(a.a * a.a, 0);
+          sums.take(a.b * a.b, 1);
+          sums.take(b.a * b.a, 0);
+          sums.take(b.b * b.b, 1);
+        },
+        [&] { sums.drain(); });
+    return sums.flush(words, form, span.low);
   });
   return {sum, 0.0};
 }
@@ -239,41 +187,49 @@ template <>
 ScaledSum add_finite(const Steps<double>& steps, const Range<double>& range, int64_t* words,
                      LimbForm form) {
   const int32_t top = range.top(), bottom = range.bottom();
-  const int32_t scale = top < 400 && bottom > -400 ? 0 : top < 1000 ? top : 1000;
-  const Span first(2 * (bottom - 25), 2 * top + 2, form);
-  const Span second(2 * bottom - 76, 2 * top - 24, form);
-  const Span third(2 * (bottom - 52), 2 * top - 52, form);
-  int32_t most = first.levels();
-  if (second.levels() > most) most = second.levels();
-  if (third.levels() > most) most = third.levels();
-  if (most > kMostLevels) {
+  const int32_t scale = top < 200 && bottom > -200 ? 0 : top < 1000 ? top : 1000;
+  // Parts of a multiple of 2^-1074 are multiples of it.
+  const auto span = [](int32_t low, int32_t high) {
+    return Span{low < 2 * -1074 ? 2 * -1074 : low, high};
+  };
+  const Span highs = span(2 * (bottom - 25), 2 * top + 2);
+  const Span mixed = span(2 * bottom - 76, 2 * top - 24);
+  const Span lows = span(2 * (bottom - 52), 2 * top - 52);
+  // All of at most 52 bits and twice the range of exponents.
+  if (highs.levels() > kMostLevels) {
     ScaledSum sum = add_each(steps.x, steps.whole, top, words, form);
     if (steps.padding)
       sum.value += add_each(steps.tail, Steps<double>::kStep, top, words, form).value;
     return sum;
   }
   const double unscale = power(-scale);
-  const double sum = with_levels(most, [&](auto levels) {
-    Accumulators<levels(), 1> highs(first, scale, form), mixed(second, scale, form),
-        lows(third, scale, form);
+  const double sum = with_levels(highs.levels(), [&](auto levels) {
+    Accumulators<levels(), 1> of_highs(highs, 2 * scale), of_mixed(mixed, 2 * scale),
+        of_lows(lows, 2 * scale);
     const auto take = [&](DoubleVec v) {
       const DoubleVec x = v * unscale;
       const LongVec rounded =
           (bit_cast<LongVec>(x) + (int64_t{1} << 26)) & ~((int64_t{1} << 27) - 1);
       const DoubleVec high = bit_cast<DoubleVec>(rounded), low = x - high;
-      highs.take(high * high, 0);
-      mixed.take((high + high) * low, 0);
-      lows.take(low * low, 0);
+      of_highs.take(high * high, 0);
+      of_mixed.take((high + high) * low, 0);
+      of_lows.take(low * low, 0);
     };
-    steps.each([&](const double* x, int64_t n) {
-      for (int64_t i = 0; i < n; i += Steps<double>::kStep) {
-        const Pair<DoubleVec> v = load_pair(x + i);
-        take(v.a);
-        take(v.b);
-      }
-    });
-    const double small = lows.flush(words);
-    return highs.flush(words) + (mixed.flush(words) + small);
+    each_step(
+        steps,
+        [&](const double* x) {
+          const Pair<DoubleVec> v = load_pair(x);
+          take(v.a);
+          take(v.b);
+        },
+        [&] {
+          of_highs.drain();
+          of_mixed.drain();
+          of_lows.drain();
+        });
+    const double small = of_lows.flush(words, form, lows.low);
+    return of_highs.flush(words, form, highs.low) +
+           (of_mixed.flush(words, form, mixed.low) + small);
   });
   return {sum, static_cast<double>(scale)};
 }
@@ -291,15 +247,20 @@ int64_t add_nonfinite(const T* x, int64_t n, int64_t* words, LimbForm form) {
   return words[form.infs()] + words[form.nans()] - before;
 }
 
-inline double bits_to_double(int32_t bits) { return bit_cast<float>(bits); }
-inline double bits_to_double(int64_t bits) { return bit_cast<double>(bits); }
+// A magnitude by its bits.
+template <class T>
+double value_of(typename Format<T>::Word bits) {
+  T x[Steps<T>::kStep] = {};
+  std::memcpy(x, &bits, sizeof(T));
+  return load_pair(x).a[0];
+}
 
 template <class T>
 Stats add_block(const T* x, int64_t n, int64_t* words, LimbForm form) {
   const Steps<T> steps(x, n);
   const Range<T> range = range_of(steps);
-  Stats s = {{0.0, 0.0}, {0.0, 0.0}, bits_to_double(range.largest), 0, range.zeros};
-  if (range.largest >= Lanes<T>::infinity) {
+  Stats s = {{0.0, 0.0}, {0.0, 0.0}, value_of<T>(range.largest), 0, range.zeros};
+  if (range.largest >= Format<T>::infinity) {
     steps.each([&](const T* q, int64_t m) { s.nonfinite += add_nonfinite(q, m, words, form); });
     s.l2.value = s.amax;
   } else if (range.largest != 0) {

@@ -33,8 +33,8 @@ constexpr LimbForm kNarrowLimbs = {16, -320};
 constexpr LimbForm kWideLimbs = {107, -2160};
 constexpr int32_t kMostWords = kWideLimbs.words();
 
-// Squares that may be added between two carries. Each adds less than 2^42 to a limb, so 2^18 of
-// them to carried limbs, below 2^40 each, stay below 2^61.
+// Squares that may be added between two carries. However they are split, each adds less than 2^44
+// to a limb, so 2^18 of them to carried limbs, below 2^40 each, stay below 2^63.
 constexpr int64_t kCarryAfter = int64_t{1} << 18;
 
 // What value * 2^exponent adds: parts[k], below 2^40 each, to limb first + k.
@@ -57,6 +57,15 @@ GRADFUSE_HD LimbParts limb_parts(uint64_t value, int32_t exponent, LimbForm form
 GRADFUSE_HD void add_parts(int64_t* words, const LimbParts& p) {
   for (int32_t k = 0; k < 3; ++k)
     if (p.parts[k] != 0) words[p.first + k] += p.parts[k];
+}
+
+// Adds value * 2^exponent.
+GRADFUSE_HD void add_multiple(int64_t* words, int64_t value, int32_t exponent, LimbForm form) {
+  const uint64_t size = static_cast<uint64_t>(value < 0 ? -value : value);
+  LimbParts p = limb_parts(size, exponent, form);
+  if (value < 0)
+    for (int32_t k = 0; k < 3; ++k) p.parts[k] = -p.parts[k];
+  add_parts(words, p);
 }
 
 // Adds x^2. At most 3 parts go to one limb.
