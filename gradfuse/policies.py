@@ -76,14 +76,17 @@ class Norm(Policy):
 
     Args:
         max_norm: upper bound of the global norm, >= 0.
+        exact: by the correctly rounded square root of the exact sum of squares: the same bits for
+            any order, split and number of ranks. Slower.
 
     Source: Pascanu, Mikolov, Bengio 2013, "On the difficulty of training recurrent neural
     networks", Algorithm 1.
     """
 
-    def __init__(self, max_norm: float) -> None:
+    def __init__(self, max_norm: float, *, exact: bool = False) -> None:
         super().__init__()
         self.max_norm = check_max_norm("Norm", "max_norm", max_norm)
+        self.exact = bool(exact)
 
 
 class Value(Policy):

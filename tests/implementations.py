@@ -33,6 +33,7 @@ ARITHMETIC = {
     "test_batch_norm_hypothesis.py",
     "test_clip.py",
     "test_dropout.py",
+    "test_exact_norm.py",
     "test_hypothesis.py",
     "test_layer_norm.py",
     "test_nonfinite.py",

@@ -232,12 +232,13 @@ ORDERS = [clip_of(0.5, p) for p in NORM_TYPES]
 
 clip_grad_norm_ = Op(
     "clip_grad_norm_",
-    on_parameters(gradfuse.clip_grad_norm_, *NORM_OPTIONS, "nonfinite"),
+    on_parameters(gradfuse.clip_grad_norm_, *NORM_OPTIONS, "nonfinite", "exact"),
     on_parameters(TORCH.clip_grad_norm_, *NORM_OPTIONS),
     with_each(
         *ORDERS,
         *(clip_of(m) for m in (0.0, 1e-30, 0.1, 1e4, math.inf)),
         *(clip_of(1.0, foreach=f) for f in (None, True, False)),
+        *(clip_of(m, exact=True) for m in (0.5, 1e4)),
     ),
     (*REAL, *COMPLEX),
     [
@@ -246,10 +247,11 @@ clip_grad_norm_ = Op(
         *NO_NORM,
         bad_option("nonfinite", "no", "nonfinite must be 'propagate', 'error' or 'zero', got 'no'"),
     ],
-    large=large(*(clip_of(0.5, p) for p in (2.0, 1.0, 3.0, math.inf))),
+    large=large(*(clip_of(0.5, p) for p in (2.0, 1.0, 3.0, math.inf)), clip_of(0.5, exact=True)),
     registered={
         "clip_grads_": lambda d: [
             *of_library(0.1, 2.0, 0)(d),
+            *of_library(0.1, 2.0, 0, True)(d),
             *of_library(0.1, math.inf, 0)(d),
         ]
     },
@@ -263,13 +265,19 @@ clip_grad_norm_ = Op(
 
 get_total_norm = Op(
     "get_total_norm",
-    on_tensors(gradfuse.get_total_norm, "norm_type", "error_if_nonfinite", "foreach"),
+    on_tensors(gradfuse.get_total_norm, "norm_type", "error_if_nonfinite", "foreach", "exact"),
     on_tensors(TORCH.get_total_norm, "norm_type", "error_if_nonfinite", "foreach"),
-    with_each(*({"norm_type": p} for p in NORM_TYPES)),
+    with_each(*({"norm_type": p} for p in NORM_TYPES), {"exact": True}),
     (*REAL, *COMPLEX),
     [*MEASURED, *NO_NORM],
-    large=large({"norm_type": 2.0}),
-    registered={"grad_stats": lambda d: [*of_library(2.0, 0)(d), *of_library(math.inf, 0)(d)]},
+    large=large({"norm_type": 2.0}, {"exact": True}),
+    registered={
+        "grad_stats": lambda d: [
+            *of_library(2.0, 0)(d),
+            *of_library(math.inf, 0)(d),
+            *of_library(2.0, 0, True)(d),
+        ]
+    },
     traffic=[Traffic("all", of_dense(norm_type=2.0), {"tensor": 1}, {"tensor": 0})],
     truth=scaled_by(norm_of_sample),
 )

@@ -38,6 +38,7 @@ __all__ = ["BENCH"]
 RANKS = 2
 TORCH, TITAN = "torch, DTensor", "torchtitan's way"
 FAST = "gradfuse.clip_grad_norm_"
+EXACT = "gradfuse, exact=True"
 FLOOR = "floor: the bytes alone"
 # Inputs of both ranks together: of ResNet-50 at batch 32, and one so small that the collectives
 # take most of the time.
@@ -120,11 +121,18 @@ def clip_work(name: str, rank: int) -> Work:
         TORCH: partial(whole_torch_clip, ps),
         TITAN: partial(torchtitan_clip, ps),
         FAST: partial(gradfuse.clip_grad_norm_, ps, MAX_NORM),
+        EXACT: partial(gradfuse.clip_grad_norm_, ps, MAX_NORM, exact=True),
         FLOOR: least(gradients.flat, clipping).run,
     }
     passes = 3 if clipping else 1
     moved = gradients.nbytes * passes
-    return Work(run, moved, {FAST: Target(1.0)}, gradients.preparation(), gradients.verify)
+    return Work(
+        run,
+        moved,
+        dict.fromkeys((FAST, EXACT), Target(1.0)),
+        gradients.preparation(),
+        gradients.verify,
+    )
 
 
 def norm_work(name: str) -> Work:

@@ -16,6 +16,7 @@ from gradfuse.distributed import Group, ReplicatedOver, is_dtensor
 from gradfuse.distributed.norm import plan_over_ranks, shares_of
 from gradfuse.ops.checks import (
     CLIP_NONFINITE,
+    check_exact,
     check_max_norm,
     check_nonfinite,
     check_norm_type,
@@ -39,6 +40,8 @@ class GradClipper:
             May be changed between steps.
         norm_type: p > 0, or inf; 2 with a policy.
         nonfinite: "propagate" | "error" | "zero", as in clip_grad_norm_.
+        exact: clip by the exact norm, as in clip_grad_norm_; the parameters' own norms in a report
+            are rounded as always. A policy may want it too.
         group, replicated_over: as in clip_grad_norm_. With them, or with DTensors among the
             parameters, each clip is a collective call, and max_norm must be a number.
 
@@ -57,10 +60,13 @@ class GradClipper:
         norm_type: float = 2.0,
         nonfinite: str = "propagate",
         *,
+        exact: bool = False,
         group: Group | None = None,
         replicated_over: ReplicatedOver | None = None,
     ) -> None:
         self._norm_type = check_norm_type("GradClipper", norm_type)
+        check_exact("GradClipper", exact, self._norm_type)
+        self._exact = bool(exact)
         self._group, self._replicated_over = group, replicated_over
         self._is_over_ranks = group is not None or replicated_over is not None
         self.max_norm = max_norm
@@ -110,6 +116,11 @@ class GradClipper:
     def norm_type(self) -> float:
         """Order of the norm."""
         return self._norm_type
+
+    @property
+    def exact(self) -> bool:
+        """Whether the norm is the exact one, whatever the policy wants."""
+        return self._exact
 
     @property
     def nonfinite(self) -> str:
@@ -170,9 +181,11 @@ class GradClipper:
             names = [
                 name for name, p in zip(names, self._parameters, strict=True) if p.grad is not None
             ]
-            result = torch.ops.gradfuse.clip_grads_(grads, self._max_norm, self._norm_type, code)
+            result = torch.ops.gradfuse.clip_grads_(
+                grads, self._max_norm, self._norm_type, code, self._exact
+            )
         else:
-            result = self._list.clip_(self._max_norm, self._norm_type, code)
+            result = self._list.clip_(self._max_norm, self._norm_type, code, self._exact)
         return GradReport(names, result, self._max_norm, self._norm_type, self._nonfinite)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -182,7 +195,7 @@ class GradClipper:
         _native.refuse_tracing(op)
         shares = shares_of(op, self._parameters, True, self._group, self._replicated_over)
         code = CLIP_NONFINITE[self._nonfinite]
-        result = plan_over_ranks(op, shares, max_norm, self._norm_type, code, True)
+        result = plan_over_ranks(op, shares, max_norm, self._norm_type, code, True, self._exact)
         _native.backend.apply_(op, shares.all, result.plan)
         rows, stats, ranks = shares.in_order(result.stats)
         return GradReport(
@@ -199,9 +212,10 @@ class GradClipper:
     def _clip_by(self, policy: Policy) -> GradReport:
         _native.refuse_tracing("GradClipper.clip_")
         code = CLIP_NONFINITE[self._nonfinite]
+        exact = self._exact or policy.exact
         step = plan_with_policy(
             policy,
-            lambda max_norm: self._list.measure(max_norm, self._norm_type, code),
+            lambda max_norm: self._list.measure(max_norm, self._norm_type, code, exact),
             lambda: self._parameters,
             None,
             skips=False,
@@ -240,5 +254,6 @@ class GradClipper:
         shown = repr(limit) if isinstance(limit, Policy) else f"{limit:g}"
         return (
             f"GradClipper({len(self._names)} parameters, max_norm={shown}, "
-            f"norm_type={self._norm_type:g}, nonfinite={self._nonfinite!r})"
+            f"norm_type={self._norm_type:g}, nonfinite={self._nonfinite!r}"
+            f"{', exact=True' if self._exact else ''})"
         )

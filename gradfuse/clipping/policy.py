@@ -46,12 +46,15 @@ class Policy:
     Attributes:
         max_norm: upper bound of the global norm where `decide` is not overridden.
         bound: largest magnitude of an element, after the coefficient; inf for none.
+        exact: whether the global norm is the correctly rounded square root of the exact sum of
+            squares.
         state: Tensors kept between steps. A step whose norm is 0, NaN, inf or beyond float64, or
             for which a loss scaler found inf, leaves them as they are.
     """
 
     max_norm: float = math.inf
     bound: float = math.inf
+    exact: bool = False
 
     def __init__(self) -> None:
         self.state: dict[str, Tensor] = {}
@@ -164,7 +167,11 @@ class Policy:
         self.state = {name: t.clone() for name, t in state_dict.items()}
 
     def __repr__(self) -> str:
-        given = (f"{k}={v!r}" for k, v in vars(self).items() if k not in ("state", "bound"))
+        given = (
+            f"{k}={v!r}"
+            for k, v in vars(self).items()
+            if k not in ("state", "bound") and (k != "exact" or v)
+        )
         return f"{type(self).__name__}({', '.join(given)})"
 
 

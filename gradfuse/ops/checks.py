@@ -17,6 +17,7 @@ __all__ = [
     "CLIP_NONFINITE",
     "STEP_NONFINITE",
     "as_sequence",
+    "check_exact",
     "check_max_norm",
     "check_nonfinite",
     "check_nonnegative",
@@ -83,6 +84,12 @@ def check_norm_type(op: str, norm_type: float) -> float:
     if not norm_type > 0.0:
         raise ValueError(f"{op}: norm_type must be > 0 or inf, got {norm_type}")
     return norm_type
+
+
+def check_exact(op: str, exact: bool, norm_type: float) -> None:
+    """ValueError if an exact norm is wanted that is not L2."""
+    if exact and norm_type != 2.0:
+        raise ValueError(f"{op}: norm_type must be 2 with exact=True, got {norm_type:g}")
 
 
 def check_nonfinite(op: str, nonfinite: str, known: Mapping[str, NonFinite]) -> NonFinite:

@@ -19,6 +19,7 @@ from gradfuse.distributed.norm import Shares, plan_over_ranks, shares_of
 from gradfuse.ops.checks import (
     CLIP_NONFINITE,
     as_sequence,
+    check_exact,
     check_max_norm,
     check_nonfinite,
     check_nonnegative,
@@ -35,6 +36,7 @@ def get_total_norm(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
     *,
+    exact: bool = False,
     group: Group | None = None,
     replicated_over: ReplicatedOver | None = None,
 ) -> Tensor:
@@ -49,6 +51,8 @@ def get_total_norm(
         norm_type: p > 0, or inf. Strings such as "inf" are converted, as in torch.
         error_if_nonfinite: raise instead of returning nan or inf. On CUDA this waits.
         foreach: accepted for torch's signature; all paths are fused.
+        exact: the correctly rounded square root of the exact sum of squares: the same bits for any
+            order, split and number of ranks. Slower, and only for norm_type 2.
         group: ranks over which tensors are disjoint, beyond what the meshes of DTensors say: with
             ZeRO, pipeline stages, shards made by hand. A ProcessGroup or a DeviceMesh of one
             dimension. None: DTensors count over their meshes; plain tensors count on this rank
@@ -64,7 +68,8 @@ def get_total_norm(
     Raises:
         RuntimeError: error_if_nonfinite is set and the norm is nan or inf. Or another rank refused
             its tensors; or a call over ranks is traced.
-        ValueError: norm_type is not > 0; a DTensor is Partial; or meshes and groups do not fit.
+        ValueError: norm_type is not > 0, or not 2 with exact; a DTensor is Partial; or meshes and
+            groups do not fit.
         TypeError: an input is no tensor, is neither dense nor sparse COO, of an integer dtype or on
             another device.
 
@@ -72,15 +77,17 @@ def get_total_norm(
     networks", Algorithm 1; Blue 1978, "A portable Fortran program to find the Euclidean norm of a
     vector".
     """
-    norm_type = check_norm_type("get_total_norm", norm_type)
+    op = "get_total_norm"
+    norm_type = check_norm_type(op, norm_type)
+    check_exact(op, exact, norm_type)
     code = NonFinite.ERROR if error_if_nonfinite else NonFinite.PROPAGATE
-    tensors = as_sequence("get_total_norm", tensors)
-    if (shares := _shares("get_total_norm", tensors, False, group, replicated_over)) is not None:
-        return plan_over_ranks("get_total_norm", shares, math.inf, norm_type, code, False).norm
+    tensors = as_sequence(op, tensors)
+    if (shares := _shares(op, tensors, False, group, replicated_over)) is not None:
+        return plan_over_ranks(op, shares, math.inf, norm_type, code, False, exact).norm
     if _native.is_traced():
-        norm: Tensor = torch.ops.gradfuse.grad_stats(list(tensors), norm_type, code)[0]
+        norm: Tensor = torch.ops.gradfuse.grad_stats(list(tensors), norm_type, code, exact)[0]
         return norm
-    return _native.backend.stats(tensors, False, norm_type, code)[0]
+    return _native.backend.stats(tensors, False, norm_type, code, exact)[0]
 
 
 def clip_grad_norm_(
@@ -91,6 +98,7 @@ def clip_grad_norm_(
     foreach: bool | None = None,
     *,
     nonfinite: str = "propagate",
+    exact: bool = False,
     group: Group | None = None,
     replicated_over: ReplicatedOver | None = None,
 ) -> Tensor:
@@ -110,6 +118,8 @@ def clip_grad_norm_(
         nonfinite: what a NaN or inf gradient does. "propagate": as in torch, the gradients become
             NaN or 0. "error": RuntimeError, nothing is written. "zero": all gradients become 0.
             Over ranks, what one has acts on all alike.
+        exact: clip by the correctly rounded square root of the exact sum of squares: the same bits
+            for any order, split and number of ranks. Slower, and only for norm_type 2.
         group: ranks over which gradients are disjoint, beyond what the meshes of DTensors say:
             with ZeRO, pipeline stages, shards made by hand. A ProcessGroup or a DeviceMesh of one
             dimension. None: DTensors count over their meshes; plain gradients count on this rank
@@ -124,9 +134,9 @@ def clip_grad_norm_(
         RuntimeError: nonfinite="error" and the norm is nan or inf; or a gradient is expanded, so
             that several elements share memory. Or another rank refused its gradients; or a call
             over ranks is traced.
-        ValueError: max_norm is negative or NaN, norm_type is not > 0, nonfinite is unknown, or
-            error_if_nonfinite contradicts it. Or a gradient is Partial; or meshes and groups do not
-            fit.
+        ValueError: max_norm is negative or NaN, norm_type is not > 0 or not 2 with exact, nonfinite
+            is unknown, or error_if_nonfinite contradicts it. Or a gradient is Partial; or meshes
+            and groups do not fit.
         TypeError: as get_total_norm.
 
     Source: Pascanu, Mikolov, Bengio 2013, "On the difficulty of training recurrent neural
@@ -135,6 +145,7 @@ def clip_grad_norm_(
     op = "clip_grad_norm_"
     max_norm = check_max_norm(op, "max_norm", max_norm)
     norm_type = check_norm_type(op, norm_type)
+    check_exact(op, exact, norm_type)
     code = check_nonfinite(op, nonfinite, CLIP_NONFINITE)
     if error_if_nonfinite:
         if nonfinite == "zero":
@@ -149,14 +160,14 @@ def clip_grad_norm_(
             "`parameters` is an empty generator, no gradient clipping will occur.", stacklevel=2
         )
     if (shares := _shares(op, parameters, True, group, replicated_over)) is not None:
-        result = plan_over_ranks(op, shares, max_norm, norm_type, code, True)
+        result = plan_over_ranks(op, shares, max_norm, norm_type, code, True, exact)
         _native.backend.apply_(op, shares.all, result.plan)
         return result.norm
     if _native.is_traced_in_place(op):
         grads = grads_of(parameters)
-        norm: Tensor = torch.ops.gradfuse.clip_grads_(grads, max_norm, norm_type, code)[0]
+        norm: Tensor = torch.ops.gradfuse.clip_grads_(grads, max_norm, norm_type, code, exact)[0]
         return norm
-    return _native.backend.clip_(parameters, True, max_norm, norm_type, code)[0]
+    return _native.backend.clip_(parameters, True, max_norm, norm_type, code, exact)[0]
 
 
 def clip_grads_with_norm_(
@@ -265,17 +276,16 @@ def _fake_result(grads: list[Tensor]) -> ClipResult:
 
 
 define_op(
-    "grad_stats(Tensor[] grads, float norm_type, int nonfinite) -> (Tensor, Tensor, Tensor)",
-    lambda grads, norm_type, nonfinite: _native.backend.stats(grads, False, norm_type, nonfinite),
-    lambda grads, norm_type, nonfinite: _fake_result(grads),
+    "grad_stats(Tensor[] grads, float norm_type, int nonfinite, bool exact=False)"
+    " -> (Tensor, Tensor, Tensor)",
+    lambda grads, *settings: _native.backend.stats(grads, False, *settings),
+    lambda grads, *settings: _fake_result(grads),
 )
 define_op(
-    "clip_grads_(Tensor(a!)[] grads, float max_norm, float norm_type, int nonfinite)"
-    " -> (Tensor, Tensor, Tensor)",
-    lambda grads, max_norm, norm_type, nonfinite: _native.backend.clip_(
-        grads, False, max_norm, norm_type, nonfinite
-    ),
-    lambda grads, max_norm, norm_type, nonfinite: _fake_result(grads),
+    "clip_grads_(Tensor(a!)[] grads, float max_norm, float norm_type, int nonfinite,"
+    " bool exact=False) -> (Tensor, Tensor, Tensor)",
+    lambda grads, *settings: _native.backend.clip_(grads, False, *settings),
+    lambda grads, *settings: _fake_result(grads),
 )
 define_op(
     "scale_grads_(Tensor(a!)[] grads, float max_norm, Tensor total_norm) -> ()",

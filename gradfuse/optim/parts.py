@@ -87,7 +87,16 @@ class Part:
         """
         if self.shards is not None:
             return self._measure_over_ranks(self.shards, max_norm, call)
-        return ClipResult(*self.stepper.measure(max_norm, call.code, call.scale, call.found_inf))
+        return self._measure_here(max_norm, call)
+
+    def _measure_here(self, max_norm: float, call: StepCall) -> ClipResult:
+        scale, found_inf = call.scale, call.found_inf
+        return ClipResult(
+            *self.stepper.measure(max_norm, call.code, scale, found_inf, self._is_exact())
+        )
+
+    def _is_exact(self) -> bool:
+        return isinstance(self.clip, Policy) and self.clip.exact
 
     def _measure_over_ranks(self, shards: Shards, max_norm: float, call: StepCall) -> ClipResult:
         """The same over all shards of the parameters. Collective."""
@@ -102,11 +111,11 @@ class Part:
             )
         if p is None and scaled:  # whole on every process, which decide alike
             self.ranks = None
-            return ClipResult(
-                *self.stepper.measure(max_norm, call.code, call.scale, call.found_inf)
-            )
+            return self._measure_here(max_norm, call)
         shares = shares_of(shards.op, shards.owners, True)
-        result = plan_over_ranks(shards.op, shares, max_norm, 2.0, call.code, True)
+        result = plan_over_ranks(
+            shards.op, shares, max_norm, 2.0, call.code, True, self._is_exact()
+        )
         rows, stats, self.ranks = shares.in_order(result.stats)
         table = stats.new_tensor(TensorStats.absent()).repeat(len(shards.owners), 1)
         table[rows] = stats
