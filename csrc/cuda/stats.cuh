@@ -187,45 +187,61 @@ __device__ Stats block_merge(const Stats& mine, double p) {
   return total;
 }
 
-// This thread's stats of x[0..n), dense, kUnroll words at a time.
-template <class T, int kBlock, int kUnroll, Sums kSums>
-__device__ Stats thread_stats(const T* x, int64_t n, NormSpec spec) {
+// This thread's stats of x[0..n), dense, kUnroll words at a time. Calls also(element) for each.
+struct Nothing {
+  template <class Wide>
+  __device__ void operator()(Wide) const {}
+};
+template <class T, int kBlock, int kUnroll, Sums kSums, class Also = Nothing>
+__device__ Stats thread_stats(const T* x, int64_t n, NormSpec spec, Also also = {}) {
   using Wide = typename Element<T>::Wide;
   constexpr int kPer = kPer16Bytes<T>;
   ThreadStats<T, kSums> stats;
+  const auto take = [&](const auto& wide) {
+    stats.take(wide, spec);
+    for (const Wide& each : wide) also(each);
+  };
   visit_run<T, kBlock, kUnroll>(
       x, n,
       [&](int64_t i) {
         const Wide one[1] = {Element<T>::widen(x[i])};
-        stats.take(one, spec);
+        take(one);
       },
       [&](int64_t, const Word<T>(&words)[kUnroll]) {
         Wide wide[kUnroll * kPer];
 #pragma unroll
         for (int i = 0; i < kUnroll * kPer; ++i)
           wide[i] = Element<T>::widen(words[i / kPer].element[i % kPer]);
-        stats.take(wide, spec);
+        take(wide);
       },
       [&](int64_t, const Word<T>& word) {
         Wide wide[kPer];
 #pragma unroll
         for (int i = 0; i < kPer; ++i) wide[i] = Element<T>::widen(word.element[i]);
-        stats.take(wide, spec);
+        take(wide);
       });
   return stats.finish();
 }
 
 // This thread's stats of elements [start, end) of a strided or complex run whose first element is
 // `base` elements after its data. All types in float64; a complex element counts by its modulus.
-template <int kBlock, Sums kSums>
+// Calls also(part) for each part.
+template <int kBlock, Sums kSums, class Also = Nothing>
 __device__ Stats strided_thread_stats(const StridedRun& run, int64_t base, int64_t start,
-                                      int64_t end, NormSpec spec) {
+                                      int64_t end, NormSpec spec, Also also = {}) {
   ThreadStats<double, kSums> stats;
   for (int64_t i = start + threadIdx.x; i < end; i += kBlock) {
     const int64_t element = base + strided_offset(run, i);
-    const double one[1] = {
-        run.is_complex ? hypot(load_element(run, 2 * element), load_element(run, 2 * element + 1))
-                       : load_element(run, element)};
+    double one[1];
+    if (run.is_complex) {
+      const double real = load_element(run, 2 * element), imag = load_element(run, 2 * element + 1);
+      one[0] = hypot(real, imag);
+      also(real);
+      also(imag);
+    } else {
+      one[0] = load_element(run, element);
+      also(one[0]);
+    }
     stats.take(one, spec);
   }
   return stats.finish();

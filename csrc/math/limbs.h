@@ -54,50 +54,60 @@ GRADFUSE_HD LimbParts limb_parts(uint64_t value, int32_t exponent, LimbForm form
            static_cast<int64_t>(above >> kLimbBits)}};
 }
 
-GRADFUSE_HD void add_parts(int64_t* words, const LimbParts& p) {
+// Calls add(limb, part).
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable
+#endif
+template <class Add>
+GRADFUSE_HD void each_part(const LimbParts& p, Add add) {
   for (int32_t k = 0; k < 3; ++k)
-    if (p.parts[k] != 0) words[p.first + k] += p.parts[k];
+    if (p.parts[k] != 0) add(p.first + k, p.parts[k]);
+}
+
+// Calls add(word, value) for all that x^2 adds to a sum. At most 3 parts go to one limb. That of a
+// float64 takes the wide form.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable
+#endif
+template <class Add>
+GRADFUSE_HD void each_part_of_square(LimbForm form, float x, Add add) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const int32_t field = static_cast<int32_t>((bits >> 23) & 0xff);
+  uint64_t mantissa = bits & 0x7fffff;
+  if (field == 0xff) return add(mantissa ? form.nans() : form.infs(), int64_t{1});
+  if (field != 0) mantissa |= 0x800000;
+  const int32_t exponent = (field == 0 ? 1 : field) - 150;
+  each_part(limb_parts(mantissa * mantissa, 2 * exponent, form), add);
+}
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable
+#endif
+template <class Add>
+GRADFUSE_HD void each_part_of_square(LimbForm form, double x, Add add) {
+  uint64_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const int32_t field = static_cast<int32_t>((bits >> 52) & 0x7ff);
+  uint64_t mantissa = bits & 0xfffffffffffff;
+  if (field == 0x7ff) return add(mantissa ? form.nans() : form.infs(), int64_t{1});
+  if (field != 0) mantissa |= 0x10000000000000;
+  const int32_t exponent = 2 * ((field == 0 ? 1 : field) - 1075);
+  const uint64_t high = mantissa >> 27, low = mantissa & 0x7ffffff;
+  each_part(limb_parts(high * high, exponent + 54, form), add);
+  each_part(limb_parts(high * low, exponent + 28, form), add);
+  each_part(limb_parts(low * low, exponent, form), add);
 }
 
 // Adds value * 2^exponent.
 GRADFUSE_HD void add_multiple(int64_t* words, int64_t value, int32_t exponent, LimbForm form) {
   const uint64_t size = static_cast<uint64_t>(value < 0 ? -value : value);
-  LimbParts p = limb_parts(size, exponent, form);
-  if (value < 0)
-    for (int32_t k = 0; k < 3; ++k) p.parts[k] = -p.parts[k];
-  add_parts(words, p);
+  each_part(limb_parts(size, exponent, form),
+            [=](int32_t word, int64_t part) { words[word] += value < 0 ? -part : part; });
 }
-
-// Adds x^2. At most 3 parts go to one limb.
-GRADFUSE_HD void add_square(int64_t* words, LimbForm form, float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  const int32_t field = static_cast<int32_t>((bits >> 23) & 0xff);
-  uint64_t mantissa = bits & 0x7fffff;
-  if (field == 0xff) {
-    ++words[mantissa ? form.nans() : form.infs()];
-    return;
-  }
-  if (field != 0) mantissa |= 0x800000;
-  const int32_t exponent = (field == 0 ? 1 : field) - 150;
-  add_parts(words, limb_parts(mantissa * mantissa, 2 * exponent, form));
-}
-// Only in the wide form.
-GRADFUSE_HD void add_square(int64_t* words, LimbForm form, double x) {
-  uint64_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  const int32_t field = static_cast<int32_t>((bits >> 52) & 0x7ff);
-  uint64_t mantissa = bits & 0xfffffffffffff;
-  if (field == 0x7ff) {
-    ++words[mantissa ? form.nans() : form.infs()];
-    return;
-  }
-  if (field != 0) mantissa |= 0x10000000000000;
-  const int32_t exponent = 2 * ((field == 0 ? 1 : field) - 1075);
-  const uint64_t high = mantissa >> 27, low = mantissa & 0x7ffffff;
-  add_parts(words, limb_parts(high * high, exponent + 54, form));
-  add_parts(words, limb_parts(high * low, exponent + 28, form));
-  add_parts(words, limb_parts(low * low, exponent, form));
+// Adds x^2.
+template <class T>
+GRADFUSE_HD void add_square(int64_t* words, LimbForm form, T x) {
+  each_part_of_square(form, x, [=](int32_t word, int64_t value) { words[word] += value; });
 }
 
 // Brings all limbs into [0, 2^40), but the last, which takes the rest. The sum stays the same, and

@@ -51,12 +51,11 @@ void exact_limbs(const std::vector<GradRef>& grads, const std::vector<int64_t>& 
                  int64_t* words, TensorStats* stats);
 }
 namespace cuda {
-// Writes `words`, and from the call its statistics alone.
+// Writes all that stats does, too.
 void exact_limbs(const std::vector<GradRef>& grads, const std::vector<int64_t>& rows, LimbForm form,
                  int64_t* words, const NormCall& call,
-                 void* scratch,  // exact_scratch_bytes(grads, form), 256-byte aligned
+                 void* scratch,  // stats_scratch_bytes(grads), 256-byte aligned
                  Stream stream);
-int64_t exact_scratch_bytes(const std::vector<GradRef>& grads, LimbForm form);
 // The plan and the norm for a sum of up to 2^22 of such words, which need not be carried.
 void exact_plan(const int64_t* words, LimbForm form, const NormCall& call, Stream stream);
 }  // namespace cuda

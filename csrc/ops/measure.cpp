@@ -51,8 +51,7 @@ at::Tensor limbs_on_cuda(const DeviceGroup& group, LimbForm form, const CudaCall
   run_on(
       group.device, [] {},
       [&](Stream stream) {
-        const at::Tensor scratch =
-            scratch_on(group.device, cuda::exact_scratch_bytes(group.refs, form));
+        const at::Tensor scratch = scratch_on(group.device, cuda::stats_scratch_bytes(group.refs));
         cuda::exact_limbs(group.refs, group.rows, form, words.mutable_data_ptr<int64_t>(), out.call,
                           scratch.mutable_data_ptr(), stream);
       });

@@ -103,6 +103,28 @@ def test_as_the_reference(ptx, monkeypatch, step, dtype):
             torch.testing.assert_close(p.grad, q.grad, rtol=max(ulp, 2e-6), atol=0.0)
 
 
+@pytest.mark.parametrize("dtype", [*REAL, *COMPLEX], ids=short)
+def test_exact_limbs_are_those_of_integers(ptx, dtype):
+    """Every word, whatever the order of the blocks, and with values of any size."""
+    grads = [p.grad for p in parameters(dtype) if p.grad is not None]
+    info = torch.finfo(dtype)
+    for g, factor in zip(
+        grads, (info.max, info.tiny, info.smallest_normal * info.eps), strict=False
+    ):
+        g[: g.numel() // 2] *= factor
+    limbs, _ = reference.exact_limbs("norm", grads, False)
+    for order in ("forward", "backward", "shuffled"):
+        ptx.machine.order = order
+        found, _ = _native.backend.exact_limbs("norm", grads, False)
+        KERNELS_RUN.update(launch.kernel for launch in ptx.launches)
+        assert torch.equal(found, limbs)
+        norm, plan = _native.backend.exact_plan("norm", found, False, 0.5, 0, None)
+        KERNELS_RUN.update(launch.kernel for launch in ptx.launches)
+        expected, _ = reference.exact_plan("norm", limbs, False, 0.5, 0, None)
+        assert bits([norm]) == bits([expected])
+        assert plan[0] == reference.exact_plan("norm", limbs, True, 0.5, 0, None)[0]
+
+
 def test_every_kernel_was_run(ptx):
     """The tests above run most kernels; this test runs the rest."""
 
