@@ -75,7 +75,8 @@ class _SyncBatchNormAct(_BatchNormAct):
                 ranks=ranks,
             )  # fmt: skip
 
-        return together(ranks, (self.running_mean, self.weight, self.bias, input), call)
+        vectors = (self.running_mean, self.running_var, self.weight, self.bias)
+        return together(ranks, (*vectors, input), call)
 
     def _ranks(self) -> Ranks | None:
         group = self.process_group

@@ -180,7 +180,7 @@ def batch_norm_act(
         ranks = Ranks.of(_OP, process_group, training)
         return together(
             ranks,
-            (running_mean, weight, bias, input),
+            (running_mean, running_var, input, weight, bias),
             lambda: batch_norm_act(
                 input, running_mean, running_var, weight, bias, residual=residual,
                 activation=activation, training=training, momentum=momentum, eps=eps,

@@ -7,6 +7,7 @@ wrapper of these in torch.distributed has another name in another torch.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -97,28 +98,24 @@ class Ranks:
 
 
 def together(
-    ranks: Ranks | None, like: Iterable[Tensor | None], call: Callable[[], Tensor]
+    ranks: Ranks | None, given: Iterable[Tensor | None], call: Callable[[], Tensor]
 ) -> Tensor:
     """call(), whose error is raised on the other ranks as well if they would wait for this one.
 
     Args:
-        like: tensors of the call; the first one there tells device and, as a vector or as an
-            [N, C, ...], the number of channels.
+        given: the call's input [N, C, ...] and vectors [C], one of which may be what is wrong: most
+            of them tell the number of channels, the first of as many.
     """
     if ranks is None or torch.compiler.is_compiling():  # shapes are checked as a graph is made
         return call()
     try:
         return call()
     except Exception:
-        for t in like:
-            if isinstance(t, Tensor) and t.ndim:
-                ranks.refuse(channels_of(t), t.device)
-                break
+        there = [t for t in given if isinstance(t, Tensor) and t.ndim and (t.is_cpu or t.is_cuda)]
+        if there:
+            channels = Counter(t.shape[0 if t.ndim == 1 else 1] for t in there)
+            ranks.refuse(channels.most_common(1)[0][0], there[0].device)
         raise
-
-
-def channels_of(t: Tensor) -> int:
-    return t.shape[0] if t.ndim == 1 else t.shape[1]
 
 
 def _all_reduce(t: Tensor, group: str) -> Tensor:
