@@ -21,6 +21,7 @@ MATH, CPU, CUDA, CSRC = "csrc/math", "csrc/cpu", "csrc/cuda", "csrc"
 CLIP = "tests/test_ops.py tests/test_clip.py tests/test_range.py"
 NORM = "tests/test_ops.py tests/test_batch_norm.py tests/test_batch_norm_hypothesis.py"
 MODES = "tests/test_batch_norm_modes.py tests/test_ops.py"
+RANKS = "tests/test_sync_batch_norm.py"
 ROWS = "tests/test_layer_norm.py tests/test_ops.py"
 DROPOUT = "tests/test_dropout.py"
 STEP = "tests/test_ops.py tests/test_optim.py"
@@ -61,6 +62,31 @@ FAULTS = [
         "one batch sets the momentum for a long time",
         MODES,
     ),
+    # Over ranks.
+    Fault(
+        "ranks' means do not differ",
+        MATH,
+        "a.m2 + b.m2 + ahead * ahead * (a.count * share)",
+        "a.m2 + b.m2",
+        "the variance of all ranks is the mean of theirs",
+        RANKS,
+    ),
+    Fault(
+        "a gradient's mean of one rank",
+        CSRC,
+        "const GradientMeans means = call.means",
+        "const GradientMeans means = false",
+        "the input's gradient is that of the rank's own statistics",
+        RANKS,
+    ),
+    Fault(
+        "an empty rank forgets the others",
+        CSRC,
+        "if (input.numel() == 0 && given.gathered) update_without_values(given);",
+        "",
+        "running statistics of ranks drift apart",
+        RANKS,
+    ),
     Fault(
         "ghost batches of the full size but for the last",
         CSRC,
@@ -71,10 +97,11 @@ FAULTS = [
     ),
     Fault(
         "renormalisation after the update",
-        CPU,
-        "    if (call.renormalises) {\n",
-        "    update_running(c, now.mean, unbiased(now.variance, count));\n"
-        "    if (call.renormalises) {\n",
+        CSRC,
+        "  if (call.renormalises) {\n",
+        "  if (call.running_mean.data)\n"
+        "    update_running<Vectors>(call, c, now.mean, unbiased(now.variance, count));\n"
+        "  if (call.renormalises) {\n",
         "r and d see the batch itself, which counts twice",
         MODES,
     ),
@@ -370,7 +397,7 @@ FAULTS = [
     Fault(
         "the input's gradient lacks a mean",
         MATH,
-        "slope * offset - direct * s.sum / count",
+        "slope * offset - direct * means.of_g",
         "slope * offset",
         "the gradient's mean is not taken off",
         NORM,

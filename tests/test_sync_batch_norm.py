@@ -672,9 +672,8 @@ def test_a_second_derivative_is_refused(found):
 
 def test_alone_it_is_the_local_op(backend, device):
     x = random(6, 3, 4, 5, device=device)
-    for cls, sync in ((BatchNormAct2d, SyncBatchNormAct2d),):
-        plain = module_outcome(cls(3, device=device), x, residual=x)
-        assert bits(module_outcome(sync(3, device=device), x, residual=x)) == bits(plain)
+    plain, sync = (cls(3, device=device) for cls in (BatchNormAct2d, SyncBatchNormAct2d))
+    assert bits(module_outcome(sync, x, residual=x)) == bits(module_outcome(plain, x, residual=x))
 
 
 @pytest.mark.parametrize("group", ["world", 0, object()], ids=["str", "int", "object"])
@@ -699,6 +698,10 @@ def test_ghost_batches_are_refused():
     with pytest.raises(ValueError, match=r"without ghost_size.*got 2 at 1\.0"):
         convert_sync_batchnorm(model)
     assert type(model[0]) is BatchNormAct1d
+    sync = nn.Sequential(nn.BatchNorm1d(3), SyncBatchNormAct1d(3))
+    with pytest.raises(ValueError, match=r"ghost_size must be None with the .*got 2 at 1"):
+        gradfuse.fuse(sync, inplace=True, mode=gradfuse.nn.BatchNormMode(ghost_size=2))
+    assert type(sync[0]) is nn.BatchNorm1d
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got list"):
         convert_sync_batchnorm([nn.BatchNorm1d(3)])
 

@@ -82,11 +82,17 @@ class BatchNormMode:
         return not self.renorm and self.ghost_size is None and self.momentum is None
 
     def check(self, bn: _BatchNorm) -> None:
-        """Raises ValueError if the module has no running statistics that the mode needs."""
+        """Raises ValueError if the module has no running statistics that the mode needs, or
+        normalises by other ranks' samples."""
         name = "renorm" if self.renorm else "momentum='auto'" if self.momentum else ""
         if name and (not bn.track_running_stats or bn.running_mean is None):
             raise ValueError(
                 f"batch norm: {name} must come with track_running_stats=True, got False"
+            )
+        if self.ghost_size is not None and hasattr(bn, "process_group"):
+            raise ValueError(
+                "batch norm: ghost_size must be None with the statistics of all ranks, because a "
+                f"ghost batch is a part of one rank's batch, got {self.ghost_size}"
             )
         if self.momentum and DRIFT in bn._buffers and not is_auto(bn):
             raise ValueError(

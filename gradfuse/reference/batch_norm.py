@@ -330,8 +330,14 @@ def _training_statistics(
     m: float | Tensor = float(call.momentum)
     if call.drift is not None:
         m = adaptive_momentum(call.drift, mean, unbiased, old_mean, old_var, call.eps)
-    running_mean.copy_((1 - m) * old_mean + m * mean)
-    running_var.copy_((1 - m) * old_var + m * unbiased)
+    new_mean, new_var = (1 - m) * old_mean + m * mean, (1 - m) * old_var + m * unbiased
+    if call.gathered is not None:  # NaN if a rank refused its input
+        new_mean, new_var = (
+            torch.where(call.gathered[:, 0].sum() > 0.0, new, old)
+            for new, old in ((new_mean, old_mean), (new_var, old_var))
+        )
+    running_mean.copy_(new_mean)
+    running_var.copy_(new_var)
     return mean, var, correction
 
 
