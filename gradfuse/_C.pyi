@@ -84,12 +84,20 @@ class Stepper:
         state: dict[torch.Tensor, typing.Any],
         needs: collections.abc.Sequence[int],
     ) -> None: ...
+    def check(self) -> None: ...
     def is_current(
         self,
         groups: list[dict[str, typing.Any]],
         state: dict[torch.Tensor, typing.Any],
         needs: collections.abc.Sequence[int],
     ) -> bool: ...
+    def lr_sums(
+        self,
+        groups: collections.abc.Sequence[gradfuse._records.StepGroup],
+        plan: torch.Tensor | None,
+        coefficients: torch.Tensor | None,
+        options: gradfuse._records.StepOptions,
+    ) -> torch.Tensor: ...
     def measure(
         self,
         max_norm: float,
@@ -115,6 +123,7 @@ class Stepper:
         plan: torch.Tensor | None,
         coefficients: torch.Tensor | None,
         options: gradfuse._records.StepOptions,
+        lr_scales: torch.Tensor | None = None,
     ) -> None: ...
 
 def adaptive_clip_(
@@ -126,7 +135,10 @@ def adaptive_clip_(
     scale: torch.Tensor | None = None,
 ) -> None: ...
 def apply_(
-    op: str, tensors: torch.Tensor | collections.abc.Iterable[torch.Tensor], plan: torch.Tensor
+    op: str,
+    tensors: torch.Tensor | collections.abc.Iterable[torch.Tensor],
+    plan: torch.Tensor,
+    coefficients: torch.Tensor | None = None,
 ) -> None: ...
 def batch_norm_backward(
     grad_output: torch.Tensor,
@@ -165,6 +177,7 @@ def exact_plan(
     max_norm: float,
     nonfinite: int,
     scale: torch.Tensor | None,
+    found_inf: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 def expect_sum(t: torch.Tensor, least_bytes: int) -> None: ...
 def isa() -> str: ...

@@ -158,8 +158,16 @@ bool is_scaled(const OptimStep& step, const ParamRef& p) {
 }
 
 // Multiplies the learning rates by their LrScale. Reads once what it depends on: gradient and
-// exp_avg_sq, or all streams.
+// exp_avg_sq, or all streams. Or only stores the sums, or takes the factors that others found.
 void scale_lrs(const OptimStep& step, const Work& work, Preparations& prepared) {
+  if (step.lr_scales) {
+    for (size_t i = 0; i < step.params.size(); ++i) {
+      const ParamRef& p = step.params[i];
+      if (is_scaled(step, p))
+        prepared[i].adamw = adamw_of(step, p, prepared.taken[i], step.lr_scales[p.row]);
+    }
+    return;
+  }
   const int64_t chunks = static_cast<int64_t>(work.chunks.size());
   const std::unique_ptr<ScaleSums[]> sums(new ScaleSums[chunks]());
   work.for_each(false, [&](int64_t, int64_t begin, int64_t end) {
@@ -176,8 +184,12 @@ void scale_lrs(const OptimStep& step, const Work& work, Preparations& prepared) 
       sum.first += sums[k].first;
       sum.second += sums[k].second;
     }
-    if (is_scaled(step, p))
+    if (step.lr_sums) {
+      step.lr_sums[2 * p.row] = sum.first;
+      step.lr_sums[2 * p.row + 1] = sum.second;
+    } else if (is_scaled(step, p)) {
       prepared[tensor].adamw = adamw_of(step, p, prepared.taken[tensor], lr_scale(step, p, sum));
+    }
   }
 }
 
@@ -201,6 +213,7 @@ void optim_step(const OptimStep& step) {
   Preparations prepared = prepare(step);
   const Work work(step.params, kStreams);
   if (step.lr_scale != LrScale::None) scale_lrs(step, work, prepared);
+  if (step.lr_sums) return;
   work.for_each(true, [&](int64_t, int64_t begin, int64_t end) {
     for (int64_t k = end - 1; k >= begin; --k) {
       if (k >= kUpdatesAhead) {

@@ -296,7 +296,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3)
     optim_update(const __grid_constant__ ParamBatch batch,
                  const __grid_constant__ GroupOptions group, GradientUse use, DType dtype,
                  StepFlags flags,
-                 const double* lr_scale) {  // [params], or null
+                 const double* lr_scale) {  // [rows], or null
   using W = typename Element<T>::Wide;
   constexpr int kCount = kPer16Bytes<T>;
   if (use.is_refused()) return;
@@ -305,7 +305,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3)
   __shared__ Prepared<kRule, W> with;
   if (threadIdx.x == 0)
     with = prepare<kRule, W>(batch, run, group, use, dtype, flags,
-                             lr_scale ? lr_scale[batch.first_param + run] : 1.0);
+                             lr_scale ? lr_scale[batch.row[run]] : 1.0);
   __syncthreads();
   const Streams<T, S, G> streams(batch, run);
   const Prepared<kRule, W> mine = with;
@@ -409,7 +409,8 @@ template <class Sum>
 __global__ void __launch_bounds__(kThreads)
     merge_sums(const __grid_constant__ ParamBatch batch, TrustOptions trust, GradientUse use,
                const Sum* slots,  // [all chunks]
-               double* lr_scale) {  // [params]
+               double* lr_scale,  // [rows]
+               double* lr_sums) {  // [rows, 2], written in place of lr_scale; or null
   if (use.is_refused()) return;
   const int64_t numel = batch.numel[blockIdx.x];
   const int64_t count = divided_up(numel, batch.chunk);
@@ -418,7 +419,17 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = threadIdx.x; i < count; i += kThreads) sum = sum + mine[i];
   const Sum total = block_reduce<kThreads>(sum, Plus());
   if (threadIdx.x) return;
-  double& scale = lr_scale[batch.first_param + blockIdx.x];
+  const int32_t row = batch.row[blockIdx.x];
+  if (lr_sums) {
+    if constexpr (std::is_same_v<Sum, Squares>) {
+      lr_sums[2 * row] = total.param;
+      lr_sums[2 * row + 1] = total.update;
+    } else {
+      lr_sums[2 * row] = total;
+    }
+    return;
+  }
+  double& scale = lr_scale[row];
   if constexpr (std::is_same_v<Sum, Squares>)
     scale = trust_ratio(total.param, total.update, trust);
   else
@@ -494,23 +505,31 @@ void for_each_batch(const OptimStep& step, Launch launch) {
 template <Rule kRule>
 using RuleTag = std::integral_constant<Rule, kRule>;
 
+// The factors of learning rates that are found here.
+int64_t lr_scale_rows(const OptimStep& step) {
+  int64_t rows = 0;
+  for (const ParamRef& p : step.params) rows = std::max<int64_t>(rows, p.row + 1);
+  return rows;
+}
+
 }  // namespace
 
 int64_t optim_scratch_bytes(const OptimStep& step) {
-  if (step.lr_scale == LrScale::None) return 0;
+  if (step.lr_scale == LrScale::None || step.lr_scales) return 0;
   const int64_t chunk = chunk_elements(step.params);
   int64_t chunks = 0;
   for (const ParamRef& p : step.params) chunks += divided_up(p.numel, chunk);
   const bool is_trust = step.lr_scale == LrScale::TrustRatio;
   const size_t slot = is_trust ? sizeof(Squares) : sizeof(double);
-  return static_cast<int64_t>(step.params.size() * sizeof(double)) +
+  return lr_scale_rows(step) * static_cast<int64_t>(sizeof(double)) +
          chunks * static_cast<int64_t>(slot);
 }
 
 void optim_step(const OptimStep& step, void* scratch, Stream stream) {
-  // Scratch, of an LrScale: a factor for each parameter, then the chunks' slots.
-  double* const lr_scale = step.lr_scale == LrScale::None ? nullptr : static_cast<double*>(scratch);
-  double* const slots = lr_scale ? lr_scale + step.params.size() : nullptr;
+  // Scratch, of an LrScale: a factor for each row, then the chunks' slots.
+  const bool sums = step.lr_scale != LrScale::None && !step.lr_scales;
+  double* const lr_scale = sums ? static_cast<double*>(scratch) : nullptr;
+  double* const slots = sums ? lr_scale + lr_scale_rows(step) : nullptr;
   for_each_batch(step, [&](const ParamBatch& batch, const ParamRef& like, unsigned blocks) {
     const GroupOptions& group = step.groups[like.group];
     const StepFlags flags = {step.stochastic_rounding, step.eps_follows_clip, step.atan2,
@@ -530,26 +549,28 @@ void optim_step(const OptimStep& step, void* scratch, Stream stream) {
         case Rule::ScheduleFree: return update(RuleTag<Rule::ScheduleFree>(), nullptr);
         default: break;
       }
-      if (step.lr_scale == LrScale::UpdateClip) {
+      if (sums && step.lr_scale == LrScale::UpdateClip) {
         ratio_sums<T, S, G>
             <<<blocks, kThreads, 0, stream>>>(batch, group, step.use, like.dtype, flags, slots);
         check_launch("ratio_sums");
-        merge_sums<double><<<grid(batch.count), kThreads, 0, stream>>>(batch, group.trust, step.use,
-                                                                       slots, lr_scale);
+        merge_sums<double><<<grid(batch.count), kThreads, 0, stream>>>(
+            batch, group.trust, step.use, slots, lr_scale, step.lr_sums);
         check_launch("merge_sums");
       }
       const bool adapts = step.lr_scale == LrScale::TrustRatio && group.trust.adapts;
-      if (adapts) {
+      if (sums && adapts) {
         Squares* const squares = reinterpret_cast<Squares*>(slots);
         lamb_sums<T, S, G>
             <<<blocks, kThreads, 0, stream>>>(batch, group, step.use, like.dtype, flags, squares);
         check_launch("lamb_sums");
         merge_sums<Squares><<<grid(batch.count), kThreads, 0, stream>>>(
-            batch, group.trust, step.use, squares, lr_scale);
+            batch, group.trust, step.use, squares, lr_scale, step.lr_sums);
         check_launch("merge_sums");
       }
+      if (step.lr_sums) return;
+      const double* const scales = step.lr_scales ? step.lr_scales : lr_scale;
       const bool scaled = adapts || step.lr_scale == LrScale::UpdateClip;
-      update(RuleTag<Rule::AdamW>(), scaled ? lr_scale : nullptr);
+      update(RuleTag<Rule::AdamW>(), scaled ? scales : nullptr);
     };
     if (blocks)
       with_types<__half, __nv_bfloat16>(like.dtype, like.state_dtype, like.grad_dtype, launch);
@@ -558,6 +579,7 @@ void optim_step(const OptimStep& step, void* scratch, Stream stream) {
       check_launch("advance_means");
     }
   });
+  if (step.lr_sums) return;
   StepBatch steps;
   int count = 0;
   const auto advance = [&] {

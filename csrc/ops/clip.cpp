@@ -123,19 +123,24 @@ std::pair<at::Tensor, at::Tensor> limbs_of_rank(const std::string& op, TensorsAr
 // The norm for the exact sums of several ranks, added up.
 std::pair<at::Tensor, at::Tensor> plan_of_limbs_of_ranks(const std::string& op, TensorArg limbs,
                                                          bool wide, double max_norm, int nonfinite,
-                                                         OptionalTensorArg scale) {
+                                                         OptionalTensorArg scale,
+                                                         OptionalTensorArg found_inf) {
   Measurement m = measurement_of(max_norm, 2.0, nonfinite, true);
-  m.scale.scale = maybe_tensor(op.c_str(), "scale", scale.object);
+  m.scale = {maybe_tensor(op.c_str(), "scale", scale.object),
+             maybe_tensor(op.c_str(), "found_inf", found_inf.object)};
   return plan_of_exact_limbs(op.c_str(), tensor_of(op.c_str(), "limbs", limbs.object), wide, m);
 }
 
-// Does what the plan says.
-void apply_(const std::string& op, TensorsArg tensors, TensorArg plan) {
+// Does what the plan says, times a coefficient for each tensor if given.
+void apply_(const std::string& op, TensorsArg tensors, TensorArg plan,
+            OptionalTensorArg coefficients) {
   const at::Tensor given = checked_vector(op.c_str(), "plan", plan.object, kPlanFields);
-  GradList list =
-      check_gradients(op.c_str(), read_tensors(op.c_str(), tensors, false), Access::Write);
+  std::vector<at::Tensor> grads = read_tensors(op.c_str(), tensors, false);
+  const MaybeTensor each = maybe_vector(op.c_str(), "coefficients", coefficients.object,
+                                        static_cast<int64_t>(grads.size()));
+  GradList list = check_gradients(op.c_str(), std::move(grads), Access::Write);
   const py::gil_scoped_release release;
-  apply_plan(list, given, {});
+  apply_plan(list, given, each);
 }
 
 // Parameters held between calls, so that a call walks no Python list. They are held as objects,
@@ -217,8 +222,10 @@ void bind_clip(py::module_& m) {
         py::arg("max_norm"), py::arg("norm_type"), py::arg("nonfinite"), py::arg("scale"));
   m.def("exact_limbs", &limbs_of_rank, py::arg("op"), py::arg("tensors"), py::arg("written"));
   m.def("exact_plan", &plan_of_limbs_of_ranks, py::arg("op"), py::arg("limbs"), py::arg("wide"),
-        py::arg("max_norm"), py::arg("nonfinite"), py::arg("scale"));
-  m.def("apply_", &apply_, py::arg("op"), py::arg("tensors"), py::arg("plan"));
+        py::arg("max_norm"), py::arg("nonfinite"), py::arg("scale"),
+        py::arg("found_inf") = py::none());
+  m.def("apply_", &apply_, py::arg("op"), py::arg("tensors"), py::arg("plan"),
+        py::arg("coefficients") = py::none());
   m.def("clamp_", &clamp_, py::arg("tensors"), py::arg("of_grad"), py::arg("clip_value"));
   py::class_<ParameterList>(m, "ParameterList", collects_garbage<ParameterList>())
       .def(py::init<>())

@@ -68,15 +68,29 @@ class Stepper {
     return as_tuple(gradfuse::step(*held, m, call));
   }
   void update(StepGroupsArg groups, OptionalTensorArg plan, OptionalTensorArg coefficients,
-              StepOptionsArg options) {
-    const StepCall call = read_step(groups, options);
+              StepOptionsArg options, OptionalTensorArg lr_scales) {
+    StepCall call = read_step(groups, options);
     const MaybeTensor given = maybe_vector(kStepOp, "plan", plan.object, kPlanFields);
-    const MaybeTensor each = maybe_vector(kStepOp, "coefficients", coefficients.object,
-                                          static_cast<int64_t>(held_->size()));
+    const MaybeTensor each = of_parameters("coefficients", coefficients);
+    call.lr_scales = of_parameters("lr_scales", lr_scales);
     GRADFUSE_EVENT(event());
     const auto held = current();
     const py::gil_scoped_release release;
     gradfuse::update(*held, call, given, each);
+  }
+  void check() const {
+    const auto held = current();
+    const py::gil_scoped_release release;
+    check_step(*held);
+  }
+  at::Tensor lr_sums(StepGroupsArg groups, OptionalTensorArg plan, OptionalTensorArg coefficients,
+                     StepOptionsArg options) const {
+    const StepCall call = read_step(groups, options);
+    const MaybeTensor given = maybe_vector(kStepOp, "plan", plan.object, kPlanFields);
+    const MaybeTensor each = of_parameters("coefficients", coefficients);
+    const auto held = current();
+    const py::gil_scoped_release release;
+    return gradfuse::lr_sums(*held, call, given, each);
   }
 
  private:
@@ -86,6 +100,11 @@ class Stepper {
   }
   // The name of a step in the profiler.
   const char* event() const { return names_of(held_->rule()).event; }
+
+  // A number for each parameter.
+  MaybeTensor of_parameters(const char* name, OptionalTensorArg numbers) const {
+    return maybe_vector(kStepOp, name, numbers.object, static_cast<int64_t>(held_->size()));
+  }
 
   static void read(Fields& fields, std::initializer_list<double*> numbers) {
     for (double* number : numbers) *number = fields.next_as<double>();
@@ -194,7 +213,10 @@ void bind_optim(py::module_& m) {
       .def("step", &Stepper::step, py::arg("groups"), py::arg("max_norm"), py::arg("nonfinite"),
            py::arg("scale"), py::arg("found_inf"), py::arg("options"), py::arg("exact") = false)
       .def("update", &Stepper::update, py::arg("groups"), py::arg("plan"), py::arg("coefficients"),
-           py::arg("options"));
+           py::arg("options"), py::arg("lr_scales") = py::none())
+      .def("check", &Stepper::check)
+      .def("lr_sums", &Stepper::lr_sums, py::arg("groups"), py::arg("plan"),
+           py::arg("coefficients"), py::arg("options"));
 }
 
 }  // namespace gradfuse

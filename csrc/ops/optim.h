@@ -151,6 +151,10 @@ struct OptimStep {
   std::vector<GroupOptions> groups;
   GradientUse use;
   LrScale lr_scale;
+  const double* lr_scales;  // [rows] the factors of lr_scale, in the kernels' memory; null: found
+                            // here
+  double* lr_sums;  // [rows, 2] in the kernels' memory: takes the sums that lr_scale depends on,
+                    // and nothing is updated; or null
   bool eps_follows_clip;  // eps times the clip's coefficient
   bool atan2;  // AdamW and Adam: atan2 in place of a quotient with eps
   bool stochastic_rounding;

@@ -1,5 +1,9 @@
 #include "step.h"
 
+#include <ATen/ops/zeros.h>
+
+#include <array>
+
 #include "../tensor/dispatch.h"
 #include "../tensor/version.h"
 #include "waiting.h"
@@ -8,17 +12,19 @@
 namespace gradfuse {
 namespace {
 
-// A GradientUse as tensors, which may still be on another device.
+// A GradientUse as tensors, which may still be on another device, and factors of the parameters'
+// learning rates.
 struct Use {
   MaybeTensor plan, coefficients;
   bool applied = false;  // to the gradients
+  MaybeTensor lr_scales;
 
   Use on(at::Device device) const {
     const auto there = [&](const MaybeTensor& t) {
       if (!t) return MaybeTensor();
       return MaybeTensor(is_host(device) ? on_host(*t) : t->to(device));
     };
-    return {there(plan), there(coefficients), applied};
+    return {there(plan), there(coefficients), applied, there(lr_scales)};
   }
   GradientUse in_memory(double bound) const {
     return {plan ? plan_in(*plan) : nullptr,
@@ -119,12 +125,17 @@ std::vector<at::Tensor> read_lrs(const std::vector<MaybeTensor>& values, at::Dev
   return lrs;
 }
 
-// Updates the parameters of one device.
+// Updates the parameters of one device, or takes their sums of an LrScale.
 void update_on(at::Device device, Rule rule, std::vector<ParamRef> params, const StepCall& call,
-               const Use& use) {
+               const Use& use,
+               double* lr_sums) {  // [parameters, 2] on the device, or null
   const Use here = use.on(device);
-  OptimStep step = {rule,          std::move(params),     call.groups, here.in_memory(call.bound),
-                    call.lr_scale, call.eps_follows_clip, call.atan2,  call.stochastic_rounding};
+  const MaybeTensor scales = here.lr_scales;
+  OptimStep step = {rule,          std::move(params),
+                    call.groups,   here.in_memory(call.bound),
+                    call.lr_scale, scales ? scales->const_data_ptr<double>() : nullptr,
+                    lr_sums,       call.eps_follows_clip,
+                    call.atan2,    call.stochastic_rounding};
   const std::vector<at::Tensor> lrs = read_lrs(call.lr_values, device, step.groups);
   run_on(
       device, [&] { cpu::optim_step(step); },
@@ -138,7 +149,7 @@ void apply(const HeldParams& held, Walk& found, const StepCall& call, const Use&
   materialize_all("an optimizer's step");
   const bool writes_grads = call.materialize && given.plan;
   if (writes_grads) materialize(held, found, given);
-  const Use use = {given.plan, given.coefficients, writes_grads};
+  const Use use = {given.plan, given.coefficients, writes_grads, call.lr_scales};
   for (const std::vector<ParamRef>& params : found.params)
     bump_versions(params.size(), [&](size_t k, auto f) {
       const HeldParams::Held& h = held[params[k].row];
@@ -150,7 +161,8 @@ void apply(const HeldParams& held, Walk& found, const StepCall& call, const Use&
     for (size_t list = 0; list < found.params.size(); ++list) {
       std::vector<ParamRef> params = of_layer(held, found, list, layer);
       if (!params.empty())
-        update_on(found.grads.groups[list].device, held.rule(), std::move(params), call, use);
+        update_on(found.grads.groups[list].device, held.rule(), std::move(params), call, use,
+                  nullptr);
     }
     for (const Laid& l : laid) l.write_back(held[l.row].param());
   }
@@ -166,14 +178,37 @@ ClipResult measure(const HeldParams& held, const Measurement& m) {
 ClipResult step(HeldParams& held, const Measurement& m, const StepCall& call) {
   Walk found = walk(held);
   const ClipResult result = measure_gradients(held.op(), found.grads, m);
-  apply(held, found, call, {result.plan, std::nullopt, false});
+  apply(held, found, call, {result.plan, std::nullopt, false, std::nullopt});
   return result;
 }
 
 void update(HeldParams& held, const StepCall& call, const MaybeTensor& plan,
             const MaybeTensor& coefficients) {
   Walk found = walk(held);
-  apply(held, found, call, {plan, coefficients, false});
+  apply(held, found, call, {plan, coefficients, false, std::nullopt});
+}
+
+void check_step(HeldParams& held) { walk(held); }
+
+at::Tensor lr_sums(HeldParams& held, const StepCall& call, const MaybeTensor& plan,
+                   const MaybeTensor& coefficients) {
+  materialize_all("an optimizer's step");
+  Walk found = walk(held);
+  const Use use = {plan, coefficients, false, std::nullopt};
+  const std::array<int64_t, 2> shape = {static_cast<int64_t>(held.size()), 2};
+  at::Tensor total;
+  for (int layer = 0; layer <= found.last_layer; ++layer) {
+    const std::vector<Laid> laid = lay_out(held, found, layer, call);
+    for (size_t list = 0; list < found.params.size(); ++list) {
+      std::vector<ParamRef> params = of_layer(held, found, list, layer);
+      if (params.empty()) continue;
+      const at::Device device = found.grads.groups[list].device;
+      const at::Tensor sums = at::zeros(shape, at::TensorOptions(at::kDouble).device(device));
+      update_on(device, held.rule(), std::move(params), call, use, sums.mutable_data_ptr<double>());
+      total = total.defined() ? total.add(sums.to(total.device())) : sums;
+    }
+  }
+  return total.defined() ? total : at::zeros(shape, at::kDouble);
 }
 
 }  // namespace gradfuse

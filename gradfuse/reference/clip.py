@@ -204,8 +204,11 @@ def _power_of(norm: tuple[float, float], p: float) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def apply_(op: str, tensors: Iterable[Tensor], plan: Tensor) -> None:
-    _follow(check_gradients(op, read_tensors(op, tensors, False), Access.WRITE), plan, None)
+def apply_(
+    op: str, tensors: Iterable[Tensor], plan: Tensor, coefficients: Tensor | None = None
+) -> None:
+    grads = check_gradients(op, read_tensors(op, tensors, False), Access.WRITE)
+    _follow(grads, plan, coefficients)
 
 
 def _follow(grads: GradList, plan: Tensor, coefficients: Tensor | None) -> None:

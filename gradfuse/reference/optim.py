@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from gradfuse._codes import RULE_NAMES, STATE_NAMES, Action, Rule, Slot
-from gradfuse._records import ClipPlan, ClipResult, StepGroup, StepOptions
+from gradfuse._records import (
+    AdamGroup,
+    ClipPlan,
+    ClipResult,
+    LAMBGroup,
+    StepGroup,
+    StepOptions,
+)
 from gradfuse.reference.clip import planned
 from gradfuse.reference.gradients import Access, GradList, check_gradients
-from gradfuse.reference.update import State, followed, updated
+from gradfuse.reference.update import State, followed, lr_sums, updated
 
 Groups = Sequence[StepGroup]
 
@@ -57,6 +64,16 @@ def _put(target: Tensor, value: Tensor, key: int | None, stream: int) -> None:
     cut = (bits + noise) & 0xFFFF0000
     signed = torch.where(cut >= 1 << 31, cut - (1 << 32), cut).to(torch.int32)
     target.copy_(torch.where(special, value.float(), signed.view(torch.float32)))
+
+
+class _Inputs(NamedTuple):
+    """What an update of one parameter is computed from."""
+
+    x: Tensor
+    g: Tensor
+    moments: State
+    group: StepGroup
+    taken: float  # steps before this one
 
 
 class Stepper:
@@ -173,12 +190,9 @@ class Stepper:
         plan: Tensor | None,
         coefficients: Tensor | None,
         options: StepOptions,
+        lr_scales: Tensor | None = None,
     ) -> None:
-        listed = self._gradients()
-        grads = self._checked(listed, Access.WRITE if options.materialize else Access.READ_ONCE)
-        for i, g in enumerate(listed):
-            if g is not None:
-                self._check(i, g)
+        listed, grads = self._checked_all(Access.WRITE if options.materialize else Access.READ_ONCE)
         factor = coefficient = 1.0
         if plan is not None:
             fields = ClipPlan.read(plan)
@@ -204,7 +218,49 @@ class Stepper:
                 if rows is None:
                     g = _dense(sparse, g)
             own = coefficient if coefficients is None else float(coefficients[i])
-            self._update(i, g, group, options, own, rows)
+            scale = None if lr_scales is None else float(lr_scales[i])
+            self._update(i, g, group, options, own, rows, scale)
+
+    def check(self) -> None:
+        """Raises what an update would; writes nothing."""
+        self._checked_all(Access.READ_ONCE)
+
+    def _checked_all(self, access: Access) -> tuple[list[Tensor | None], GradList]:
+        listed = self._gradients()
+        grads = self._checked(listed, access)
+        for i, g in enumerate(listed):
+            if g is not None:
+                self._check(i, g)
+        return listed, grads
+
+    @torch.no_grad()
+    def lr_sums(
+        self,
+        groups: Groups,
+        plan: Tensor | None,
+        coefficients: Tensor | None,
+        options: StepOptions,
+    ) -> Tensor:
+        listed, grads = self._checked_all(Access.READ_ONCE)
+        device = grads.each[0][1].device if grads.each else torch.device("cpu")
+        sums = torch.zeros(len(listed), 2, dtype=torch.float64, device=device)
+        fields = None if plan is None else ClipPlan.read(plan)
+        if fields is not None and fields.action in (Action.REFUSE, Action.SKIP):
+            return sums
+        for i, grad in grads.each:
+            own = 1.0 if fields is None else fields.factor * 2.0**fields.factor_exponent
+            coefficient = 1.0 if fields is None else fields.coefficient
+            if coefficients is not None:
+                coefficient = float(coefficients[i])
+                own *= coefficient
+            g = _real(grad).to(torch.float64).mul(own).to(_wide(grad))
+            g = g.clamp(-options.bound, options.bound)
+            p, group = self._params[i]
+            at = self._inputs(i, g, _real(p), groups[group], options, coefficient)
+            assert isinstance(at.group, (AdamGroup, LAMBGroup))
+            of_one = lr_sums(at.x, at.g, at.moments, at.group, at.taken, options)
+            sums[i] = sums.new_tensor(of_one)
+        return sums
 
     def _rows_of(self, i: int, sparse: Tensor, group: StepGroup) -> Tensor | None:
         """The rows that a sparse gradient has, if an update changes nothing else."""
@@ -247,6 +303,29 @@ class Stepper:
         }
         return {slot: t for slot, t in found.items() if t is not None}
 
+    def _inputs(
+        self,
+        i: int,
+        g: Tensor,
+        target: Tensor,
+        group: StepGroup,
+        options: StepOptions,
+        coefficient: float,
+    ) -> _Inputs:
+        """What the update of a parameter, or of the rows `target` of it, is computed from."""
+        p, state = self._params[i][0], self._state_of(i)
+        master, step = state.get(Slot.MASTER_PARAM), state.get(Slot.STEP)
+        moments = {slot: _real(state[slot]) for slot in _MOMENTS if slot in state}
+        x = target.to(g.dtype)
+        if master is not None and _is_short(p):
+            # Elsewhere someone wrote the parameter since the last step, and that value counts.
+            x = torch.where(_same(master.to(p.dtype), p.detach()), master.detach(), x)
+        if options.eps_follows_clip:
+            smallest = torch.finfo(state[Slot.EXP_AVG_SQ].dtype).smallest_normal
+            group = followed(group, coefficient, smallest)
+        taken = 0.0 if step is None else float(step)
+        return _Inputs(x, -g if group.maximize else g, moments, group, taken)
+
     def _update(
         self,
         i: int,
@@ -255,23 +334,16 @@ class Stepper:
         options: StepOptions,
         coefficient: float,
         rows: Tensor | None,
+        lr_scale: float | None,
     ) -> None:
         """Updates a parameter, or some rows of it, by its gradient."""
         p, state = self._params[i][0], self._state_of(i)
         master, step = state.get(Slot.MASTER_PARAM), state.get(Slot.STEP)
-        taken = 0.0 if step is None else float(step)
-        key = _key(i, taken) if options.stochastic_rounding else None
-        moments = {slot: _real(state[slot]) for slot in _MOMENTS if slot in state}
-        g = -g if group.maximize else g
         target = _real(p) if rows is None else _real(p)[rows]
-        x = target.to(g.dtype)
-        if master is not None and _is_short(p):
-            # Elsewhere someone wrote the parameter since the last step, and that value counts.
-            x = torch.where(_same(master.to(p.dtype), p.detach()), master.detach(), x)
-        if options.eps_follows_clip:
-            smallest = torch.finfo(state[Slot.EXP_AVG_SQ].dtype).smallest_normal
-            group = followed(group, coefficient, smallest)
-        x, new = updated(x, g, moments, state, group, taken, options)
+        at = self._inputs(i, g, target, group, options, coefficient)
+        key = _key(i, at.taken) if options.stochastic_rounding else None
+        moments = at.moments
+        x, new = updated(at.x, at.g, moments, state, at.group, at.taken, options, lr_scale)
         for stream, slot in enumerate(_MOMENTS, 1):
             if slot in new:
                 _put(moments[slot], new[slot], key, stream)

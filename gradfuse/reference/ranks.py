@@ -57,7 +57,13 @@ def exact_limbs(op: str, tensors: Iterable[Tensor], written: bool) -> tuple[Tens
 
 
 def exact_plan(
-    op: str, limbs: Tensor, wide: bool, max_norm: float, nonfinite: int, scale: Tensor | None
+    op: str,
+    limbs: Tensor,
+    wide: bool,
+    max_norm: float,
+    nonfinite: int,
+    scale: Tensor | None,
+    found_inf: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if limbs.shape != (form_of(limbs).words,) or limbs.dtype != torch.int64:
         raise ValueError(
@@ -65,7 +71,8 @@ def exact_plan(
             f"{list(limbs.shape)}"
         )
     of_scale = 1.0 if scale is None else float(scale)
+    bad = found_inf is not None and bool(found_inf)
     total_norm, plan, _ = decided(
-        op, sum_of_words(limbs), max_norm, 2.0, nonfinite, of_scale, False, wide, limbs.device
+        op, sum_of_words(limbs), max_norm, 2.0, nonfinite, of_scale, bad, wide, limbs.device
     )
     return total_norm, plan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from gradfuse._records import (
     StepOptions,
 )
 
-__all__ = ["State", "followed", "updated"]
+__all__ = ["State", "followed", "lr_sums", "updated"]
 
 State = dict[Slot, Tensor]
 
@@ -43,11 +44,13 @@ def updated(
     group: StepGroup,
     taken: float,
     options: StepOptions,
+    lr_scale: float | None = None,
 ) -> tuple[Tensor, State]:
     """The parameter and its moments after the step; updates WEIGHT_SUM and LR_MAX in numbers.
 
     Args:
         taken: the steps before this one.
+        lr_scale: the factor of options.lr_scale, or None to find it here.
     """
     if isinstance(group, SGDGroup):
         return _sgd(x, g, moments, group, taken == 0.0)
@@ -55,7 +58,74 @@ def updated(
         return _lion(x, g, moments, group)
     if isinstance(group, ScheduleFreeGroup):
         return _schedule_free(x, g, moments, numbers, group, taken + 1.0)
-    return _adam(x, g, moments, group, taken + 1.0, options)
+    return _adam(x, g, moments, group, taken + 1.0, options, lr_scale)
+
+
+class _Moments(NamedTuple):
+    """What an update of Adam, AdamW and LAMB is made of."""
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    bound: Tensor  # what the update divides by: exp_avg_sq, or its maximum with amsgrad
+    root: Tensor  # of bound, without bias
+
+
+def _moments(
+    x: Tensor, g: Tensor, state: State, group: AdamGroup | LAMBGroup, step: float
+) -> _Moments:
+    bias_correction2 = 1.0 - group.beta2**step
+    if isinstance(group, AdamGroup) and not group.decoupled and group.weight_decay:
+        g = g + x * group.weight_decay
+    exp_avg = state[Slot.EXP_AVG].to(g.dtype).lerp(g, 1.0 - group.beta1)
+    exp_avg_sq = state[Slot.EXP_AVG_SQ].to(g.dtype) * group.beta2 + g * g * (1.0 - group.beta2)
+    bound = exp_avg_sq
+    if Slot.MAX_EXP_AVG_SQ in state:
+        bound = torch.maximum(state[Slot.MAX_EXP_AVG_SQ].to(g.dtype), exp_avg_sq)
+    return _Moments(exp_avg, exp_avg_sq, bound, bound.sqrt() / math.sqrt(bias_correction2))
+
+
+def lr_sums(
+    x: Tensor,
+    g: Tensor,
+    state: State,
+    group: AdamGroup | LAMBGroup,
+    taken: float,
+    options: StepOptions,
+) -> tuple[float, float]:
+    """The sums that options.lr_scale depends on: of the squares of g / sqrt(second moment), or of
+    those of the parameter and of its update.
+
+    Args:
+        taken: the steps before this one.
+    """
+    step = taken + 1.0
+    m = _moments(x, g, state, group, step)
+    if options.lr_scale == LrScale.UPDATE_CLIP:
+        second = (m.exp_avg_sq / (1.0 - group.beta2**step)).clamp(min=group.eps * group.eps)
+        return float(torch.where(g == 0, 0.0, g * g / second).double().sum()), 0.0
+    if not _adapts(group, options):
+        return 0.0, 0.0
+    direction = m.exp_avg / (1.0 - group.beta1**step) / (m.root + group.eps)
+    direction = torch.where(m.exp_avg == 0, 0.0, direction) + x * group.weight_decay
+    of_param, of_update = (float(t.double().square().sum()) for t in (x, direction))
+    return of_param, of_update
+
+
+def _adapts(group: AdamGroup | LAMBGroup, options: StepOptions) -> bool:
+    is_trusted = options.lr_scale == LrScale.TRUST_RATIO
+    return is_trusted and isinstance(group, LAMBGroup) and group.adapts
+
+
+def _lr_scale(
+    sums: tuple[float, float], numel: int, group: AdamGroup | LAMBGroup, options: StepOptions
+) -> float:
+    if options.lr_scale == LrScale.UPDATE_CLIP:
+        return 1.0 / max(1.0, math.sqrt(sums[0] / numel)) if numel else 1.0
+    of_param, of_update = sums
+    if not (of_param > 0.0 and of_update > 0.0):
+        return 1.0
+    ratio = math.sqrt(of_param) / math.sqrt(of_update)
+    return min(ratio, 1.0) if isinstance(group, LAMBGroup) and group.trust_clip else ratio
 
 
 def _adam(
@@ -65,42 +135,24 @@ def _adam(
     group: AdamGroup | LAMBGroup,
     step: float,
     options: StepOptions,
+    lr_scale: float | None,
 ) -> tuple[Tensor, State]:
     lr = float(group.lr)
-    bias_correction1, bias_correction2 = 1.0 - group.beta1**step, 1.0 - group.beta2**step
-    decay = group.weight_decay
-    if isinstance(group, AdamGroup) and not group.decoupled:
-        g = g + x * decay if decay else g
-        decay = 0.0
-    exp_avg = state[Slot.EXP_AVG].to(g.dtype).lerp(g, 1.0 - group.beta1)
-    exp_avg_sq = state[Slot.EXP_AVG_SQ].to(g.dtype) * group.beta2 + g * g * (1.0 - group.beta2)
-    new = {Slot.EXP_AVG: exp_avg, Slot.EXP_AVG_SQ: exp_avg_sq}
-    if options.lr_scale == LrScale.UPDATE_CLIP and g.numel():
-        least = group.eps * group.eps
-        ratio = g * g / (exp_avg_sq / bias_correction2).clamp(min=least)
-        mean = float(torch.where(g == 0, 0.0, ratio).double().mean())
-        lr /= max(1.0, math.sqrt(mean))
-    bound = exp_avg_sq
+    bias_correction1 = 1.0 - group.beta1**step
+    decay = 0.0 if isinstance(group, AdamGroup) and not group.decoupled else group.weight_decay
+    m = _moments(x, g, state, group, step)
+    new = {Slot.EXP_AVG: m.exp_avg, Slot.EXP_AVG_SQ: m.exp_avg_sq}
     if Slot.MAX_EXP_AVG_SQ in state:
-        bound = torch.maximum(state[Slot.MAX_EXP_AVG_SQ].to(g.dtype), exp_avg_sq)
-        new[Slot.MAX_EXP_AVG_SQ] = bound
-    root = bound.sqrt() / math.sqrt(bias_correction2)
+        new[Slot.MAX_EXP_AVG_SQ] = m.bound
+    if options.lr_scale == LrScale.UPDATE_CLIP or _adapts(group, options):
+        if lr_scale is None:
+            sums = lr_sums(x, g, state, group, step - 1.0, options)
+            lr_scale = _lr_scale(sums, g.numel(), group, options)
+        lr *= lr_scale
     if options.atan2:
-        return x * (1.0 - lr * decay) - lr * torch.atan2(exp_avg / bias_correction1, root), new
-    if isinstance(group, LAMBGroup) and group.adapts:
-        direction = exp_avg / bias_correction1 / (root + group.eps)
-        direction = torch.where(exp_avg == 0, 0.0, direction) + x * decay
-        lr *= _trust_ratio(x, direction, group.trust_clip)
-    update = lr / bias_correction1 * exp_avg / (root + group.eps)
+        return x * (1.0 - lr * decay) - lr * torch.atan2(m.exp_avg / bias_correction1, m.root), new
+    update = lr / bias_correction1 * m.exp_avg / (m.root + group.eps)
     return x * (1.0 - lr * decay) - update, new
-
-
-def _trust_ratio(x: Tensor, direction: Tensor, clips: bool) -> float:
-    of_param, of_update = (float(torch.linalg.vector_norm(t.double())) for t in (x, direction))
-    if not (of_param > 0.0 and of_update > 0.0):
-        return 1.0
-    ratio = of_param / of_update
-    return min(ratio, 1.0) if clips else ratio
 
 
 def _sgd(

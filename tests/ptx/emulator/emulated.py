@@ -235,6 +235,8 @@ class _Stepper:
         self.measure = emulated.watched(self._inner.measure, self._inner.parameters)
         self.update = emulated.watched(self._inner.update, lambda: self._tensors)
         self.step = emulated.watched(self._inner.step, lambda: self._tensors)
+        self.lr_sums = emulated.watched(self._inner.lr_sums, lambda: self._tensors)
+        self.check = self._inner.check
 
     def bind(self, groups: list[dict], state: dict, needs: list[int]) -> None:
         self._inner.bind(groups, state, needs)
