@@ -194,6 +194,59 @@ def nan_on_one_rank(rank: int, folder: str) -> None:
         assert_as(model, net())
 
 
+def _partial(p: Any) -> None:
+    from torch.distributed.tensor import DTensor, Partial
+
+    p.grad = DTensor.from_local(torch.ones(p.shape), p.device_mesh, [Partial()])
+
+
+def _wide(p: Any) -> None:
+    p.grad._local_tensor = p.grad._local_tensor.double()
+
+
+def _expanded(p: Any) -> None:
+    p.grad._local_tensor = torch.zeros(1, 1).expand(p.grad._local_tensor.shape)
+
+
+BAD = {
+    _partial: "expected a gradient whose sum over the processes is taken",
+    _wide: "expected a gradient of the parameter's shape and device, of its dtype",
+    _expanded: "expected gradients with an element per memory location",
+}
+
+
+@case
+def an_error_before_the_norm_is_one_on_all(rank: int, folder: str) -> None:
+    for own_clips in (False, True):
+        model = sharded()
+        names = list(model.parameters())
+        groups: Any = names
+        if own_clips:  # the bad one is in the second
+            groups = [{"params": names[1:]}, {"params": names[:1], "clip": 0.5}]
+        optimizer = AdamW(groups, lr=0.05, clip=0.5)
+        train(model, optimizer, lambda step: half(rank, step), range(1))
+        before = [p.to_local().clone() for p in names]
+        for spoil, message in BAD.items():
+            model(batch(1)[0]).sum().backward()
+            if rank == 1:
+                spoil(names[0])
+            expected = message if rank == 1 else "got ones that rank 1 of 2 refused"
+            with pytest.raises((RuntimeError, ValueError), match=expected):
+                optimizer.step()
+            model.zero_grad()
+            assert all(map(torch.equal, before, (p.to_local() for p in names)))
+        held = optimizer.state[names[0]]["exp_avg"]
+        model(batch(1)[0]).sum().backward()
+        if rank == 1:
+            optimizer.state[names[0]]["exp_avg"] = torch.zeros(2)
+        with pytest.raises((RuntimeError, ValueError), match=r"expected state|rank 1 of 2 refused"):
+            optimizer.step()
+        optimizer.state[names[0]]["exp_avg"] = held
+        optimizer.step()  # as if nothing had been
+        pairs = zip(before, (p.to_local() for p in names), strict=True)
+        assert not any(torch.equal(a, b) for a, b in pairs if a.numel())
+
+
 @case
 def schedule_free_mean(rank: int, folder: str) -> None:
     model, whole = sharded(), net()

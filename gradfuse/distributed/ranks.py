@@ -48,6 +48,7 @@ def ranks_of(
     group: Group | None = None,
     replicated_over: ReplicatedOver | None = None,
     owners: Sequence[Tensor] | None = None,
+    beside: Sequence[Tensor] = (),
 ) -> Ranks:
     """Who takes part in the norm of these gradients.
 
@@ -63,13 +64,14 @@ def ranks_of(
             to the owners for which that holds.
         owners: what the caller was given, the parameters of these gradients; the gradients
             themselves if None.
+        beside: more tensors whose meshes tell who takes part.
 
     Raises:
         ValueError: the meshes have no common one, or the groups do not fit them.
     """
     owners = [t for t in tensors if t is not None] if owners is None else owners
     # A parameter without gradient still tells who takes part: another rank may have one.
-    meshes = _meshes(op, [*tensors, *owners])
+    meshes = _meshes(op, [*tensors, *owners, *beside])
     base = _base(op, list(meshes.values()))
     everyone, copies = _copies_of(op, replicated_over)
     members = [ranks for ranks in (_members(op, group), everyone) if ranks is not None]

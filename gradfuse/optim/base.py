@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -15,14 +15,12 @@ from gradfuse._codes import STATE_NAMES, LrScale, Rule, Slot
 from gradfuse._records import StepGroup
 from gradfuse.clipping.policy import Policy
 from gradfuse.clipping.report import GradReport
+from gradfuse.distributed import has_dtensor
 from gradfuse.ops.checks import STEP_NONFINITE, check_max_norm, check_nonfinite
-from gradfuse.optim.parts import Clip, Part, StepCall, step_apart
-from gradfuse.optim.shards import Shards, is_divided, shards_of
+from gradfuse.optim.parts import Clip, Part, StepCall, refuse, step_apart
+from gradfuse.optim.shards import Shards
 from gradfuse.optim.skips import SkipCounter
 from gradfuse.optim.unwrapped import unwrapped_step
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
 
 __all__ = ["Clip", "ClippedOptimizer", "as_number", "check_torchs_options", "parameter_names"]
 
@@ -72,6 +70,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
         """Sets what lives between steps but is not part of the state."""
         self._whole = Part(self._rule)  # the groups without a clip of their own
         self._apart: dict[int, Part] = {}  # the others, by their number
+        self._is_over_ranks = False  # whether a step decides with other ranks
         self._reports: list[GradReport] = []  # of the last step
         self._skips = SkipCounter(type(self).__name__)
         self._step_name = f"{type(self).__name__}.step"
@@ -199,13 +198,15 @@ class ClippedOptimizer(torch.optim.Optimizer):
         _native.refuse_tracing(self._step_name)
         self._reports = []
         parts = self._parts()
-        self._refresh(parts)
+        refusal = self._refresh(parts)
         if self._skips.is_on_gpu and torch.cuda.is_current_stream_capturing():
             self._refuse_numbers()
         call = self._call()
         groups = [self._group(group, as_number(group["lr"])) for group in self.param_groups]
         if torch._C._current_graph_task_id() != -1:
             self._warn_in_backward(parts)
+        if refusal is not None:
+            refuse(parts, call, refusal)
         if len(parts) == 1:
             plan = parts[0].step(groups, call)
         else:
@@ -286,47 +287,74 @@ class ClippedOptimizer(torch.optim.Optimizer):
         """The state that a parameter of the group needs."""
         raise NotImplementedError
 
-    def _refresh(self, parts: Sequence[Part]) -> None:
-        """Binds the parameters and their state anew, if param_groups or state have changed."""
-        for part in parts:
-            groups = self.param_groups
-            if len(parts) > 1:
-                groups = [groups[i] for i in part.indices]
-            needs = [self._needed(group) for group in groups]
-            if part.shards is None and part.stepper.is_current(groups, self.state, needs):
-                continue
-            part.shards = shards = part.shards or shards_of(self._step_name, groups)
-            seen, state = groups, cast("dict[Tensor, Any]", self.state)
-            if shards is not None:
-                seen = shards.lend_gradients(groups)
-                if part.stepper.is_current(seen, shards.states(groups, self.state), needs):
-                    continue
-                shards.divided = self._divided_one(groups)
-            for group, need in zip(groups, needs, strict=True):
-                for p in group["params"]:
-                    if need and p.grad is not None and _fits(p.grad, p):
-                        self._complete_any(p, need, shards)
-                    self._skips.put_on(p.device)
-            names = parameter_names(self.param_groups)
-            part.names = [name for i in part.indices for name in names[i]]
-            if shards is not None:
-                state = shards.states(groups, self.state)
-            part.stepper.bind(seen, state, needs)
+    def _refresh(self, parts: Sequence[Part]) -> Exception | None:
+        """Binds the parameters and their state anew, if param_groups or state have changed.
 
-    def _divided_one(self, groups: Sequence[dict[str, Any]]) -> DTensor | None:
-        """A parameter of which other processes hold a part, or None.
-
-        Raises:
-            ValueError: there is one, and its update needs norms of the whole.
+        Returns:
+            Over ranks, why this one refuses a gradient or a state, which it must not raise alone.
         """
-        p = next(filter(is_divided, (p for group in groups for p in group["params"])), None)
+        needs = [[self._needed(self.param_groups[i]) for i in part.indices] for part in parts]
+        if not self._is_over_ranks:
+            groups = [self._groups_of(part) for part in parts]
+            if all(
+                part.stepper.is_current(own, self.state, need)
+                for part, own, need in zip(parts, groups, needs, strict=True)
+            ):
+                return None
+            self._is_over_ranks = has_dtensor(self._parameters())
+        refusal: Exception | None = None
+        for part, need in zip(parts, needs, strict=True):
+            if not self._is_over_ranks:
+                self._bind(part, need)
+                continue
+            if part.shards is None:
+                part.shards = Shards(self._step_name)
+            part.shards.beside = self._parameters()
+            try:
+                self._bind(part, need)
+            except (RuntimeError, TypeError, ValueError) as error:
+                refusal = refusal or error
+        return refusal
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _groups_of(self, part: Part) -> list[dict[str, Any]]:
+        """The groups of a part: the very list of the optimizer where there is one part."""
+        groups = self.param_groups
+        whole = len(part.indices) == len(groups)
+        return groups if whole else [groups[i] for i in part.indices]
+
+    def _bind(self, part: Part, needs: Sequence[Slot]) -> None:
+        groups, shards = self._groups_of(part), part.shards
+        seen, state = groups, cast("dict[Tensor, Any]", self.state)
+        if shards is not None:
+            seen = shards.lend_gradients(groups)
+            state = shards.states(groups, self.state)
+            self._refuse_divided(shards)
+        if part.stepper.is_current(seen, state, needs):
+            return
+        for group, need in zip(groups, needs, strict=True):
+            for p in group["params"]:
+                if need and p.grad is not None and _fits(p.grad, p):
+                    self._complete_any(p, need, shards)
+                self._skips.put_on(p.device)
+        names = parameter_names(self.param_groups)
+        part.names = [name for i in part.indices for name in names[i]]
+        if shards is not None:
+            state = shards.states(groups, self.state)
+        part.stepper.bind(seen, state, needs)
+
+    def _refuse_divided(self, shards: Shards) -> None:
+        """Raises where an update needs norms of the whole of a parameter of which other processes
+        hold a part."""
+        p = shards.divided
         if p is not None and self._lr_scale() != LrScale.NONE:
             what = "trust ratios" if self._rule == Rule.LAMB else "update_clip"
             raise ValueError(
                 f"{self._step_name}: expected whole parameters, because {what} need norms of all "
                 f"of a parameter, got a shard of one of {list(p.shape)}, {p.placements}"
             )
-        return p
 
     def _complete_any(self, p: Tensor, need: Slot, shards: Shards | None) -> None:
         if shards is None:

@@ -14,12 +14,12 @@ from gradfuse._codes import Action, LrScale, NonFinite, Rule
 from gradfuse._records import ClipPlan, ClipResult, StepGroup, StepOptions, TensorStats
 from gradfuse.clipping.policy import PlannedStep, Policy, decides_itself, plan_with_policy
 from gradfuse.clipping.report import GradReport
-from gradfuse.distributed.norm import plan_over_ranks, shares_of
+from gradfuse.distributed.norm import plan_over_ranks
 from gradfuse.distributed.ranks import Ranks
 from gradfuse.ops.clip import clip_grad_value_
 from gradfuse.optim.shards import Shards
 
-__all__ = ["Clip", "Part", "StepCall", "step_apart"]
+__all__ = ["Clip", "Part", "StepCall", "refuse", "step_apart"]
 
 Clip: TypeAlias = "float | Policy | None"
 Groups: TypeAlias = Sequence[StepGroup]
@@ -64,7 +64,7 @@ class Part:
     def step(self, groups: Groups, call: StepCall) -> Tensor | None:
         """A whole step. Returns the plan that decided on it, or None if nothing was measured."""
         clip = self.clip
-        if clip is None and not call.code and call.scale is None and call.found_inf is None:
+        if not self.measures(call):
             self.stepper.update(groups, None, None, call.options())
             return None
         if isinstance(clip, Policy) or self.shards is not None:
@@ -77,6 +77,15 @@ class Part:
         )
         self.report = GradReport(self.names, result, max_norm, 2.0, call.nonfinite)
         return result[1]
+
+    def rewrites(self) -> bool:
+        """Whether a policy writes gradients before the step."""
+        return isinstance(self.clip, Policy) and (type(self.clip).rewrite is not Policy.rewrite)
+
+    def measures(self, call: StepCall) -> bool:
+        """Whether a step of this part alone takes a norm."""
+        given = self.clip is not None or call.scale is not None or call.found_inf is not None
+        return given or bool(call.code)
 
     def measure(self, max_norm: float, call: StepCall) -> ClipResult:
         """Norm, plan and statistics of the gradients.
@@ -112,7 +121,7 @@ class Part:
         if p is None and scaled:  # whole on every process, which decide alike
             self.ranks = None
             return self._measure_here(max_norm, call)
-        shares = shares_of(shards.op, shards.owners, True)
+        shares = shards.shares(self._refusal(shards))
         result = plan_over_ranks(
             shards.op, shares, max_norm, 2.0, call.code, True, self._is_exact()
         )
@@ -120,6 +129,16 @@ class Part:
         table = stats.new_tensor(TensorStats.absent()).repeat(len(shards.owners), 1)
         table[rows] = stats
         return result._replace(stats=table)
+
+    def _refusal(self, shards: Shards) -> Exception | None:
+        """What an update would raise on this rank, for the others to know before they go on."""
+        if shards.refusal is not None:
+            return shards.refusal
+        try:
+            self.stepper.check()
+        except (RuntimeError, TypeError, ValueError) as error:
+            return error
+        return None
 
     def plan(self, call: StepCall) -> PlannedStep:
         """Measures the gradients and decides."""
@@ -160,19 +179,32 @@ class Part:
             clip_grad_value_(self.stepper.parameters(), clip.bound)
 
 
+def refuse(parts: Sequence[Part], call: StepCall, error: Exception) -> None:
+    """Raises an error that this rank has found before the norm. Takes part in the collective that
+    the others begin with, if there is one, so that they raise as well."""
+    first = parts[0]
+    if len(parts) > 1 or first.measures(call):
+        assert first.shards is not None
+        first.shards.refusal = error
+        first.measure(math.inf, call)
+    raise error
+
+
 def step_apart(parts: Sequence[Part], groups: Sequence[Groups], call: StepCall) -> Tensor:
     """A step of several parts, each with its own norm. If one leaves it out, all do.
 
     Returns:
         The plan of the first part.
     """
-    if call.code == NonFinite.ERROR:  # before a policy rewrites gradients
+    rewrites = any(part.shards is not None and part.rewrites() for part in parts)
+    if call.code == NonFinite.ERROR or rewrites:  # before a policy rewrites gradients
         for part in parts:
             part.measure(math.inf, call)
     planned = [part.plan(call) for part in parts]
     device = planned[0].plan.device
-    skipped = [ClipPlan.of(p.plan).action.eq(Action.SKIP).to(device) for p in planned]
-    is_skipped = torch.stack(skipped).any()
+    # Over ranks on CUDA, nobody has raised for a refusal yet.
+    left_out = [ClipPlan.of(p.plan).action.ge(Action.REFUSE).to(device) for p in planned]
+    is_skipped = torch.stack(left_out).any()
     for p in planned:
         for plan in (p.plan, p.reported.plan):
             ClipPlan.of(plan).action.masked_fill_(is_skipped.to(plan.device), Action.SKIP)

@@ -7,18 +7,19 @@ of DTensors, so that torch.distributed.checkpoint can save it and load it onto o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
 from typing_extensions import TypeIs
 
 from gradfuse.distributed.locals import is_dtensor, local_of
+from gradfuse.distributed.norm import Shares, shares_of
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["Shards", "is_divided", "local_state", "shards_of"]
+__all__ = ["Shards", "is_divided", "local_state"]
 
 State: TypeAlias = dict[str, Any]
 
@@ -38,6 +39,8 @@ class Shards:
         self._states: dict[Tensor, State] = {}  # by the tensors that the kernels see
         self._lent: list[Tensor] = []  # whose .grad is set
         self.divided: DTensor | None = None  # a parameter of which others hold a part
+        self.refusal: Exception | None = None  # of this step's gradients
+        self.beside: Sequence[Tensor] = ()  # the optimizer's other parameters
 
     def lend_gradients(self, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Gives the shards of parameters the shards of gradients, until they are taken back.
@@ -49,6 +52,7 @@ class Shards:
             ValueError: a gradient is distributed in another way than its parameter.
         """
         self.owners = [p for group in groups for p in group["params"]]
+        self.divided = next(filter(is_divided, self.owners), None)
         for index, p in enumerate(self.owners):
             if is_dtensor(p) and p.grad is not None:
                 self._lend(local_of(p), _local_gradient(self.op, p, index))
@@ -64,7 +68,11 @@ class Shards:
         """Ends what lend_gradients began."""
         for local in self._lent:
             local.grad = None
-        self._lent = []
+        self._lent, self.refusal = [], None
+
+    def shares(self, refusal: Exception | None = None) -> Shares:
+        """The shards of gradients that this rank holds; none where it refuses them."""
+        return shares_of(self.op, self.owners, True, beside=self.beside, refusal=refusal)
 
     def states(
         self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, State]
@@ -110,12 +118,6 @@ class Shards:
         for name, t in now.items():
             if t is not before.get(name) or (name not in numbers and not is_dtensor(state[name])):
                 state[name] = t if name in numbers else _like(t, p)
-
-
-def shards_of(op: str, groups: Iterable[Mapping[str, Any]]) -> Shards | None:
-    """Shards if any parameter is a DTensor, else None."""
-    found = any(is_dtensor(p) for group in groups for p in group["params"])
-    return Shards(op) if found else None
 
 
 def is_divided(p: Tensor) -> TypeIs[DTensor]:
