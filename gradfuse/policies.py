@@ -24,6 +24,7 @@ from torch import Tensor
 
 from gradfuse import _native
 from gradfuse.clipping.policy import Decision, Policy, to_at_most
+from gradfuse.distributed import has_dtensor
 from gradfuse.ops.checks import check_max_norm, check_nonnegative
 
 __all__ = [
@@ -124,6 +125,8 @@ class AGC(Policy):
         self.eps = check_nonnegative("AGC", "eps", eps)
 
     def rewrite(self, parameters: Sequence[Tensor], scale: Tensor | None) -> None:
+        if has_dtensor(parameters):
+            raise ValueError("AGC: expected plain parameters, got DTensors")
         _native.backend.adaptive_clip_(parameters, None, self.clip_factor, self.eps, 2.0, scale)
 
 
@@ -144,6 +147,7 @@ class ZClip(Policy):
     """
 
     EPS = 1e-6
+    by_parameter = False
 
     def __init__(
         self, alpha: float = 0.97, z: float = 2.5, warmup: int = 25, max_norm: float = math.inf
@@ -190,6 +194,8 @@ class AutoClip(Policy):
     Source: Seetharaman, Wichern, Pardo, Le Roux 2020, "AutoClip: Adaptive Gradient Clipping for
     Source Separation Networks", Algorithm 1.
     """
+
+    by_parameter = False
 
     def __init__(self, percentile: float = 10.0, history: int = 1000) -> None:
         super().__init__()
@@ -266,6 +272,8 @@ class SpikeSkip(Policy):
         warmup: norms from which on steps are left out, in [1, history].
         patience: steps in a row that may be left out, >= 1.
     """
+
+    by_parameter = False
 
     def __init__(
         self, factor: float = 10.0, history: int = 100, warmup: int = 10, patience: int = 10

@@ -343,8 +343,61 @@ def clipper(rank: int) -> Any:
         "bad": whole.first_nonfinite(),
         "bad copy": _bad_copy(rank),
         "here": report.first_nonfinite(),
-        "policy": _error(lambda: setattr(own, "max_norm", gradfuse.policies.Value(1.0))),
     }
+
+
+@case
+def clipper_with_a_policy(rank: int) -> Any:
+    """Steps of GradClippers with a policy beside those of one process that has all gradients."""
+    from torch.distributed.tensor import Shard
+
+    found = {}
+    makes = {
+        "agc by norm": lambda: gradfuse.policies.AutoClip(10.0),
+        "adagc": lambda: gradfuse.policies.AdaGC(warmup=1),
+        "value": lambda: gradfuse.policies.Value(0.5),
+    }
+    for name, make in makes.items():
+        mesh = of_mesh((2, 2), ("replica", "shard"))
+        errors, calls = [], []
+        clipper, alone = gradfuse.GradClipper([], make()), gradfuse.GradClipper([], make())
+        for step in range(3):
+            grads = [*full(step, 1.0 + step), *full(step + 9)]
+            ps = sharded(grads[: len(SHAPES)], mesh, [_replicate(), Shard(0)])
+            ps += plain(grads[len(SHAPES) :])
+            whole = plain(grads)
+            if step == 0:
+                held, single = ps, whole
+                for p, q in zip(held, single, strict=True):
+                    clipper.add(p)
+                    alone.add(q)
+            for p, new in zip((*held, *single), (*ps, *whole), strict=True):
+                p.grad = new.grad
+            with Counted() as counted:
+                report = clipper.clip_()
+            other = alone.clip_()
+            calls.append((counted.calls, counted.bytes))
+            for p, q in zip(held, single, strict=True):
+                g = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+                errors.append(float((g - q.grad).abs().max()))
+            errors.append(abs(report.total_norm - other.total_norm))
+            assert report.clipped == other.clipped
+        found[name] = max(errors), calls
+    return found
+
+
+@case
+def policies_over_a_group(rank: int) -> Any:
+    """Of disjoint gradients, whose number differs from rank to rank."""
+    ps = plain(full(rank)[: rank + 1])
+    world = dist.group.WORLD
+    own = gradfuse.GradClipper(ps, gradfuse.policies.AutoClip(50.0), group=world)
+    for _ in range(2):
+        own.clip_()
+        for p in ps:
+            p.grad *= 2.0
+    refused = _error(lambda: setattr(own, "max_norm", gradfuse.policies.AdaGC()))
+    return own.clip_().total_norm, refused
 
 
 def _bad_copy(rank: int) -> Any:
@@ -513,7 +566,21 @@ def test_a_clipper_and_its_reports(found):
         assert (r["bad"].name, r["bad"].rank, r["bad"].nonfinite) == ("p0", 2, 1)
         assert (r["here"] is not None) == (rank == 2)
         assert (r["bad copy"].name, r["bad copy"].rank) == ("9", 2)
-        assert "GradClipper: max_norm must be a number over ranks" in r["policy"]
+
+
+def test_a_clipper_with_a_policy(found):
+    for of_rank in on_all_ranks(found, "clipper_with_a_policy"):
+        for name, (error, calls) in of_rank.items():
+            assert error < 1e-5
+            extra = {"adagc": 8 * 2 * len(SHAPES), "value": 8}.get(name, 0)
+            assert calls == [(1, 32 * SIZE + extra)] * 3
+
+
+def test_policies_over_a_group(found):
+    ranks = on_all_ranks(found, "policies_over_a_group")
+    assert len({norm for norm, _ in ranks}) == 1
+    for _, refused in ranks:
+        assert refused.startswith("ValueError: GradClipper: expected max_norm to decide by the glo")
 
 
 def test_nothing_is_written_below_the_bound(found):

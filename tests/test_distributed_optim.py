@@ -16,8 +16,8 @@ from helpers import SANITIZED
 from processes import on_ranks
 from torch import Tensor, nn
 
-from gradfuse.optim import LAMB, SGD, Adam, AdamW, Lion, ScheduleFreeAdamW
-from gradfuse.policies import AutoClip, Norm, Value
+from gradfuse.optim import LAMB, SGD, Adam, AdamW, GradScaler, Lion, ScheduleFreeAdamW
+from gradfuse.policies import AdaGC, AutoClip, Decision, Norm, Policy, SpikeSkip, Value, ZClip
 
 pytestmark = [
     pytest.mark.no_kernel,
@@ -161,18 +161,130 @@ def clipped(rank: int, folder: str) -> None:
             assert a.norm == pytest.approx(b.norm, rel=1e-3)
 
 
-@case
-def one_all_reduce_a_step(rank: int, folder: str) -> None:
-    model = sharded()
-    optimizer = AdamW(model.parameters(), clip=0.5)
-    model(batch(0)[0]).sum().backward()
+def all_reduces(call: Callable[[], object]) -> list[int]:
+    """The elements of each all-reduce of a call."""
     calls, real = [], dist.all_reduce
     dist.all_reduce = lambda t, **options: (calls.append(t.numel()), real(t, **options))
     try:
-        optimizer.step()
+        call()
     finally:
         dist.all_reduce = real
-    assert calls == [8]  # four numbers a rank
+    return calls
+
+
+@case
+def one_all_reduce_a_step(rank: int, folder: str) -> None:
+    """Four numbers a rank; a policy that looks at parameters adds one for each of the four."""
+    for clip, numbers in ((0.5, 8), (AutoClip(), 8), (ZClip(), 8), (Value(0.1), 9), (AdaGC(), 12)):
+        model = sharded()
+        optimizer = AdamW(model.parameters(), clip=clip)
+        model(batch(0)[0]).sum().backward()
+        assert all_reduces(optimizer.step) == [numbers]
+
+
+class Level(Policy):
+    """Skips steps whose first parameter has more of the norm than before, and clips each by it."""
+
+    def begin(self, norms: Tensor) -> dict[str, Tensor]:
+        return {"level": norms.new_full((), float("inf")), "seen": torch.zeros_like(norms)}
+
+    def decide(self, norm: Tensor, norms: Tensor, state: dict[str, Tensor]) -> Decision:
+        share = norms[0] / norm
+        return Decision(
+            (0.3 / norms.clamp(min=0.3)),
+            share > state["level"],
+            {"level": torch.where(share < 1.0, share, 1.0), "seen": norms},
+        )
+
+
+POLICIES: dict[str, Callable[[], Policy]] = {
+    "norm": lambda: Norm(0.5),
+    "value": lambda: Value(0.05),
+    "zclip": lambda: ZClip(warmup=2, z=0.1),
+    "autoclip": lambda: AutoClip(30.0),
+    "adagc": lambda: AdaGC(warmup=1),
+    "spikeskip": lambda: SpikeSkip(factor=1.0, warmup=1),
+    "level": Level,
+}
+
+
+@case
+def policies_decide_as_one_process(rank: int, folder: str) -> None:
+    for make in POLICIES.values():
+        model, whole = sharded(), net()
+        optimizer = AdamW(model.named_parameters(), lr=0.05, clip=make())
+        other = AdamW(whole.named_parameters(), lr=0.05, clip=make())
+        for step in range(5):
+            train(model, optimizer, lambda step: half(rank, step), range(step, step + 1))
+            train(whole, other, batch, range(step, step + 1))
+            a, b = optimizer.report, other.report
+            for name in ("total_norm", "coefficient", "clipped_norm", "clipped", "skipped"):
+                ours, theirs = getattr(a, name), getattr(b, name)
+                assert ours == pytest.approx(theirs, rel=1e-3, nan_ok=True), (make, step, name)
+        assert_as(model, whole)
+        assert optimizer.skipped_steps == other.skipped_steps
+        for name, t in other.clip.state.items():
+            torch.testing.assert_close(optimizer.clip.state[name], t, rtol=1e-3, atol=1e-6)
+            held = [torch.empty_like(t) for _ in range(2)]
+            dist.all_gather(held, optimizer.clip.state[name])
+            assert torch.equal(*held)  # to the last bit
+
+
+@case
+def grad_scaler(rank: int, folder: str) -> None:
+    """An inf on one rank skips the step and halves the scale on both, whoever's scaler it is."""
+    for make in (torch.amp.GradScaler, GradScaler):
+        for clip in (None, 0.5, AdaGC(warmup=1)):
+            model, whole = sharded(), net()
+            optimizer = AdamW(model.parameters(), lr=0.05, clip=copy.deepcopy(clip))
+            other = AdamW(whole.parameters(), lr=0.05, clip=clip)
+            scaler, alone = (make("cpu", init_scale=8.0, growth_interval=2) for _ in range(2))
+            for step in range(4):
+                for net_, own, s, (x, y) in (
+                    (model, optimizer, scaler, half(rank, step)),
+                    (whole, other, alone, batch(step)),
+                ):
+                    s.scale(nn.functional.mse_loss(net_(x), y)).backward()
+                    if step == 1 and (net_ is whole or rank == 1):
+                        p = next(iter(net_.parameters()))
+                        (p.grad.to_local() if net_ is model else p.grad)[0, 0] = float("inf")
+                    s.step(own)
+                    s.update()
+                    own.zero_grad()
+                assert scaler.get_scale() == alone.get_scale()
+                assert optimizer.skipped_steps == other.skipped_steps
+                if step != 1:
+                    ours, theirs = optimizer.report.total_norm, other.report.total_norm
+                    assert ours == pytest.approx(theirs, rel=1e-3)
+            assert (optimizer.skipped_steps, scaler.get_scale()) == (1, 8.0)
+            assert_as(model, whole)
+
+
+@case
+def own_grad_scaler_sends_nothing_more(rank: int, folder: str) -> None:
+    model = sharded()
+    optimizer = AdamW(model.parameters(), clip=0.5)
+    scaler = GradScaler("cpu")
+    scaler.scale(model(batch(0)[0]).sum()).backward()
+    assert all_reduces(lambda: scaler.step(optimizer)) == [8]
+
+
+@case
+def scaler_where_one_rank_refuses(rank: int, folder: str) -> None:
+    model = sharded()
+    optimizer = AdamW(model.parameters(), clip=0.5)
+    scaler = GradScaler("cpu", init_scale=4.0)
+    scaler.scale(model(batch(0)[0]).sum()).backward()
+    if rank == 1:
+        _wide(next(iter(model.parameters())))
+    with pytest.raises((RuntimeError, ValueError), match=r"of its dtype or|rank 1 of 2 refused"):
+        scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 4.0
+    model.zero_grad()
+    scaler.scale(model(batch(0)[0]).sum()).backward()
+    scaler.step(optimizer)
+    assert optimizer.skipped_steps == 0
 
 
 @case
@@ -369,14 +481,6 @@ def refused(rank: int, folder: str) -> None:
         with pytest.raises(ValueError, match="expected whole parameters, because"):
             train(model, optimizer, batch, range(1))
         model.zero_grad()
-    with pytest.raises(ValueError, match="expected clip to be a number and no GradScaler with"):
-        train(model, AdamW(model.parameters(), clip=AutoClip()), batch, range(1))
-    assert_as(model, net())
-    scaler = torch.amp.GradScaler("cpu")
-    optimizer = AdamW(model.parameters(), clip=1.0)
-    scaler.scale(model(batch(0)[0]).sum()).backward()
-    with pytest.raises(ValueError, match="expected clip to be a number and no GradScaler with"):
-        scaler.step(optimizer)
     assert_as(model, net())
     p = nn.Parameter(DTensor.from_local(torch.ones(3), mesh_of((2,))))
     p.grad = DTensor.from_local(torch.ones(3), mesh_of((2,)), [Partial()])

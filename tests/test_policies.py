@@ -12,7 +12,9 @@ from torch.nn import Parameter
 
 import gradfuse
 from gradfuse import optim
+from gradfuse._records import ClipResult
 from gradfuse.clipping.policy import plan_with_policy
+from gradfuse.distributed.norm import Merged
 from gradfuse.policies import (
     AGC,
     AdaGC,
@@ -479,9 +481,10 @@ def test_no_decision_waits_for_the_device(make, skips):
     measured = [
         torch.empty(shape, dtype=torch.float64, device="meta") for shape in ([], [8], [2, 5])
     ]
+    merged = Merged(ClipResult(*measured), None, None)
     policy = make()
     for _ in range(3):
-        step = plan_with_policy(policy, lambda max_norm: measured, lambda: [], measured[0], skips)
+        step = plan_with_policy(policy, lambda max_norm: merged, lambda: [], measured[0], skips)
         policy.keep(step.state)
     assert step.plan.is_meta
     assert step.reported.plan.is_meta

@@ -203,7 +203,8 @@ at::Tensor lr_sums(HeldParams& held, const StepCall& call, const MaybeTensor& pl
       std::vector<ParamRef> params = of_layer(held, found, list, layer);
       if (params.empty()) continue;
       const at::Device device = found.grads.groups[list].device;
-      const at::Tensor sums = at::zeros(shape, at::TensorOptions(at::kDouble).device(device));
+      const at::Tensor sums = empty_on_device(shape, at::TensorOptions(at::kDouble).device(device));
+      sums.zero_();
       update_on(device, held.rule(), std::move(params), call, use, sums.mutable_data_ptr<double>());
       total = total.defined() ? total.add(sums.to(total.device())) : sums;
     }

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradfuse import _native
-from gradfuse.clipping.policy import Policy, plan_with_policy
+from gradfuse._records import ClipResult
+from gradfuse.clipping.policy import (
+    Policy,
+    check_real,
+    plan_with_policy,
+    refuse_by_parameter,
+    wanted_by,
+)
 from gradfuse.clipping.report import GradReport
 from gradfuse.distributed import Group, ReplicatedOver, is_dtensor
-from gradfuse.distributed.norm import plan_over_ranks, shares_of
+from gradfuse.distributed.norm import (
+    Merged,
+    measured_over_ranks,
+    plan_over_ranks,
+    shares_of,
+)
 from gradfuse.ops.checks import (
     CLIP_NONFINITE,
     check_exact,
@@ -43,7 +56,8 @@ class GradClipper:
         exact: clip by the exact norm, as in clip_grad_norm_; the parameters' own norms in a report
             are rounded as always. A policy may want it too.
         group, replicated_over: as in clip_grad_norm_. With them, or with DTensors among the
-            parameters, each clip is a collective call, and max_norm must be a number.
+            parameters, each clip is a collective call. With group, max_norm cannot be a policy that
+            looks at single parameters.
 
     Raises:
         ValueError: an argument is out of range.
@@ -101,16 +115,9 @@ class GradClipper:
             raise ValueError(
                 f"GradClipper: norm_type must be 2 with a policy, got {self._norm_type:g}"
             )
-        if self._is_over_ranks:
-            self._refuse_policy(value)
+        elif self._group is not None:
+            refuse_by_parameter("GradClipper", "max_norm", value)
         self._max_norm = value
-
-    def _refuse_policy(self, limit: float | Policy) -> None:
-        if isinstance(limit, Policy):
-            raise ValueError(
-                "GradClipper: max_norm must be a number over ranks, because a policy would decide "
-                f"by the shards of one, got {limit!r}"
-            )
 
     @property
     def norm_type(self) -> float:
@@ -141,15 +148,12 @@ class GradClipper:
 
         Raises:
             TypeError: parameter is not a Tensor.
-            ValueError: it is a DTensor and a policy decides.
         """
         if not isinstance(parameter, Tensor):
             raise TypeError(f"GradClipper.add: expected a Tensor, got {type(parameter).__name__}")
         if id(parameter) in self._ids:
             return
-        if is_dtensor(parameter):
-            self._refuse_policy(self._max_norm)
-            self._is_over_ranks = True
+        self._is_over_ranks |= is_dtensor(parameter)
         self._ids.add(id(parameter))
         # A new list each time: reports made earlier keep the names of their own step.
         self._names = [*self._names, str(len(self._names)) if name is None else name]
@@ -197,35 +201,69 @@ class GradClipper:
         code = CLIP_NONFINITE[self._nonfinite]
         result = plan_over_ranks(op, shares, max_norm, self._norm_type, code, True, self._exact)
         _native.backend.apply_(op, shares.all, result.plan)
-        rows, stats, ranks = shares.in_order(result.stats)
         return GradReport(
-            [self._names[row] for row in rows],
-            result._replace(stats=stats),
+            self._names,
+            result._replace(stats=shares.tabled(result.stats)),
             max_norm,
             self._norm_type,
             self._nonfinite,
-            ranks=ranks,
+            ranks=shares.reporting(),
         )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _clip_by(self, policy: Policy) -> GradReport:
         _native.refuse_tracing("GradClipper.clip_")
+        if self._is_over_ranks:
+            of_ranks: GradReport = self._clip_over_ranks_by(policy)
+            return of_ranks
+        check_real(policy, self._parameters)
         code = CLIP_NONFINITE[self._nonfinite]
         exact = self._exact or policy.exact
-        step = plan_with_policy(
-            policy,
-            lambda max_norm: self._list.measure(max_norm, self._norm_type, code, exact),
-            lambda: self._parameters,
-            None,
-            skips=False,
-        )
+
+        def measure(max_norm: float) -> Merged:
+            result = self._list.measure(max_norm, self._norm_type, code, exact)
+            return Merged(ClipResult(*result), None, None)
+
+        step = plan_with_policy(policy, measure, lambda: self._parameters, None, skips=False)
         self._list.apply_(step.plan, step.coefficients)
         if policy.bound < math.inf:
             self._list.clamp_(policy.bound)
         policy.keep(step.state)
         return GradReport(
             self._names, step.reported, policy.max_norm, 2.0, self._nonfinite, repr(policy)
+        )
+
+    def _clip_over_ranks_by(self, policy: Policy) -> GradReport:
+        op, code = "GradClipper.clip_", CLIP_NONFINITE[self._nonfinite]
+        exact = self._exact or policy.exact
+        shares = shares_of(op, self._parameters, True, self._group, self._replicated_over)
+        try:
+            check_real(policy, self._parameters)
+        except TypeError as error:
+            shares = replace(shares, refusal=error)
+
+        def measure(max_norm: float) -> Merged:
+            merged = measured_over_ranks(
+                op, shares, max_norm, 2.0, code, True, exact, wanted=wanted_by(policy)
+            )
+            stats = shares.tabled(merged.result.stats)
+            return merged._replace(result=merged.result._replace(stats=stats))
+
+        step = plan_with_policy(policy, measure, lambda: self._parameters, None, skips=False)
+        each = None if step.coefficients is None else step.coefficients[shares.rows]
+        _native.backend.apply_(op, shares.all, step.plan, each)
+        if policy.bound < math.inf:
+            _native.backend.clamp_(shares.all, False, policy.bound)
+        policy.keep(step.state)
+        return GradReport(
+            self._names,
+            step.reported,
+            policy.max_norm,
+            2.0,
+            self._nonfinite,
+            repr(policy),
+            shares.reporting(),
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,8 +12,18 @@ from torch import Tensor
 
 from gradfuse._codes import Action
 from gradfuse._records import ClipPlan, ClipResult, TensorStats
+from gradfuse.distributed.norm import Merged, Wanted
 
-__all__ = ["Decision", "PlannedStep", "Policy", "plan_with_policy", "to_at_most"]
+__all__ = [
+    "Decision",
+    "PlannedStep",
+    "Policy",
+    "check_real",
+    "plan_with_policy",
+    "refuse_by_parameter",
+    "to_at_most",
+    "wanted_by",
+]
 
 _TINY = torch.finfo(torch.float64).tiny
 
@@ -50,11 +60,15 @@ class Policy:
             squares.
         state: Tensors kept between steps. A step whose norm is 0, NaN, inf or beyond float64, or
             for which a loss scaler found inf, leaves them as they are.
+        by_parameter: whether a decision looks at single parameters. A policy that decides by the
+            global norm alone sets False: over ranks nothing else is then exchanged for it, and
+            `norms` are those of this rank's shards.
     """
 
     max_norm: float = math.inf
     bound: float = math.inf
     exact: bool = False
+    by_parameter: bool = True
 
     def __init__(self) -> None:
         self.state: dict[str, Tensor] = {}
@@ -93,21 +107,21 @@ class Policy:
         """
 
     def plan(
-        self, measured: Tensor, stats: Tensor, skips: bool
+        self, measured: Tensor, norms: Tensor, skips: bool
     ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """Decides on a step.
 
         Args:
             measured: [8] float64 Tensor, a ClipPlan that leaves finite gradients alone. It is
                 overwritten.
-            stats: [n, 5] float64 Tensor, the TensorStats of each parameter's gradient.
+            norms: [n] float64, L2 norm of each parameter's gradient, 0 where there is none.
             skips: whether a step can be left out; else its gradients become 0.
 
         Returns:
             The ClipPlan after the decision, a coefficient for each parameter or None, and the state
             to `keep` when the step is done.
         """
-        before, norms = ClipPlan.of(measured), TensorStats.of(stats).norm
+        before = ClipPlan.of(measured)
         # A plan for a non-finite norm, or for found_inf, stands: nonfinite decides then. A step
         # without gradients, or with zeros alone, has no norm to learn from.
         decided = before.norm.isfinite() & (before.norm > 0.0) & (before.action <= Action.SCALE)
@@ -148,6 +162,11 @@ class Policy:
         if shape not in ((), (parameters,)):
             raise ValueError(
                 f"{op}: expected a coefficient of shape () or ({parameters},), got {shape}"
+            )
+        if shape and not self.by_parameter:
+            raise ValueError(
+                f"{op}: expected a coefficient of shape (), because by_parameter is False, got "
+                f"{shape}"
             )
         for name, new in decision.state.items():
             if name not in state:
@@ -208,15 +227,26 @@ class PlannedStep(NamedTuple):
     state: dict[str, Tensor]  # for Policy.keep, once the step is done: one that raises keeps none
 
 
-def decides_itself(policy: Policy) -> bool:
-    """Whether more than max_norm and bound decide: decide or rewrite is overridden."""
+def wanted_by(policy: Policy) -> Wanted:
+    """What a policy has to know of all ranks, beside their norm."""
+    decides = type(policy).decide is not Policy.decide
+    return Wanted(decides and policy.by_parameter, policy.bound)
+
+
+def refuse_by_parameter(op: str, name: str, policy: Policy) -> None:
+    """Raises ValueError where a policy looks at whole parameters, which `group` does not tell."""
     cls = type(policy)
-    return cls.decide is not Policy.decide or cls.rewrite is not Policy.rewrite
+    overrides = cls.decide is not Policy.decide or cls.rewrite is not Policy.rewrite
+    if overrides and policy.by_parameter:
+        raise ValueError(
+            f"{op}: expected {name} to decide by the global norm with group=, which does not say "
+            f"what on two ranks is one parameter (DTensors do), got {policy!r}"
+        )
 
 
 def plan_with_policy(
     policy: Policy,
-    measure: Callable[[float], tuple[Tensor, Tensor, Tensor]],
+    measure: Callable[[float], Merged],
     parameters: Callable[[], Sequence[Tensor]],
     scale: Tensor | None,
     skips: bool,
@@ -224,34 +254,38 @@ def plan_with_policy(
     """Measures, decides, and rewrites gradients if the policy does.
 
     Args:
-        measure: the ClipResult of a plan with this max_norm.
+        measure: what came of measuring for a plan with this max_norm; over ranks with what
+            wanted_by(policy) says, which then holds for all of them.
         parameters: those that were measured.
         scale: the loss scale that the gradients carry, or None.
         skips: whether a step can be left out.
 
     Raises:
-        TypeError: the policy clamps elements and a gradient is complex.
         ValueError: the policy decided what cannot be done.
     """
-    if policy.bound < math.inf:
-        _check_real(policy, parameters())
     decides = type(policy).decide is not Policy.decide
-    norm, plan, stats = measure(math.inf if decides else policy.max_norm)
+    merged = measure(math.inf if decides else policy.max_norm)
+    norm, plan, stats = merged.result
+    seen, beyond = TensorStats.of(stats), merged.beyond
     coefficients, state = None, policy.state
     if decides:
-        plan, coefficients, state = policy.plan(plan, stats, skips)
+        norms = seen.norm if merged.norms is None else merged.norms
+        plan, coefficients, state = policy.plan(plan, norms, skips)
     reported = plan
     if policy.bound < math.inf:
-        largest = TensorStats.of(stats).largest
-        reported = _clamped(ClipPlan.of(plan), (largest > policy.bound).any())
+        beyond = (seen.largest > policy.bound).any() if beyond is None else beyond
+        reported = _clamped(ClipPlan.of(plan), beyond)
     if type(policy).rewrite is not Policy.rewrite:
         policy.rewrite(parameters(), scale)
-        after = ClipPlan.of(measure(math.inf)[1]).norm
+        after = ClipPlan.of(measure(math.inf).result.plan).norm
         reported = _rewritten(ClipPlan.of(reported), ClipPlan.of(plan), after)
     return PlannedStep(norm, plan, coefficients, ClipResult(norm, reported, stats), state)
 
 
-def _check_real(policy: Policy, parameters: Sequence[Tensor]) -> None:
+def check_real(policy: Policy, parameters: Sequence[Tensor]) -> None:
+    """Raises TypeError if the policy clamps elements and a gradient is complex."""
+    if policy.bound == math.inf:
+        return
     for i, p in enumerate(parameters):
         if p.grad is not None and p.grad.is_complex():
             raise TypeError(

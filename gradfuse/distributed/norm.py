@@ -66,13 +66,17 @@ class Shares:
     def all(self) -> list[Tensor]:
         return [*self.counted, *self.copies]
 
-    def in_order(self, stats: Tensor) -> tuple[list[int], Tensor, Ranks]:
-        """The rows of `stats` in the order of the caller's tensors: their indices, themselves, and
-        who takes part, with `counted` of these rows alone."""
-        order = sorted(range(len(self.rows)), key=self.rows.__getitem__)
-        rows = [self.rows[i] for i in order]
-        ranks = replace(self.ranks, counted=[self.ranks.counted[row] for row in rows])
-        return rows, stats if order == list(range(len(order))) else stats[order], ranks
+    def tabled(self, stats: Tensor) -> Tensor:
+        """The rows of `stats`, a TensorStats each of `all`, with one for each of the caller's
+        tensors in their order."""
+        table = stats.new_tensor(TensorStats.absent()).repeat(len(self.ranks.counted), 1)
+        table[self.rows] = stats
+        return table
+
+    def reporting(self) -> Ranks:
+        """Who takes part, with `counted` of the tensors that are there alone, as reports list
+        them."""
+        return replace(self.ranks, counted=[self.ranks.counted[row] for row in sorted(self.rows)])
 
 
 def shares_of(

@@ -227,9 +227,10 @@ class ClippedOptimizer(torch.optim.Optimizer):
                 )
 
     def _call(self) -> StepCall:
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        if not isinstance(found_inf, Tensor):  # torch's 0 where there are no gradients
-            found_inf = None
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and not isinstance(found_inf, Tensor):
+            # torch's 0 where there are no gradients. Other ranks, which have some, have a Tensor.
+            found_inf = torch.zeros((), device="cpu") if self._is_over_ranks else None
         return StepCall(
             STEP_NONFINITE["skip" if self._leaves_check else self._nonfinite],
             self._nonfinite,

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
-from gradfuse._records import TensorStats
+from gradfuse._records import ClipPlan
 from gradfuse.clipping.report import GradReport
+from gradfuse.distributed import is_dtensor
 from gradfuse.optim.base import ClippedOptimizer
 from gradfuse.optim.sgd import SGD
 from gradfuse.optim.unwrapped import unwrapped_step
@@ -31,6 +32,9 @@ class GradScaler(torch.amp.GradScaler):
     torch's check where a step cannot stand in for it: after unscale_, with a hook before the step,
     with a step that someone else replaced, for other optimizers, or if this torch's scaler works in
     another way.
+
+    Over ranks the outcome is that of the step's norm: NaN or inf on one rank skips the step on all,
+    and halves the scale on all.
 
     Takes the arguments of torch.amp.GradScaler.
     """
@@ -51,7 +55,8 @@ class GradScaler(torch.amp.GradScaler):
         try:
             result = super().step(optimizer)
         except BaseException:
-            if self._left:
+            # Over ranks that check may be collective, and not all have got as far.
+            if self._left and not optimizer._is_over_ranks:
                 super()._check_inf_per_device(optimizer)
             raise
         else:
@@ -62,7 +67,7 @@ class GradScaler(torch.amp.GradScaler):
             self._stepping, self._left, optimizer._leaves_check = None, False, False
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[Any, Tensor]:
-        if self._stepping is not optimizer or not _has_gradients(optimizer):
+        if self._stepping is not optimizer or not _may_have_gradients(optimizer):
             checked: dict[Any, Tensor] = super()._check_inf_per_device(optimizer)
             return checked
         self._left = optimizer._leaves_check = True
@@ -76,9 +81,10 @@ class GradScaler(torch.amp.GradScaler):
         if not reports or reports is before:
             super()._check_inf_per_device(optimizer)
             return
-        found = [TensorStats.of(report._stats).nonfinite.any() for report in reports]
-        device = found[0].device
-        self._put(optimizer, torch.stack([f.to(device) for f in found]).any().float())
+        # No sum of finite gradients is infinite, because it has an exponent of its own.
+        bad = [~ClipPlan.of(report._plan).sum.isfinite() for report in reports]
+        device = bad[0].device
+        self._put(optimizer, torch.stack([b.to(device) for b in bad]).any().float())
 
     def _put(self, optimizer: Any, found_inf: Tensor) -> dict[Any, Tensor]:
         found = {found_inf.device: found_inf}
@@ -94,8 +100,10 @@ def _checks_itself(optimizer: Any) -> bool:
     return unwrapped_step(optimizer) is _OWN_STEP and not hooks
 
 
-def _has_gradients(optimizer: torch.optim.Optimizer) -> bool:
-    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+def _may_have_gradients(optimizer: Any) -> bool:
+    """Whether there is a gradient, here or on another rank that decides with this one."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return optimizer._is_over_ranks or any(is_dtensor(p) or p.grad is not None for p in params)
 
 
 class _Probe(SGD):

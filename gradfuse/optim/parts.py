@@ -11,10 +11,16 @@ from torch import Tensor
 
 from gradfuse import _native
 from gradfuse._codes import Action, LrScale, NonFinite, Rule
-from gradfuse._records import ClipPlan, ClipResult, StepGroup, StepOptions, TensorStats
-from gradfuse.clipping.policy import PlannedStep, Policy, decides_itself, plan_with_policy
+from gradfuse._records import ClipPlan, ClipResult, StepGroup, StepOptions
+from gradfuse.clipping.policy import (
+    PlannedStep,
+    Policy,
+    check_real,
+    plan_with_policy,
+    wanted_by,
+)
 from gradfuse.clipping.report import GradReport
-from gradfuse.distributed.norm import plan_over_ranks
+from gradfuse.distributed.norm import Merged, Wanted, measured_over_ranks
 from gradfuse.distributed.ranks import Ranks
 from gradfuse.ops.clip import clip_grad_value_
 from gradfuse.optim.shards import Shards
@@ -87,48 +93,38 @@ class Part:
         given = self.clip is not None or call.scale is not None or call.found_inf is not None
         return given or bool(call.code)
 
-    def measure(self, max_norm: float, call: StepCall) -> ClipResult:
-        """Norm, plan and statistics of the gradients.
-
-        Raises:
-            ValueError: parameters are divided, and a policy or a loss scaler decides by this
-                process's shards.
-        """
+    def measure(self, max_norm: float, call: StepCall) -> Merged:
+        """Norm, plan and statistics of the gradients. Over ranks collective, and the same plan on
+        all of them."""
         if self.shards is not None:
             return self._measure_over_ranks(self.shards, max_norm, call)
-        return self._measure_here(max_norm, call)
-
-    def _measure_here(self, max_norm: float, call: StepCall) -> ClipResult:
-        scale, found_inf = call.scale, call.found_inf
-        return ClipResult(
-            *self.stepper.measure(max_norm, call.code, scale, found_inf, self._is_exact())
+        if isinstance(self.clip, Policy):
+            check_real(self.clip, self.stepper.parameters())
+        result = self.stepper.measure(
+            max_norm, call.code, call.scale, call.found_inf, self._is_exact()
         )
+        return Merged(ClipResult(*result), None, None)
 
     def _is_exact(self) -> bool:
         return isinstance(self.clip, Policy) and self.clip.exact
 
-    def _measure_over_ranks(self, shards: Shards, max_norm: float, call: StepCall) -> ClipResult:
-        """The same over all shards of the parameters. Collective."""
-        p, clip = shards.divided, self.clip
-        scaled = call.scale is not None or call.found_inf is not None
-        decides = isinstance(clip, Policy) and decides_itself(clip)
-        if p is not None and (scaled or decides):
-            raise ValueError(
-                f"{shards.op}: expected clip to be a number and no GradScaler with parameters that "
-                "are divided among processes, because each would decide by its own shards, got "
-                f"{clip!r} and a shard of one of {list(p.shape)}, {p.placements}"
-            )
-        if p is None and scaled:  # whole on every process, which decide alike
-            self.ranks = None
-            return self._measure_here(max_norm, call)
+    def _measure_over_ranks(self, shards: Shards, max_norm: float, call: StepCall) -> Merged:
         shares = shards.shares(self._refusal(shards))
-        result = plan_over_ranks(
-            shards.op, shares, max_norm, 2.0, call.code, True, self._is_exact()
+        merged = measured_over_ranks(
+            shards.op,
+            shares,
+            max_norm,
+            2.0,
+            call.code,
+            True,
+            self._is_exact(),
+            call.scale,
+            call.found_inf,
+            wanted_by(self.clip) if isinstance(self.clip, Policy) else Wanted(),
         )
-        rows, stats, self.ranks = shares.in_order(result.stats)
-        table = stats.new_tensor(TensorStats.absent()).repeat(len(shards.owners), 1)
-        table[rows] = stats
-        return result._replace(stats=table)
+        self.ranks = shares.reporting()
+        stats = shares.tabled(merged.result.stats)
+        return merged._replace(result=merged.result._replace(stats=stats))
 
     def _refusal(self, shards: Shards) -> Exception | None:
         """What an update would raise on this rank, for the others to know before they go on."""
@@ -136,22 +132,24 @@ class Part:
             return shards.refusal
         try:
             self.stepper.check()
+            if isinstance(self.clip, Policy):
+                check_real(self.clip, self.stepper.parameters())
         except (RuntimeError, TypeError, ValueError) as error:
             return error
         return None
 
     def plan(self, call: StepCall) -> PlannedStep:
         """Measures the gradients and decides."""
-        clip = self.clip
+        clip, shards = self.clip, self.shards
         if isinstance(clip, Policy):
             return plan_with_policy(
                 clip,
                 lambda max_norm: self.measure(max_norm, call),
-                self.stepper.parameters,
+                lambda: self.stepper.parameters() if shards is None else shards.owners,
                 call.scale,
                 skips=True,
             )
-        result = self.measure(math.inf if clip is None else clip, call)
+        result = self.measure(math.inf if clip is None else clip, call).result
         return PlannedStep(result.norm, result.plan, None, result, {})
 
     def update(self, groups: Groups, call: StepCall, planned: PlannedStep) -> None:
