@@ -25,6 +25,7 @@ from torch import Tensor
 from gradfuse import _native
 from gradfuse.clipping.policy import Decision, Policy, to_at_most
 from gradfuse.distributed import has_dtensor
+from gradfuse.distributed.units import adaptive_clip_over_ranks_
 from gradfuse.ops.checks import check_max_norm, check_nonnegative
 
 __all__ = [
@@ -109,7 +110,8 @@ class AGC(Policy):
     """Bounds each unit's gradient by its weights, as gradfuse.adaptive_clip_grad_.
 
     The gradients of clipped units are written, by the optimizers too. Reads weights and gradients
-    once and the gradients once more, for the report.
+    once and the gradients once more, for the report. Over ranks each of the three reads ends in an
+    all-reduce.
 
     Args:
         clip_factor: largest ratio of gradient norm to weight norm, >= 0.
@@ -126,7 +128,8 @@ class AGC(Policy):
 
     def rewrite(self, parameters: Sequence[Tensor], scale: Tensor | None) -> None:
         if has_dtensor(parameters):
-            raise ValueError("AGC: expected plain parameters, got DTensors")
+            adaptive_clip_over_ranks_("AGC", parameters, self.clip_factor, self.eps, 2.0, scale)
+            return
         _native.backend.adaptive_clip_(parameters, None, self.clip_factor, self.eps, 2.0, scale)
 
 

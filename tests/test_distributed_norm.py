@@ -387,6 +387,72 @@ def clipper_with_a_policy(rank: int) -> Any:
 
 
 @case
+def adaptive(rank: int) -> Any:
+    """adaptive_clip_grad_ beside one process with whole tensors, by placements and order."""
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    mesh = of_mesh((2, 2), ("a", "b"))
+    strided = _StridedShard(0, split_factor=2)
+    placed = {
+        "rows": [_replicate(), Shard(0)],
+        "rows twice": [Shard(0), Shard(0)],
+        "strided rows": [strided, Shard(0)],
+        "columns": [_replicate(), Shard(1)],
+        "rows and columns": [Shard(0), Shard(1)],
+        "columns twice": [Shard(1), Shard(1)],
+        "copies": [_replicate(), _replicate()],
+    }
+    found = {}
+    for name, placements in placed.items():
+        for norm_type in (2.0, 1.0, 3.0, math.inf):
+            for dtype in (torch.float32, torch.bfloat16, torch.float64):
+                scale = 1e200 if dtype is torch.float64 else 1.0
+                whole, ours = [], []
+                for i, (w, g) in enumerate(zip(full(0, scale, dtype), full(1), strict=True)):
+                    fits = (
+                        w.ndim > 1 and len(w) == 8
+                        if name == "strided rows"
+                        else w.ndim > 1
+                        if "col" in name
+                        else w.ndim
+                    )
+                    by = placements if fits else [_replicate()] * 2
+                    w, g = w * 10.0 ** -(i % 2), (g.to(dtype) * scale)
+                    whole.append(Parameter(w.clone()))
+                    whole[-1].grad = g.clone()
+                    ours.append(Parameter(distribute_tensor(w, mesh, by)))
+                    ours[-1].grad = distribute_tensor(g, mesh, by)
+                plain_one = Parameter(whole[0].detach().clone())
+                plain_one.grad = whole[0].grad.clone()
+                with Counted() as counted:
+                    gradfuse.adaptive_clip_grad_([*ours, plain_one], 0.7, 1.0, norm_type)
+                gradfuse.adaptive_clip_grad_(whole, 0.7, 1.0, norm_type)
+                tolerance = {"rtol": 1e-2 if dtype is torch.bfloat16 else 1e-5, "atol": 0.0}
+                pairs = [(p.grad.full_tensor(), q.grad) for p, q in zip(ours, whole, strict=True)]
+                pairs.append((plain_one.grad, whole[0].grad))
+                same = all(torch.allclose(a, b, **tolerance) for a, b in pairs)
+                found[name, norm_type, dtype] = same, counted.calls
+    uneven = Parameter(distribute_tensor(torch.ones(8, 8), mesh, [strided, Shard(1)]))
+    uneven.grad = distribute_tensor(torch.ones(8, 8), mesh, [strided, Shard(1)])
+    bad = sharded(full(), mesh, [_replicate(), Shard(0)])
+    before = [p.grad.to_local().clone() for p in bad]
+    if rank == 2:
+        bad[2].grad = DTensor.from_local(torch.ones(5), mesh, [_replicate(), _replicate()])
+    refused = [_error(lambda ps=ps: gradfuse.adaptive_clip_grad_(ps)) for ps in ([uneven], bad)]
+    same = all(
+        a.equal(p.grad.to_local())
+        for i, (a, p) in enumerate(zip(before, bad, strict=True))
+        if i != 2
+    )
+    missing = sharded(full(), mesh, [_replicate(), Shard(0)])
+    for p in missing[rank % 2 :: 2]:
+        p.grad = None
+    gradfuse.adaptive_clip_grad_(missing)
+    return found, refused, same
+
+
+@case
 def policies_over_a_group(rank: int) -> Any:
     """Of disjoint gradients, whose number differs from rank to rank."""
     ps = plain(full(rank)[: rank + 1])
@@ -574,6 +640,15 @@ def test_a_clipper_with_a_policy(found):
             assert error < 1e-5
             extra = {"adagc": 8 * 2 * len(SHAPES), "value": 8}.get(name, 0)
             assert calls == [(1, 32 * SIZE + extra)] * 3
+
+
+def test_adaptive_clipping_by_whole_units(found):
+    for rank, (clipped, refused, same) in enumerate(on_all_ranks(found, "adaptive")):
+        assert [key for key, value in clipped.items() if value != (True, 1)] == []
+        assert refused[0].startswith("ValueError: adaptive_clip_grad_: expected rows that lie one")
+        expected = "expected a gradient of the shape and" if rank == 2 else "rank 2 of 4 refused"
+        assert expected in refused[1]
+        assert same
 
 
 def test_policies_over_a_group(found):

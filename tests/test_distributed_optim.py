@@ -17,7 +17,7 @@ from processes import on_ranks
 from torch import Tensor, nn
 
 from gradfuse.optim import LAMB, SGD, Adam, AdamW, GradScaler, Lion, ScheduleFreeAdamW
-from gradfuse.policies import AdaGC, AutoClip, Decision, Norm, Policy, SpikeSkip, Value, ZClip
+from gradfuse.policies import AGC, AdaGC, AutoClip, Decision, Norm, Policy, SpikeSkip, Value, ZClip
 
 pytestmark = [
     pytest.mark.no_kernel,
@@ -175,11 +175,18 @@ def all_reduces(call: Callable[[], object]) -> list[int]:
 @case
 def one_all_reduce_a_step(rank: int, folder: str) -> None:
     """Four numbers a rank; a policy that looks at parameters adds one for each of the four."""
-    for clip, numbers in ((0.5, 8), (AutoClip(), 8), (ZClip(), 8), (Value(0.1), 9), (AdaGC(), 12)):
+    for clip, numbers in (
+        (0.5, [8]),
+        (AutoClip(), [8]),
+        (ZClip(), [8]),
+        (Value(0.1), [9]),
+        (AdaGC(), [12]),
+        (AGC(), [8, 2 + 2 * 2, 8]),  # the two biases are units on both ranks
+    ):
         model = sharded()
         optimizer = AdamW(model.parameters(), clip=clip)
         model(batch(0)[0]).sum().backward()
-        assert all_reduces(optimizer.step) == [numbers]
+        assert all_reduces(optimizer.step) == numbers
 
 
 class Level(Policy):
@@ -205,6 +212,7 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "adagc": lambda: AdaGC(warmup=1),
     "spikeskip": lambda: SpikeSkip(factor=1.0, warmup=1),
     "level": Level,
+    "agc": lambda: AGC(0.05),
 }
 
 
@@ -428,6 +436,13 @@ def tensor_parallel(rank: int, folder: str) -> None:
         model, whole = parallelize_module(net(10), mesh_of((2,)), plan), net(10)
         for of_one in (model, whole):
             train(of_one, rule(of_one.parameters(), **options, **FREE), batch)
+        assert_as(model, whole)
+    for clip in (0.1, AdaGC(warmup=1), AGC(0.05)):
+        model, whole = parallelize_module(net(10), mesh_of((2,)), plan), net(10)
+        ours = AdamW(model.parameters(), lr=0.05, clip=copy.deepcopy(clip))
+        train(model, ours, batch)
+        train(whole, AdamW(whole.parameters(), lr=0.05, clip=clip), batch)
+        assert ours.report.clipped
         assert_as(model, whole)
 
 

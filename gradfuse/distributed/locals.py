@@ -15,7 +15,7 @@ from typing_extensions import TypeIs
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["has_dtensor", "is_dtensor", "local_of"]
+__all__ = ["described", "goes_with", "has_dtensor", "is_dtensor", "local_gradient", "local_of"]
 
 
 def _class() -> Any:
@@ -49,3 +49,41 @@ def local_of(t: Tensor) -> Tensor:
     local = t._local_tensor
     wait = getattr(local, "wait", None)  # of an AsyncCollectiveTensor
     return local if wait is None else wait()
+
+
+def local_gradient(op: str, p: Tensor, index: int) -> Tensor | None:
+    """The shard of a parameter's gradient, distributed as the parameter; a plain one itself.
+
+    Raises:
+        ValueError: the gradient is distributed in another way than its parameter.
+    """
+    grad = p.grad
+    if grad is None or not (is_dtensor(p) or is_dtensor(grad)):
+        return grad
+    if is_dtensor(grad) and is_dtensor(p):
+        if goes_with(grad, p):
+            return local_of(grad)
+        if any(placement.is_partial() for placement in grad.placements):
+            raise ValueError(
+                f"{op}: expected a gradient whose sum over the processes is taken, got placements "
+                f"{grad.placements} for parameter {index}; set p.grad = "
+                "p.grad.redistribute(placements=p.placements) first"
+            )
+    raise ValueError(
+        f"{op}: expected a gradient of the shape and distributed as its parameter, "
+        f"{described(p)}, got {described(grad)} for parameter {index}"
+    )
+
+
+def goes_with(t: DTensor, p: DTensor) -> bool:
+    """Whether the shards of one are those of the other."""
+    if t.placements != p.placements or t.shape != p.shape:
+        return False
+    return t.device_mesh is p.device_mesh or t.device_mesh == p.device_mesh
+
+
+def described(t: Tensor) -> str:
+    """A tensor's shape and where it lies, for errors."""
+    if not is_dtensor(t):
+        return f"a plain tensor of {list(t.shape)}"
+    return f"{list(t.shape)} by {t.placements} on {t.device_mesh}"

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from gradfuse import _native
 from gradfuse._native import define_op
+from gradfuse.distributed import has_dtensor
+from gradfuse.distributed.units import adaptive_clip_over_ranks_
 from gradfuse.ops.checks import as_sequence, check_nonnegative, check_norm_type, grads_of
 
 __all__ = ["adaptive_clip_grad_"]
@@ -26,6 +28,9 @@ def adaptive_clip_grad_(
     Its gradient is scaled to a norm of at most clip_factor * max(norm of the weights, eps). Weights
     and gradients are read once; only the units that are clipped are read again and written.
 
+    DTensors are clipped by their whole units, with one all-reduce, which all ranks of their meshes
+    must call; plain tensors beside them are copies.
+
     Args:
         parameters: iterable of Tensors or one; those without gradient are skipped.
         clip_factor: largest ratio of gradient norm to weight norm, >= 0.
@@ -34,6 +39,8 @@ def adaptive_clip_grad_(
 
     Raises:
         ValueError: an argument is out of range, or a gradient has another shape than its parameter.
+            Or a gradient is distributed in another way than its parameter, or the parameter so that
+            its units cannot be told.
         TypeError, RuntimeError: as clip_grad_norm_.
 
     Source: Brock, De, Smith, Simonyan 2021, "High-Performance Large-Scale Image Recognition
@@ -44,7 +51,10 @@ def adaptive_clip_grad_(
     eps = check_nonnegative(op, "eps", eps)
     norm_type = check_norm_type(op, norm_type)
     parameters = as_sequence(op, parameters)
-    if _native.is_traced_in_place(op):
+    if has_dtensor(parameters) and not torch.compiler.is_compiling():
+        _native.refuse_tracing(op)
+        adaptive_clip_over_ranks_(op, parameters, clip_factor, eps, norm_type)
+    elif _native.is_traced_in_place(op):
         owners = [p for p in parameters if p.grad is not None]
         torch.ops.gradfuse.adaptive_clip_grads_(
             [p.detach() for p in owners], grads_of(owners), clip_factor, eps, norm_type

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from torch import Tensor
 from typing_extensions import TypeIs
 
-from gradfuse.distributed.locals import is_dtensor, local_of
+from gradfuse.distributed.locals import (
+    described,
+    goes_with,
+    is_dtensor,
+    local_gradient,
+    local_of,
+)
 from gradfuse.distributed.norm import Shares, shares_of
 
 if TYPE_CHECKING:
@@ -54,8 +60,8 @@ class Shards:
         self.owners = [p for group in groups for p in group["params"]]
         self.divided = next(filter(is_divided, self.owners), None)
         for index, p in enumerate(self.owners):
-            if is_dtensor(p) and p.grad is not None:
-                self._lend(local_of(p), _local_gradient(self.op, p, index))
+            if is_dtensor(p) and (grad := local_gradient(self.op, p, index)) is not None:
+                self._lend(local_of(p), grad)
         return [{"params": [local_of(p) for p in group["params"]]} for group in groups]
 
     def _lend(self, local: Tensor, grad: Tensor) -> None:
@@ -122,8 +128,9 @@ class Shards:
 
 def is_divided(p: Tensor) -> TypeIs[DTensor]:
     """Whether other processes hold other elements of a parameter."""
+    # Not is_shard(), which a _StridedShard denies.
     return is_dtensor(p) and any(
-        placement.is_shard() and size > 1
+        size > 1 and not placement.is_replicate() and not placement.is_partial()
         for placement, size in zip(p.placements, p.device_mesh.shape, strict=True)
     )
 
@@ -136,43 +143,13 @@ def local_state(op: str, p: Tensor, state: Mapping[str, Any]) -> State:
     """
     made = {}
     for name, t in state.items():
-        if is_dtensor(t) and (not is_dtensor(p) or not _goes_with(t, p)):
+        if is_dtensor(t) and (not is_dtensor(p) or not goes_with(t, p)):
             raise ValueError(
                 f"{op}: expected state {name} of the shape and distributed as its parameter, "
-                f"{_described(p)}, got {_described(t)}"
+                f"{described(p)}, got {described(t)}"
             )
         made[name] = local_of(t) if is_dtensor(t) else t
     return made
-
-
-def _local_gradient(op: str, p: DTensor, index: int) -> Tensor:
-    grad = p.grad
-    if grad is not None and is_dtensor(grad):
-        if _goes_with(grad, p):
-            return local_of(grad)
-        if any(placement.is_partial() for placement in grad.placements):
-            raise ValueError(
-                f"{op}: expected a gradient whose sum over the processes is taken, got placements "
-                f"{grad.placements} for parameter {index}; set p.grad = "
-                "p.grad.redistribute(placements=p.placements) before the step"
-            )
-    raise ValueError(
-        f"{op}: expected a gradient of the shape and distributed as its parameter, "
-        f"{_described(p)}, got {_described(grad)} for parameter {index}"
-    )
-
-
-def _goes_with(t: DTensor, p: DTensor) -> bool:
-    """Whether the shards of one are those of the other."""
-    if t.placements != p.placements or t.shape != p.shape:
-        return False
-    return t.device_mesh is p.device_mesh or t.device_mesh == p.device_mesh
-
-
-def _described(t: Tensor | None) -> str:
-    if t is None or not is_dtensor(t):
-        return "a plain tensor" + ("" if t is None else f" of {list(t.shape)}")
-    return f"{list(t.shape)} by {t.placements} on {t.device_mesh}"
 
 
 def _like(local: Tensor, p: DTensor) -> DTensor:
