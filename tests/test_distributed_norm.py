@@ -453,6 +453,39 @@ def adaptive(rank: int) -> Any:
 
 
 @case
+def norms_of_whole_parameters(rank: int) -> Any:
+    """LAMB and update_clip with copies of shards, beside one process."""
+    from torch.distributed.tensor import Shard
+
+    mesh = of_mesh((2, 2), ("replica", "shard"))
+    found = []
+    for rule, options in (
+        (gradfuse.optim.LAMB, {"lr": 0.1, "weight_decay": 0.1, "clip": 1.0}),
+        (gradfuse.optim.AdamW, {"lr": 0.1, "betas": (0.9, 0.5), "update_clip": True}),
+    ):
+        ours, whole = sharded(full(), mesh, [_replicate(), Shard(0)]), plain(full())
+        other = sharded(full(1), mesh["shard"], [Shard(0)])  # a copy on the other replica
+        ours, whole = [*ours, *other], [*whole, *plain(full(1))]
+        start = [*full(2), *full(3)]
+        for p, q, t in zip(ours, whole, start, strict=True):
+            q.data.copy_(t)
+            p.data.copy_(sharded([t], p.device_mesh, p.placements)[0].grad)
+        for ps in (ours, whole):
+            optimizer = rule(ps, **options)
+            for _ in range(3):
+                optimizer.step()
+                for p in ps:
+                    p.grad *= 10.0
+        found.append(
+            max(
+                float((p.full_tensor() - q).detach().abs().max())
+                for p, q in zip(ours, whole, strict=True)
+            )
+        )
+    return found
+
+
+@case
 def policies_over_a_group(rank: int) -> Any:
     """Of disjoint gradients, whose number differs from rank to rank."""
     ps = plain(full(rank)[: rank + 1])
@@ -649,6 +682,11 @@ def test_adaptive_clipping_by_whole_units(found):
         expected = "expected a gradient of the shape and" if rank == 2 else "rank 2 of 4 refused"
         assert expected in refused[1]
         assert same
+
+
+def test_norms_of_whole_parameters_beside_copies(found):
+    for errors in on_all_ranks(found, "norms_of_whole_parameters"):
+        assert max(errors) < 1e-5
 
 
 def test_policies_over_a_group(found):

@@ -143,6 +143,52 @@ def fsdp2(rank: int, folder: str) -> None:
                 assert t.shape == p.shape
 
 
+WHOLES: list[tuple[Any, dict[str, Any]]] = [
+    (LAMB, {"lr": 0.05, "weight_decay": 0.1}),
+    (LAMB, {"lr": 0.05, "weight_decay": 0.1, "trust_clip": True, "clip": 0.1, **FREE}),
+    (LAMB, {"lr": 0.05, "always_adapt": True, "weight_decay": 0.0, **FREE}),
+    (LAMB, {"lr": 0.05, "weight_decay": 0.0}),
+    (AdamW, {"lr": 0.05, "betas": (0.9, 0.5), "update_clip": True, **FREE}),
+    (AdamW, {"lr": 0.05, "betas": (0.9, 0.5), "update_clip": True, "atan2": True, "clip": 0.1}),
+]
+
+
+def jump(data: Callable[[int], tuple[Tensor, Tensor]]) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """Data whose targets grow tenfold with each step, so that update_clip has to clip."""
+    return lambda step: (data(step)[0], data(step)[1] * 10.0**step)
+
+
+@case
+def norms_of_whole_parameters(rank: int, folder: str) -> None:
+    for rule, options in WHOLES:
+        model, whole = sharded(), net()
+        ours, other = rule(model.parameters(), **options), rule(whole.parameters(), **options)
+        train(model, ours, jump(lambda step: half(rank, step)))
+        train(whole, other, jump(batch))
+        assert_as(model, whole)
+        model(batch(0)[0]).sum().backward()
+        calls = [2 + 2 * 4]  # a word for each rank, two sums for each parameter
+        assert all_reduces(ours.step) == (
+            calls if options.items() >= FREE.items() and ours.clip is None else [8, *calls]
+        )
+
+
+@case
+def norms_of_wholes_where_one_rank_refuses(rank: int, folder: str) -> None:
+    for spoil, message in BAD.items():
+        if spoil is _expanded:  # may be read
+            continue
+        model = sharded()
+        optimizer = LAMB(model.parameters(), **FREE)
+        model(batch(0)[0]).sum().backward()
+        if rank == 1:
+            spoil(next(iter(model.parameters())))
+        expected = message if rank == 1 else "got ones that rank 1 of 2 refused"
+        with pytest.raises((RuntimeError, ValueError), match=expected):
+            optimizer.step()
+        assert_as(model, net())
+
+
 @case
 def clipped(rank: int, folder: str) -> None:
     """The step clips by the norm of all shards, and reports it."""
@@ -437,6 +483,11 @@ def tensor_parallel(rank: int, folder: str) -> None:
         for of_one in (model, whole):
             train(of_one, rule(of_one.parameters(), **options, **FREE), batch)
         assert_as(model, whole)
+    for rule, options in WHOLES:
+        model, whole = parallelize_module(net(10), mesh_of((2,)), plan), net(10)
+        for of_one in (model, whole):
+            train(of_one, rule(of_one.parameters(), **options), jump(batch))
+        assert_as(model, whole)
     for clip in (0.1, AdaGC(warmup=1), AGC(0.05)):
         model, whole = parallelize_module(net(10), mesh_of((2,)), plan), net(10)
         ours = AdamW(model.parameters(), lr=0.05, clip=copy.deepcopy(clip))
@@ -491,12 +542,6 @@ def optimizer_in_backward(rank: int, folder: str) -> None:
 def refused(rank: int, folder: str) -> None:
     from torch.distributed.tensor import DTensor, Partial
 
-    model = sharded()
-    for optimizer in (LAMB(model.parameters()), AdamW(model.parameters(), update_clip=True)):
-        with pytest.raises(ValueError, match="expected whole parameters, because"):
-            train(model, optimizer, batch, range(1))
-        model.zero_grad()
-    assert_as(model, net())
     p = nn.Parameter(DTensor.from_local(torch.ones(3), mesh_of((2,))))
     p.grad = DTensor.from_local(torch.ones(3), mesh_of((2,)), [Partial()])
     optimizer = SGD([p], lr=1.0, **FREE)

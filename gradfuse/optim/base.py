@@ -332,7 +332,6 @@ class ClippedOptimizer(torch.optim.Optimizer):
         if shards is not None:
             seen = shards.lend_gradients(groups)
             state = shards.states(groups, self.state)
-            self._refuse_divided(shards)
         if part.stepper.is_current(seen, state, needs):
             return
         for group, need in zip(groups, needs, strict=True):
@@ -345,17 +344,6 @@ class ClippedOptimizer(torch.optim.Optimizer):
         if shards is not None:
             state = shards.states(groups, self.state)
         part.stepper.bind(seen, state, needs)
-
-    def _refuse_divided(self, shards: Shards) -> None:
-        """Raises where an update needs norms of the whole of a parameter of which other processes
-        hold a part."""
-        p = shards.divided
-        if p is not None and self._lr_scale() != LrScale.NONE:
-            what = "trust ratios" if self._rule == Rule.LAMB else "update_clip"
-            raise ValueError(
-                f"{self._step_name}: expected whole parameters, because {what} need norms of all "
-                f"of a parameter, got a shard of one of {list(p.shape)}, {p.placements}"
-            )
 
     def _complete_any(self, p: Tensor, need: Slot, shards: Shards | None) -> None:
         if shards is None:

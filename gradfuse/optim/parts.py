@@ -20,9 +20,12 @@ from gradfuse.clipping.policy import (
     wanted_by,
 )
 from gradfuse.clipping.report import GradReport
+from gradfuse.distributed.locals import local_of
 from gradfuse.distributed.norm import Merged, Wanted, measured_over_ranks
 from gradfuse.distributed.ranks import Ranks
+from gradfuse.distributed.sums import summed
 from gradfuse.ops.clip import clip_grad_value_
+from gradfuse.optim.lr_scales import lr_scales_of
 from gradfuse.optim.shards import Shards
 
 __all__ = ["Clip", "Part", "StepCall", "refuse", "step_apart"]
@@ -71,7 +74,7 @@ class Part:
         """A whole step. Returns the plan that decided on it, or None if nothing was measured."""
         clip = self.clip
         if not self.measures(call):
-            self.stepper.update(groups, None, None, call.options())
+            self._update(groups, call, None, None, call.options())
             return None
         if isinstance(clip, Policy) or self.shards is not None:
             planned = self.plan(call)
@@ -160,7 +163,7 @@ class Part:
             self.report = GradReport(
                 self.names, planned.reported, max_norm, 2.0, call.nonfinite, ranks=self.ranks
             )
-            self.stepper.update(groups, planned.plan, None, call.options())
+            self._update(groups, call, planned.plan, None, call.options())
             return
         self.report = GradReport(
             self.names,
@@ -171,20 +174,70 @@ class Part:
             repr(clip),
             self.ranks,
         )
-        self.stepper.update(groups, planned.plan, planned.coefficients, call.options(clip.bound))
+        options = call.options(clip.bound)
+        self._update(groups, call, planned.plan, planned.coefficients, options)
         clip.keep(planned.state)
         if call.materialize and clip.bound < math.inf:
             clip_grad_value_(self.stepper.parameters(), clip.bound)
+
+    def _update(
+        self,
+        groups: Groups,
+        call: StepCall,
+        plan: Tensor | None,
+        coefficients: Tensor | None,
+        options: StepOptions,
+    ) -> None:
+        scales = None
+        if self.needs_wholes(call):
+            scales = self.lr_scales(groups, call, plan, coefficients, options)
+        self.stepper.update(groups, plan, coefficients, options, scales)
+
+    def needs_wholes(self, call: StepCall) -> bool:
+        """Whether learning rates depend on norms of parameters of which others hold a part."""
+        divided = self.shards is not None and self.shards.divided is not None
+        return divided and call.lr_scale != LrScale.NONE
+
+    def lr_scales(
+        self,
+        groups: Groups,
+        call: StepCall,
+        plan: Tensor | None,
+        coefficients: Tensor | None,
+        options: StepOptions,
+    ) -> Tensor:
+        """The factor of the learning rate of each parameter, from sums over its shards. Collective;
+        raises on all ranks what one refuses."""
+        shards = self.shards
+        assert shards is not None
+        ranks, owners = shards.ranks(), shards.owners
+        device = local_of(owners[0]).device
+
+        def sums() -> Tensor:
+            if shards.refusal is not None:
+                raise shards.refusal
+            mine = self.stepper.lr_sums(groups, plan, coefficients, options).to(device)
+            return mine * mine.new_tensor(ranks.counted).unsqueeze(1)
+
+        total = summed(shards.op, ranks, (len(owners), 2), device, sums)
+        return lr_scales_of(
+            total,
+            call.lr_scale,
+            [p.numel() * (2 if p.is_complex() else 1) for p in owners],
+            [bool(getattr(groups[i], "trust_clip", False)) for i in shards.groups],
+        )
 
 
 def refuse(parts: Sequence[Part], call: StepCall, error: Exception) -> None:
     """Raises an error that this rank has found before the norm. Takes part in the collective that
     the others begin with, if there is one, so that they raise as well."""
     first = parts[0]
+    assert first.shards is not None
+    first.shards.refusal = error
     if len(parts) > 1 or first.measures(call):
-        assert first.shards is not None
-        first.shards.refusal = error
         first.measure(math.inf, call)
+    elif first.needs_wholes(call):
+        first.lr_scales((), call, None, None, call.options())
     raise error
 
 

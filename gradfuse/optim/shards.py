@@ -21,6 +21,7 @@ from gradfuse.distributed.locals import (
     local_of,
 )
 from gradfuse.distributed.norm import Shares, shares_of
+from gradfuse.distributed.ranks import Ranks
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -42,6 +43,8 @@ class Shards:
     def __init__(self, op: str) -> None:
         self.op = op
         self.owners: list[Tensor] = []  # the parameters, as the optimizer has them
+        self.groups: list[int] = []  # the group of each
+        self._ranks: Ranks | None = None  # who takes part in this step
         self._states: dict[Tensor, State] = {}  # by the tensors that the kernels see
         self._lent: list[Tensor] = []  # whose .grad is set
         self.divided: DTensor | None = None  # a parameter of which others hold a part
@@ -59,6 +62,7 @@ class Shards:
         """
         self.owners = [p for group in groups for p in group["params"]]
         self.divided = next(filter(is_divided, self.owners), None)
+        self.groups = [i for i, group in enumerate(groups) for _ in group["params"]]
         for index, p in enumerate(self.owners):
             if is_dtensor(p) and (grad := local_gradient(self.op, p, index)) is not None:
                 self._lend(local_of(p), grad)
@@ -74,11 +78,17 @@ class Shards:
         """Ends what lend_gradients began."""
         for local in self._lent:
             local.grad = None
-        self._lent, self.refusal = [], None
+        self._lent, self.refusal, self._ranks = [], None, None
 
     def shares(self, refusal: Exception | None = None) -> Shares:
         """The shards of gradients that this rank holds; none where it refuses them."""
-        return shares_of(self.op, self.owners, True, beside=self.beside, refusal=refusal)
+        shares = shares_of(self.op, self.owners, True, beside=self.beside, refusal=refusal)
+        self._ranks = shares.ranks
+        return shares
+
+    def ranks(self) -> Ranks:
+        """Who takes part in the step."""
+        return self._ranks or self.shares(self.refusal).ranks
 
     def states(
         self, groups: Sequence[Mapping[str, Any]], state: Mapping[Tensor, State]
