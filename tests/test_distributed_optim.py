@@ -4,6 +4,7 @@ cases, one after another."""
 from __future__ import annotations
 
 import copy
+import functools
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -519,6 +520,74 @@ def zero_redundancy(rank: int, folder: str) -> None:
     optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=AdamW, lr=1e-3)
     train(model, optimizer, lambda step: half(rank, step))
     assert_as(model.module, trained(AdamW))
+
+
+@case
+def zero_redundancy_with_a_clip(rank: int, folder: str) -> None:
+    """Each rank has some of the parameters; the norm is of all, and what one skips all skip."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    for clip in (0.5, ZClip(warmup=1, z=0.1)):
+        model = nn.parallel.DistributedDataParallel(net())
+        own = functools.partial(AdamW, clip=copy.deepcopy(clip), group=dist.group.WORLD)
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=own, lr=1e-3)
+        train(model, optimizer, lambda step: half(rank, step))
+        assert_as(model.module, trained(AdamW, clip=clip))
+        before = [p.detach().clone() for p in model.parameters()]
+        model(batch(0)[0]).sum().backward()
+        for p in model.parameters():
+            p.grad[...] = 1.0
+        next(iter(model.parameters())).grad[0, 0] = float("nan")
+        calls = all_reduces(optimizer.step)
+        assert calls == [8]
+        assert optimizer.optim.skipped_steps == 1
+        assert all(map(torch.equal, before, model.parameters()))
+
+
+@case
+def over_a_group(rank: int, folder: str) -> None:
+    """Disjoint parameters, whose number differs; a rank may have none."""
+    world = dist.group.WORLD
+    for make in (GradScaler, torch.amp.GradScaler):
+        whole = list(net().parameters())
+        mine = [nn.Parameter(p.detach().clone()) for p in whole] if rank == 0 else []
+        ours = AdamW([{"params": mine}], lr=0.05, clip=0.5, group=world)
+        other = AdamW(whole, lr=0.05, clip=0.5)
+        scaler, alone = (make("cpu", init_scale=4.0) for _ in range(2))
+        for step in range(4):
+            scale = scaler.get_scale()
+            scaler.scale(torch.zeros(()))
+            alone.scale(torch.zeros(()))
+            for p in (*mine, *whole):
+                p.grad = torch.full_like(p, scale * (step + 1.0))
+            if step == 2 and make is GradScaler:
+                for ps in (mine, whole):
+                    for p in ps[:1]:
+                        p.grad[0, 0] = float("inf")
+            if mine or make is GradScaler:
+                scaler.step(ours), scaler.update()
+            else:  # torch's finds no gradient to look at
+                ours.grad_scale, ours.found_inf = torch.tensor(scale), torch.zeros(())
+                ours.step()
+            alone.step(other), alone.update()
+            assert scaler.get_scale() == alone.get_scale()
+        assert ours.skipped_steps == other.skipped_steps == (make is GradScaler)
+        assert ours.report.total_norm == other.report.total_norm
+        for p, q in zip(mine, whole, strict=False):
+            assert torch.equal(p, q)
+    ps = [nn.Parameter(torch.full((2,), rank + 1.0))]
+    ps[0].grad = torch.full((2,), 3.0)
+    copies = SGD(ps, lr=1.0, clip=1.0, replicated_over=world)
+    copies.step()
+    assert copies.report.total_norm == pytest.approx(18**0.5)
+    for refused, match in (
+        (lambda: AdamW(ps, clip=AdaGC(), group=world), "expected clip to decide by the global"),
+        (lambda: setattr(AdamW(ps, group=world), "clip", AGC()), "expected clip to decide by the"),
+        (lambda: LAMB(ps, group=world), "expected no group= with trust ratios"),
+        (lambda: AdamW(ps, update_clip=True, group=world), "expected no group= with update_clip"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            refused()
 
 
 @case

@@ -20,7 +20,7 @@ from gradfuse.clipping.policy import (
     wanted_by,
 )
 from gradfuse.clipping.report import GradReport
-from gradfuse.distributed import Group, ReplicatedOver, is_dtensor
+from gradfuse.distributed import Group, ReplicatedOver, is_dtensor, kept
 from gradfuse.distributed.norm import (
     Merged,
     measured_over_ranks,
@@ -81,7 +81,7 @@ class GradClipper:
         self._norm_type = check_norm_type("GradClipper", norm_type)
         check_exact("GradClipper", exact, self._norm_type)
         self._exact = bool(exact)
-        self._group, self._replicated_over = group, replicated_over
+        self._group, self._replicated_over = group, kept(replicated_over)
         self._is_over_ranks = group is not None or replicated_over is not None
         self.max_norm = max_norm
         check_nonfinite("GradClipper", nonfinite, CLIP_NONFINITE)

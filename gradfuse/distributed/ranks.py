@@ -19,10 +19,17 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Group", "Ranks", "ReplicatedOver", "ranks_of"]
+__all__ = ["Group", "Ranks", "ReplicatedOver", "kept", "ranks_of"]
 
 Group: TypeAlias = "ProcessGroup | DeviceMesh"
 ReplicatedOver: TypeAlias = "Group | Mapping[Group, Iterable[Tensor]]"
+
+
+def kept(replicated_over: ReplicatedOver | None) -> ReplicatedOver | None:
+    """replicated_over for more than one call: an iterator in it could be walked only once."""
+    if not isinstance(replicated_over, Mapping):
+        return replicated_over
+    return {group: list(tensors) for group, tensors in replicated_over.items()}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from gradfuse._codes import Rule, Slot
 from gradfuse._records import AdamGroup
+from gradfuse.distributed import Group, ReplicatedOver
 from gradfuse.optim.adamw import adam_group, adam_state
 from gradfuse.optim.base import Clip, ClippedOptimizer, check_torchs_options
 
@@ -39,10 +40,11 @@ class Adam(ClippedOptimizer, torch.optim.Adam):
         stochastic_rounding: as in gradfuse.optim.AdamW.
         eps_follows_clip: as in gradfuse.optim.AdamW.
         atan2: as in gradfuse.optim.AdamW.
+        group, replicated_over: as in gradfuse.optim.AdamW.
 
     Raises:
         ValueError: an argument is out of range.
-        RuntimeError: clip is given within torch's ZeroRedundancyOptimizer.
+        RuntimeError: clip without group is given within torch's ZeroRedundancyOptimizer.
         TypeError: params holds no tensors.
 
     Source: Kingma, Ba 2015, "Adam: A Method for Stochastic Optimization", algorithm 1.
@@ -72,9 +74,17 @@ class Adam(ClippedOptimizer, torch.optim.Adam):
         stochastic_rounding: bool = False,
         eps_follows_clip: bool = False,
         atan2: bool = False,
+        group: Group | None = None,
+        replicated_over: ReplicatedOver | None = None,
     ) -> None:
         self._configure(
-            clip, nonfinite, materialize_clipped_grads, master_weights, stochastic_rounding
+            clip,
+            nonfinite,
+            materialize_clipped_grads,
+            master_weights,
+            stochastic_rounding,
+            group,
+            replicated_over,
         )
         self._eps_follows_clip = eps_follows_clip
         self._atan2 = atan2

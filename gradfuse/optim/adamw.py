@@ -10,6 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from gradfuse._codes import Rule, Slot
 from gradfuse._records import AdamGroup
+from gradfuse.distributed import Group, ReplicatedOver
 from gradfuse.optim.base import Clip, ClippedOptimizer, check_torchs_options
 
 __all__ = ["AdamW", "adam_group", "adam_state"]
@@ -55,10 +56,14 @@ class AdamW(ClippedOptimizer, torch.optim.AdamW):
         atan2: update by atan2(first moment, sqrt(second moment)) in place of their quotient with
             eps, which then bounds update_clip's ratio alone. A constant gradient moves by pi / 4 of
             the learning rate.
+        group, replicated_over: as in clip_grad_norm_: ranks whose gradients count in the same norm,
+            beyond what DTensors say: within ZeroRedundancyOptimizer, for shards made by hand, over
+            pipeline stages. All of them must step, and skip the same steps. With group, clip cannot
+            be a policy that looks at single parameters.
 
     Raises:
         ValueError: an argument is out of range.
-        RuntimeError: clip is given within torch's ZeroRedundancyOptimizer.
+        RuntimeError: clip without group is given within torch's ZeroRedundancyOptimizer.
         TypeError: params holds no tensors.
 
     Source: Loshchilov, Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2; Wortsman
@@ -92,9 +97,17 @@ class AdamW(ClippedOptimizer, torch.optim.AdamW):
         update_clip: bool = False,
         eps_follows_clip: bool = False,
         atan2: bool = False,
+        group: Group | None = None,
+        replicated_over: ReplicatedOver | None = None,
     ) -> None:
         self._configure(
-            clip, nonfinite, materialize_clipped_grads, master_weights, stochastic_rounding
+            clip,
+            nonfinite,
+            materialize_clipped_grads,
+            master_weights,
+            stochastic_rounding,
+            group,
+            replicated_over,
         )
         self._update_clip = update_clip
         self._eps_follows_clip = eps_follows_clip

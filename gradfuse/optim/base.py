@@ -13,9 +13,9 @@ from torch import Tensor
 from gradfuse import _native
 from gradfuse._codes import STATE_NAMES, LrScale, Rule, Slot
 from gradfuse._records import StepGroup
-from gradfuse.clipping.policy import Policy
+from gradfuse.clipping.policy import Policy, refuse_by_parameter
 from gradfuse.clipping.report import GradReport
-from gradfuse.distributed import has_dtensor
+from gradfuse.distributed import Group, ReplicatedOver, has_dtensor, kept
 from gradfuse.ops.checks import STEP_NONFINITE, check_max_norm, check_nonfinite
 from gradfuse.optim.parts import Clip, Part, StepCall, refuse, step_apart
 from gradfuse.optim.shards import Shards
@@ -36,6 +36,8 @@ _SETTINGS = (
     "_eps_follows_clip",
     "_atan2",
     "_clip",
+    "_group_of_ranks",
+    "_replicated_over",
 )
 
 
@@ -46,9 +48,18 @@ class ClippedOptimizer(torch.optim.Optimizer):
     _rule: ClassVar[Rule]
     # Options that not every optimizer has.
     _update_clip = _eps_follows_clip = _atan2 = False
+    _group_of_ranks: Group | None = None
+    _replicated_over: ReplicatedOver | None = None
 
     def _configure(
-        self, clip: Clip, nonfinite: str, materialize: bool, master: bool, stochastic: bool
+        self,
+        clip: Clip,
+        nonfinite: str,
+        materialize: bool,
+        master: bool,
+        stochastic: bool,
+        group: Group | None,
+        replicated_over: ReplicatedOver | None,
     ) -> None:
         op = type(self).__name__
         check_nonfinite(op, nonfinite, STEP_NONFINITE)
@@ -57,7 +68,8 @@ class ClippedOptimizer(torch.optim.Optimizer):
                 f"{op}: expected master_weights or stochastic_rounding, got both: with master "
                 "weights nothing is lost that rounding at random could save"
             )
-        if clip is not None:
+        self._group_of_ranks, self._replicated_over = group, kept(replicated_over)
+        if clip is not None and group is None:
             _refuse_in_zero(op, clip)
         self._nonfinite = nonfinite
         self._materialize = materialize
@@ -66,11 +78,16 @@ class ClippedOptimizer(torch.optim.Optimizer):
         self.clip = clip
         self._reset()
 
+    @property
+    def _is_over_given(self) -> bool:
+        """Whether the caller named ranks."""
+        return self._group_of_ranks is not None or self._replicated_over is not None
+
     def _reset(self) -> None:
         """Sets what lives between steps but is not part of the state."""
         self._whole = Part(self._rule)  # the groups without a clip of their own
         self._apart: dict[int, Part] = {}  # the others, by their number
-        self._is_over_ranks = False  # whether a step decides with other ranks
+        self._is_over_ranks = self._is_over_given  # whether a step decides with other ranks
         self._reports: list[GradReport] = []  # of the last step
         self._skips = SkipCounter(type(self).__name__)
         self._step_name = f"{type(self).__name__}.step"
@@ -88,6 +105,8 @@ class ClippedOptimizer(torch.optim.Optimizer):
         self._clip = self._checked_clip(value)
 
     def _checked_clip(self, value: Clip) -> Clip:
+        if isinstance(value, Policy) and self._group_of_ranks is not None:
+            refuse_by_parameter(type(self).__name__, "clip", value)
         if value is None or isinstance(value, Policy):
             return value
         return check_max_norm(type(self).__name__, "clip", value, "None")
@@ -143,15 +162,23 @@ class ClippedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: the group wants an option that a fused step does not have, its clip is out
                 of range, or is a policy that another group has.
-            RuntimeError: the group has a clip within torch's ZeroRedundancyOptimizer.
+            RuntimeError: the group has a clip within torch's ZeroRedundancyOptimizer, and the
+                optimizer no group of ranks.
         """
         op = type(self).__name__
         check_torchs_options(
             op, *(param_group.get(name) for name in ("fused", "foreach", "differentiable"))
         )
+        if self._group_of_ranks is not None and self._lr_scale() != LrScale.NONE:
+            what = "trust ratios" if self._rule == Rule.LAMB else "update_clip"
+            raise ValueError(
+                f"{op}: expected no group= with {what}, which need norms of whole parameters: it "
+                "does not say what on two ranks is one parameter (DTensors do)"
+            )
         clip = param_group.get("clip")
         if clip is not None:
-            _refuse_in_zero(op, clip)
+            if self._group_of_ranks is None:
+                _refuse_in_zero(op, clip)
             param_group["clip"] = self._checked_clip(clip)
         if isinstance(clip, Policy) and any(clip is other for other in self._policies()):
             raise ValueError(
@@ -302,14 +329,14 @@ class ClippedOptimizer(torch.optim.Optimizer):
                 for part, own, need in zip(parts, groups, needs, strict=True)
             ):
                 return None
-            self._is_over_ranks = has_dtensor(self._parameters())
+            self._is_over_ranks = self._is_over_given or has_dtensor(self._parameters())
         refusal: Exception | None = None
         for part, need in zip(parts, needs, strict=True):
             if not self._is_over_ranks:
                 self._bind(part, need)
                 continue
             if part.shards is None:
-                part.shards = Shards(self._step_name)
+                part.shards = Shards(self._step_name, self._group_of_ranks, self._replicated_over)
             part.shards.beside = self._parameters()
             try:
                 self._bind(part, need)
@@ -474,7 +501,8 @@ def _refuse_in_zero(op: str, clip: Clip) -> None:
     if _is_made_by_zero():
         raise RuntimeError(
             f"{op}: expected clip=None in a ZeroRedundancyOptimizer, got {clip!r}: each rank would "
-            "clip by the norm of its own parameters; call clip_grad_norm_ before step()"
+            "clip by the norm of its own parameters; pass group= with functools.partial, or call "
+            "clip_grad_norm_ before step()"
         )
 
 

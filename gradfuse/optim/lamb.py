@@ -9,6 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from gradfuse._codes import LrScale, Rule, Slot
 from gradfuse._records import LAMBGroup
+from gradfuse.distributed import Group, ReplicatedOver
 from gradfuse.optim.base import Clip, ClippedOptimizer, check_torchs_options
 from gradfuse.optim.options import OptionsOfGroups
 
@@ -41,10 +42,11 @@ class LAMB(OptionsOfGroups, ClippedOptimizer):
         master_weights: as in gradfuse.optim.AdamW.
         stochastic_rounding: as in gradfuse.optim.AdamW.
         eps_follows_clip: as in gradfuse.optim.AdamW.
+        group, replicated_over: as in gradfuse.optim.AdamW.
 
     Raises:
         ValueError: an argument is out of range.
-        RuntimeError: clip is given within torch's ZeroRedundancyOptimizer.
+        RuntimeError: clip without group is given within torch's ZeroRedundancyOptimizer.
         TypeError: params holds no tensors.
 
     Source: You et al. 2020, "Large Batch Optimization for Deep Learning: Training BERT in 76
@@ -78,9 +80,17 @@ class LAMB(OptionsOfGroups, ClippedOptimizer):
         master_weights: bool = False,
         stochastic_rounding: bool = False,
         eps_follows_clip: bool = False,
+        group: Group | None = None,
+        replicated_over: ReplicatedOver | None = None,
     ) -> None:
         self._configure(
-            clip, nonfinite, materialize_clipped_grads, master_weights, stochastic_rounding
+            clip,
+            nonfinite,
+            materialize_clipped_grads,
+            master_weights,
+            stochastic_rounding,
+            group,
+            replicated_over,
         )
         self._eps_follows_clip = eps_follows_clip
         check_torchs_options("LAMB", None, foreach, None)

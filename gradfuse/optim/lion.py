@@ -9,6 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from gradfuse._codes import Rule, Slot
 from gradfuse._records import LionGroup
+from gradfuse.distributed import Group, ReplicatedOver
 from gradfuse.optim.base import Clip, ClippedOptimizer, check_torchs_options
 from gradfuse.optim.options import OptionsOfGroups
 
@@ -34,10 +35,11 @@ class Lion(OptionsOfGroups, ClippedOptimizer):
         materialize_clipped_grads: as in gradfuse.optim.AdamW.
         master_weights: as in gradfuse.optim.AdamW.
         stochastic_rounding: as in gradfuse.optim.AdamW.
+        group, replicated_over: as in gradfuse.optim.AdamW.
 
     Raises:
         ValueError: an argument is out of range.
-        RuntimeError: clip is given within torch's ZeroRedundancyOptimizer.
+        RuntimeError: clip without group is given within torch's ZeroRedundancyOptimizer.
         TypeError: params holds no tensors.
 
     Source: Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", algorithm 2.
@@ -60,9 +62,17 @@ class Lion(OptionsOfGroups, ClippedOptimizer):
         materialize_clipped_grads: bool = False,
         master_weights: bool = False,
         stochastic_rounding: bool = False,
+        group: Group | None = None,
+        replicated_over: ReplicatedOver | None = None,
     ) -> None:
         self._configure(
-            clip, nonfinite, materialize_clipped_grads, master_weights, stochastic_rounding
+            clip,
+            nonfinite,
+            materialize_clipped_grads,
+            master_weights,
+            stochastic_rounding,
+            group,
+            replicated_over,
         )
         check_torchs_options("Lion", None, foreach, None)
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}

@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from gradfuse._codes import Rule, Slot
 from gradfuse._records import ScheduleFreeGroup
+from gradfuse.distributed import Group, ReplicatedOver
 from gradfuse.optim.base import Clip, ClippedOptimizer, check_torchs_options
 from gradfuse.optim.options import OptionsOfGroups
 
@@ -44,10 +45,11 @@ class ScheduleFreeAdamW(OptionsOfGroups, ClippedOptimizer):
         master_weights: as in gradfuse.optim.AdamW; eval() and train() then lose nothing.
         stochastic_rounding: as in gradfuse.optim.AdamW.
         eps_follows_clip: as in gradfuse.optim.AdamW.
+        group, replicated_over: as in gradfuse.optim.AdamW.
 
     Raises:
         ValueError: an argument is out of range.
-        RuntimeError: clip is given within torch's ZeroRedundancyOptimizer.
+        RuntimeError: clip without group is given within torch's ZeroRedundancyOptimizer.
         TypeError: params holds no tensors.
 
     Source: Defazio et al. 2024, "The Road Less Scheduled", algorithm 1, in the form of its
@@ -75,9 +77,17 @@ class ScheduleFreeAdamW(OptionsOfGroups, ClippedOptimizer):
         master_weights: bool = False,
         stochastic_rounding: bool = False,
         eps_follows_clip: bool = False,
+        group: Group | None = None,
+        replicated_over: ReplicatedOver | None = None,
     ) -> None:
         self._configure(
-            clip, nonfinite, materialize_clipped_grads, master_weights, stochastic_rounding
+            clip,
+            nonfinite,
+            materialize_clipped_grads,
+            master_weights,
+            stochastic_rounding,
+            group,
+            replicated_over,
         )
         self._eps_follows_clip = eps_follows_clip
         check_torchs_options("ScheduleFreeAdamW", None, foreach, None)

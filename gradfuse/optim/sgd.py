@@ -10,6 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from gradfuse._codes import Rule, Slot
 from gradfuse._records import SGDGroup
+from gradfuse.distributed import Group, ReplicatedOver
 from gradfuse.optim.base import Clip, ClippedOptimizer, check_torchs_options
 
 __all__ = ["SGD"]
@@ -40,10 +41,11 @@ class SGD(ClippedOptimizer, torch.optim.SGD):
         materialize_clipped_grads: as in gradfuse.optim.AdamW.
         master_weights: as in gradfuse.optim.AdamW.
         stochastic_rounding: as in gradfuse.optim.AdamW.
+        group, replicated_over: as in gradfuse.optim.AdamW.
 
     Raises:
         ValueError: an argument is out of range.
-        RuntimeError: clip is given within torch's ZeroRedundancyOptimizer.
+        RuntimeError: clip without group is given within torch's ZeroRedundancyOptimizer.
         TypeError: params holds no tensors.
 
     Source: Sutskever, Martens, Dahl, Hinton 2013, "On the importance of initialization and momentum
@@ -70,9 +72,17 @@ class SGD(ClippedOptimizer, torch.optim.SGD):
         materialize_clipped_grads: bool = False,
         master_weights: bool = False,
         stochastic_rounding: bool = False,
+        group: Group | None = None,
+        replicated_over: ReplicatedOver | None = None,
     ) -> None:
         self._configure(
-            clip, nonfinite, materialize_clipped_grads, master_weights, stochastic_rounding
+            clip,
+            nonfinite,
+            materialize_clipped_grads,
+            master_weights,
+            stochastic_rounding,
+            group,
+            replicated_over,
         )
         check_torchs_options("SGD", fused, foreach, differentiable)
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)

@@ -21,7 +21,7 @@ from gradfuse.distributed.locals import (
     local_of,
 )
 from gradfuse.distributed.norm import Shares, shares_of
-from gradfuse.distributed.ranks import Ranks
+from gradfuse.distributed.ranks import Group, Ranks, ReplicatedOver
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -38,10 +38,14 @@ class Shards:
 
     Args:
         op: begins error messages.
+        group, replicated_over: as in clip_grad_norm_.
     """
 
-    def __init__(self, op: str) -> None:
+    def __init__(
+        self, op: str, group: Group | None = None, replicated_over: ReplicatedOver | None = None
+    ) -> None:
         self.op = op
+        self._given = group, replicated_over
         self.owners: list[Tensor] = []  # the parameters, as the optimizer has them
         self.groups: list[int] = []  # the group of each
         self._ranks: Ranks | None = None  # who takes part in this step
@@ -82,7 +86,7 @@ class Shards:
 
     def shares(self, refusal: Exception | None = None) -> Shares:
         """The shards of gradients that this rank holds; none where it refuses them."""
-        shares = shares_of(self.op, self.owners, True, beside=self.beside, refusal=refusal)
+        shares = shares_of(self.op, self.owners, True, *self._given, self.beside, refusal)
         self._ranks = shares.ranks
         return shares
 
