@@ -53,14 +53,14 @@ def sharded(grads: Sequence[Tensor], mesh: Any, placements: Sequence[Any]) -> li
 
     out = []
     for g in grads:
-        own = placements if g.ndim else [_replicate()] * mesh.ndim
+        own = placements if g.ndim else [replicate_placement()] * mesh.ndim
         p = Parameter(distribute_tensor(torch.zeros_like(g), mesh, own))
         p.grad = distribute_tensor(g, mesh, own)
         out.append(p)
     return out
 
 
-def _replicate() -> Any:
+def replicate_placement() -> Any:
     from torch.distributed.tensor import Replicate
 
     return Replicate()
@@ -149,7 +149,7 @@ def overflowing_squares(rank: int) -> Any:
 
 @case
 def replicate(rank: int) -> Any:
-    ps = sharded(full(), of_mesh((4,), ("dp",)), [_replicate()])
+    ps = sharded(full(), of_mesh((4,), ("dp",)), [replicate_placement()])
     return clipped(ps, true_norm(full()))
 
 
@@ -157,7 +157,7 @@ def replicate(rank: int) -> Any:
 def hybrid(rank: int) -> Any:
     from torch.distributed.tensor import Shard
 
-    ps = sharded(full(), of_mesh((2, 2), ("replica", "shard")), [_replicate(), Shard(0)])
+    ps = sharded(full(), of_mesh((2, 2), ("replica", "shard")), [replicate_placement(), Shard(0)])
     return clipped(ps, true_norm(full()))
 
 
@@ -363,7 +363,7 @@ def clipper_with_a_policy(rank: int) -> Any:
         clipper, alone = gradfuse.GradClipper([], make()), gradfuse.GradClipper([], make())
         for step in range(3):
             grads = [*full(step, 1.0 + step), *full(step + 9)]
-            ps = sharded(grads[: len(SHAPES)], mesh, [_replicate(), Shard(0)])
+            ps = sharded(grads[: len(SHAPES)], mesh, [replicate_placement(), Shard(0)])
             ps += plain(grads[len(SHAPES) :])
             whole = plain(grads)
             if step == 0:
@@ -381,6 +381,9 @@ def clipper_with_a_policy(rank: int) -> Any:
                 g = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
                 errors.append(float((g - q.grad).abs().max()))
             errors.append(abs(report.total_norm - other.total_norm))
+            for key, t in clipper.state_dict().items():
+                theirs = alone.state_dict()[key]
+                errors.append(float((t - theirs).nan_to_num(0.0, 0.0, 0.0).abs().max()))
             assert report.clipped == other.clipped
         found[name] = max(errors), calls
     return found
@@ -395,13 +398,13 @@ def adaptive(rank: int) -> Any:
     mesh = of_mesh((2, 2), ("a", "b"))
     strided = _StridedShard(0, split_factor=2)
     placed = {
-        "rows": [_replicate(), Shard(0)],
+        "rows": [replicate_placement(), Shard(0)],
         "rows twice": [Shard(0), Shard(0)],
         "strided rows": [strided, Shard(0)],
-        "columns": [_replicate(), Shard(1)],
+        "columns": [replicate_placement(), Shard(1)],
         "rows and columns": [Shard(0), Shard(1)],
         "columns twice": [Shard(1), Shard(1)],
-        "copies": [_replicate(), _replicate()],
+        "copies": [replicate_placement(), replicate_placement()],
     }
     found = {}
     for name, placements in placed.items():
@@ -417,7 +420,7 @@ def adaptive(rank: int) -> Any:
                         if "col" in name
                         else w.ndim
                     )
-                    by = placements if fits else [_replicate()] * 2
+                    by = placements if fits else [replicate_placement()] * 2
                     w, g = w * 10.0 ** -(i % 2), (g.to(dtype) * scale)
                     whole.append(Parameter(w.clone()))
                     whole[-1].grad = g.clone()
@@ -435,17 +438,19 @@ def adaptive(rank: int) -> Any:
                 found[name, norm_type, dtype] = same, counted.calls
     uneven = Parameter(distribute_tensor(torch.ones(8, 8), mesh, [strided, Shard(1)]))
     uneven.grad = distribute_tensor(torch.ones(8, 8), mesh, [strided, Shard(1)])
-    bad = sharded(full(), mesh, [_replicate(), Shard(0)])
+    bad = sharded(full(), mesh, [replicate_placement(), Shard(0)])
     before = [p.grad.to_local().clone() for p in bad]
     if rank == 2:
-        bad[2].grad = DTensor.from_local(torch.ones(5), mesh, [_replicate(), _replicate()])
+        bad[2].grad = DTensor.from_local(
+            torch.ones(5), mesh, [replicate_placement(), replicate_placement()]
+        )
     refused = [_error(lambda ps=ps: gradfuse.adaptive_clip_grad_(ps)) for ps in ([uneven], bad)]
     same = all(
         a.equal(p.grad.to_local())
         for i, (a, p) in enumerate(zip(before, bad, strict=True))
         if i != 2
     )
-    missing = sharded(full(), mesh, [_replicate(), Shard(0)])
+    missing = sharded(full(), mesh, [replicate_placement(), Shard(0)])
     for p in missing[rank % 2 :: 2]:
         p.grad = None
     gradfuse.adaptive_clip_grad_(missing)
@@ -463,7 +468,7 @@ def norms_of_whole_parameters(rank: int) -> Any:
         (gradfuse.optim.LAMB, {"lr": 0.1, "weight_decay": 0.1, "clip": 1.0}),
         (gradfuse.optim.AdamW, {"lr": 0.1, "betas": (0.9, 0.5), "update_clip": True}),
     ):
-        ours, whole = sharded(full(), mesh, [_replicate(), Shard(0)]), plain(full())
+        ours, whole = sharded(full(), mesh, [replicate_placement(), Shard(0)]), plain(full())
         other = sharded(full(1), mesh["shard"], [Shard(0)])  # a copy on the other replica
         ours, whole = [*ours, *other], [*whole, *plain(full(1))]
         start = [*full(2), *full(3)]
@@ -551,8 +556,8 @@ def refused(rank: int) -> Any:
     from torch.distributed.tensor import DTensor, Partial, Shard
 
     mesh = of_mesh((2, 2), ("a", "b"))
-    partial = Parameter(DTensor.from_local(torch.ones(3), mesh, [Partial(), _replicate()]))
-    partial.grad = DTensor.from_local(torch.ones(3), mesh, [Partial(), _replicate()])
+    partial = Parameter(DTensor.from_local(torch.ones(3), mesh, [Partial(), replicate_placement()]))
+    partial.grad = DTensor.from_local(torch.ones(3), mesh, [Partial(), replicate_placement()])
     shard = sharded(full(), mesh["a"], [Shard(0)])
     calls: dict[str, Callable[[], object]] = {
         "partial": lambda: gradfuse.clip_grad_norm_(partial, 1.0),

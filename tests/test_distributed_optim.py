@@ -229,6 +229,9 @@ def one_all_reduce_a_step(rank: int, folder: str) -> None:
         (Value(0.1), [9]),
         (AdaGC(), [12]),
         (AGC(), [8, 2 + 2 * 2, 8]),  # the two biases are units on both ranks
+        (Norm(0.5, exact=True), [19]),
+        (exact(Value(0.1)), [20]),
+        (exact(AdaGC()), [19, 4]),
     ):
         model = sharded()
         optimizer = AdamW(model.parameters(), clip=clip)
@@ -260,7 +263,15 @@ POLICIES: dict[str, Callable[[], Policy]] = {
     "spikeskip": lambda: SpikeSkip(factor=1.0, warmup=1),
     "level": Level,
     "agc": lambda: AGC(0.05),
+    "exact norm": lambda: Norm(0.5, exact=True),
+    "exact adagc": lambda: exact(AdaGC(warmup=1)),
+    "exact value": lambda: exact(Value(0.05)),
 }
+
+
+def exact(policy: Policy) -> Policy:
+    policy.exact = True
+    return policy
 
 
 @case
@@ -289,7 +300,7 @@ def policies_decide_as_one_process(rank: int, folder: str) -> None:
 def grad_scaler(rank: int, folder: str) -> None:
     """An inf on one rank skips the step and halves the scale on both, whoever's scaler it is."""
     for make in (torch.amp.GradScaler, GradScaler):
-        for clip in (None, 0.5, AdaGC(warmup=1)):
+        for clip in (None, 0.5, AdaGC(warmup=1), Norm(0.5, exact=True), exact(AdaGC(warmup=1))):
             model, whole = sharded(), net()
             optimizer = AdamW(model.parameters(), lr=0.05, clip=copy.deepcopy(clip))
             other = AdamW(whole.parameters(), lr=0.05, clip=clip)

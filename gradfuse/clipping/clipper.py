@@ -25,8 +25,8 @@ from gradfuse.distributed.norm import (
     Merged,
     measured_over_ranks,
     plan_over_ranks,
-    shares_of,
 )
+from gradfuse.distributed.shares import shares_of
 from gradfuse.ops.checks import (
     CLIP_NONFINITE,
     check_exact,

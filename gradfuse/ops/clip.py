@@ -15,7 +15,8 @@ from gradfuse._codes import NonFinite
 from gradfuse._native import define_op
 from gradfuse._records import ClipPlan, ClipResult, TensorStats
 from gradfuse.distributed import Group, ReplicatedOver, has_dtensor, is_dtensor
-from gradfuse.distributed.norm import Shares, plan_over_ranks, shares_of
+from gradfuse.distributed.norm import plan_over_ranks
+from gradfuse.distributed.shares import Shares, shares_of
 from gradfuse.ops.checks import (
     CLIP_NONFINITE,
     as_sequence,

@@ -20,8 +20,8 @@ from gradfuse.distributed.locals import (
     local_gradient,
     local_of,
 )
-from gradfuse.distributed.norm import Shares, shares_of
 from gradfuse.distributed.ranks import Group, Ranks, ReplicatedOver
+from gradfuse.distributed.shares import Shares, shares_of
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
