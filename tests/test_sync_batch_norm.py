@@ -35,6 +35,7 @@ from gradfuse.nn import (
     SyncBatchNormAct3d,
     convert_sync_batchnorm,
 )
+from gradfuse.ops import batch_norm_ranks
 from gradfuse.ops.drop_path import path_scale
 
 
@@ -196,8 +197,25 @@ def collectives(rank: int) -> Any:
     with Sent() as found["eval"]:
         bn(x.clone().requires_grad_(), x).sum().backward()
         SyncBatchNormAct2d(6, track_running_stats=False).eval()(part(random(16, 6, 5, 7), 0))
-    found["float64"] = y.dtype == torch.float32
+    found["bytes"] = bytes_of(lambda: bn.train()(x.clone().requires_grad_()).sum().backward())
     return found
+
+
+def bytes_of(call: Callable[[], Any]) -> list[int]:
+    """What this rank gives to each collective."""
+    given = []
+    gather, reduce = batch_norm_ranks.Ranks._gather, batch_norm_ranks._all_reduce
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            batch_norm_ranks.Ranks,
+            "_gather",
+            lambda self, row: given.append(row.nbytes) or gather(self, row),
+        )
+        patch.setattr(
+            batch_norm_ranks, "_all_reduce", lambda t, g: given.append(t.nbytes) or reduce(t, g)
+        )
+        call()
+    return given
 
 
 @case
@@ -531,6 +549,7 @@ def test_collectives(found):
         assert sent["backward"] == [("gloo:all_reduce", 2 * 6)]
         assert sent["a frozen input"] == [("gloo:all_gather", 2 * 6 + 1)]
         assert sent["eval"] == sent["a group of one"] == []
+        assert sent["bytes"] == [(2 * 6 + 1) * 8, 2 * 6 * 8]
 
 
 @over_ranks
