@@ -19,6 +19,7 @@ class Fault(NamedTuple):
 
 MATH, CPU, CUDA, CSRC = "csrc/math", "csrc/cpu", "csrc/cuda", "csrc"
 CLIP = "tests/test_ops.py tests/test_clip.py tests/test_range.py"
+EXACT = "tests/test_exact_norm.py tests/test_exact_ranks.py"
 NORM = "tests/test_ops.py tests/test_batch_norm.py tests/test_batch_norm_hypothesis.py"
 MODES = "tests/test_batch_norm_modes.py tests/test_ops.py"
 RANKS = "tests/test_sync_batch_norm.py"
@@ -532,6 +533,63 @@ FAULTS = [
         NORM,
     ),
     # Checks and lists of gradients.
+    # The exact norm.
+    Fault(
+        "a tie rounds up",
+        MATH,
+        "const bool up = (root & 1) != 0 && (is_more || (whole & 1) != 0);",
+        "const bool up = (root & 1) != 0;",
+        "an exact norm half way between two numbers is not the even one",
+        EXACT,
+    ),
+    Fault(
+        "what is below the last digit is forgotten",
+        MATH,
+        "while (--limb >= 0) is_more |= words[limb] != 0;",
+        "while (--limb >= 0) is_more |= false;",
+        "a norm a little above the middle between two numbers rounds down",
+        EXACT,
+    ),
+    Fault(
+        "a subnormal norm is rounded twice",
+        MATH,
+        "if (last < least) last = least;",
+        "",
+        "the norm of tiny float64 gradients is not the nearest number",
+        EXACT,
+    ),
+    Fault(
+        "an accumulator is drained too late",
+        CPU,
+        "constexpr int64_t kDrainAfter = 32;",
+        "constexpr int64_t kDrainAfter = 4096;",
+        "a sum leaves the range in which its last place is one unit",
+        EXACT,
+    ),
+    Fault(
+        "the mixed product counts once",
+        CPU,
+        "of_mixed.take((high + high) * low, 0);",
+        "of_mixed.take(high * low, 0);",
+        "float64 squares are wrong from the 27th bit on",
+        EXACT,
+    ),
+    Fault(
+        "parts below the smallest square",
+        CPU,
+        "return Span{low < 2 * -1074 ? 2 * -1074 : low, high};",
+        "return Span{low, high};",
+        "a block of subnormal and small float64 numbers is added below the lowest limb",
+        EXACT,
+    ),
+    Fault(
+        "a copy counts in an exact norm",
+        "gradfuse/distributed",
+        "words[first : first + len(counted) - 2] = counted[:-2]",
+        "words[first : first + len(counted) - 2] = counted[:-2] + copies[:-2]",
+        "replicated gradients count once for each rank",
+        EXACT,
+    ),
     Fault(
         "tied gradients count twice",
         CSRC,
