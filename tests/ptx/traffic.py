@@ -73,6 +73,10 @@ def clip(max_norm: float) -> Callable:
     return lambda ptx, grads: ptx.clip_(grads, False, max_norm, 2.0, NonFinite.PROPAGATE)
 
 
+def exact(ptx: emulated.Emulated, grads: list[Tensor]) -> None:
+    ptx.exact_limbs("norm", grads, False)
+
+
 def zero(ptx: emulated.Emulated, grads: list[Tensor]) -> None:
     grads[0][0] = float("nan")
     ptx.clip_(grads, False, 1.0, 2.0, NonFinite.ZERO)
@@ -190,6 +194,7 @@ CASES = [
     Case("clip by norm, quiet", clip(1e9), 1),
     Case("clip by norm, clipping", clip(0.1), 3),
     Case("clip by norm, zeroing", zero, 2),
+    Case("sum of an exact norm", exact, 1),
     Case("clip by value, nothing changes", lambda ptx, g: ptx.clamp_(g, False, 1e9), 1),
     Case("clip by value, all changes", lambda ptx, g: ptx.clamp_(g, False, 1e-9), 2),
     Case("adaptive, quiet", adaptive(1e-6), 2, ROWS * COLUMNS),
