@@ -220,7 +220,7 @@ void check_gathered(const BatchNormForwardCall& call) {
                                 "] of Double, when training without ghost batches, got ",
                                 gathered.sizes(), " of ", gathered.scalar_type());
   if (!input.is_cpu() && values_per_channel(input) > 1) return;
-  const at::Tensor counts = gathered.select(1, 0).to(at::kCPU).contiguous();
+  const at::Tensor counts = on_host(gathered.select(1, 0)).contiguous();
   const double* count = counts.const_data_ptr<double>();
   double all = 0.0;
   for (int64_t r = 0; r < counts.numel(); ++r) {
@@ -339,7 +339,8 @@ ForwardResult forward(const BatchNormForwardCall& given);
 // Updates the running statistics of a rank without values by those of the others.
 void update_without_values(const BatchNormForwardCall& given) {
   if (!given.input.size(1) || !given.running_mean) return;
-  if (given.gathered->select(1, 0).sum().item<double>() == 0.0) return;  // as of an empty batch
+  if (*on_host(given.gathered->select(1, 0).sum()).const_data_ptr<double>() == 0.0)
+    return;  // as of an empty batch
   BatchNormForwardCall call = {};
   call.input = at::zeros({1, given.input.size(1)}, given.input.options());
   call.running_mean = given.running_mean;
