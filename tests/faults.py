@@ -101,7 +101,7 @@ FAULTS = [
         CSRC,
         "  if (call.renormalises) {\n",
         "  if (call.running_mean.data)\n"
-        "    update_running<Vectors>(call, c, now.mean, unbiased(now.variance, count));\n"
+        "    update_running<Vectors>(call, c, now.mean, unbiased(now.variance, batch.count));\n"
         "  if (call.renormalises) {\n",
         "r and d see the batch itself, which counts twice",
         MODES,

@@ -175,12 +175,14 @@ struct Forward {
   void finish(const Columns<F>& columns, const double* sums) const {
     for (int64_t c = columns.channel; c < columns.end; ++c) {
       const double* s = sums + c - columns.channel;
-      const ChannelSums of_channel = {s[0], s[columns.stride]};
+      const Statistics batch =
+          call.over_ranks.data ? statistics_over_ranks(call, c)
+                               : own_statistics(call, {s[0], s[columns.stride]}, columns(kMean, c));
       if (call.tally) {
-        write_tally(call, c, of_channel, columns(kMean, c));
+        write_tally(call, c, batch);
         continue;
       }
-      const auto n = finish_forward<F, Vectors>(call, c, of_channel, columns(kMean, c));
+      const auto n = finish_forward<F, Vectors>(call, c, batch);
       columns(kMean, c) = n.mean;
       columns(kScale, c) = n.scale;
       columns(kShift, c) = n.shift;

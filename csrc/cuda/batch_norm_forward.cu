@@ -95,13 +95,15 @@ __global__ void __launch_bounds__(kThreads)
   TwoSums sums;
   if (has_sums) sums = sum_of_chunks(call.shape, slots, c);
   if (threadIdx.x % kWarp != 0) return;
-  const double shift = has_sums ? shift_of<T>(call, c) : 0.0;
+  const Statistics batch =
+      call.over_ranks.data
+          ? statistics_over_ranks(call, c)
+          : own_statistics(call, {sums.first, sums.second}, has_sums ? shift_of<T>(call, c) : 0.0);
   if (call.tally) {
-    write_tally(call, c, {sums.first, sums.second}, shift);
+    write_tally(call, c, batch);
     return;
   }
-  const Normalisation<Wide<T>> n =
-      finish_forward<Wide<T>, Vectors>(call, c, {sums.first, sums.second}, shift);
+  const Normalisation<Wide<T>> n = finish_forward<Wide<T>, Vectors>(call, c, batch);
   coefficients[kMean * channels + c] = n.mean;
   coefficients[kScale * channels + c] = n.scale;
   coefficients[kShift * channels + c] = n.shift;
@@ -165,7 +167,8 @@ __global__ void __launch_bounds__(kThreads)
   write_output(call, groups, place, residual, z);
 }
 
-// A channel in one block: the input stays in registers between the sums and the sweep.
+// A channel in one block: the input stays in registers between the sums and the sweep. Of a call by
+// itself: over ranks there are no sums, and no register to spare for the merge.
 template <class T, int kBlock>
 __global__ void __launch_bounds__(kBlock, 512 / kBlock)
     batch_norm_small(const __grid_constant__ BatchNormForward call) {
@@ -190,7 +193,7 @@ __global__ void __launch_bounds__(kBlock, 512 / kBlock)
     return block_sum<kBlock>(mine);
   };
   TwoSums sums;
-  if (call.training && !call.over_ranks.data) {
+  if (call.training) {
     sums = sum(std::false_type());
     if constexpr (kLeavesRange<W>) {
       const double count = static_cast<double>(call.shape.count());
@@ -200,7 +203,8 @@ __global__ void __launch_bounds__(kBlock, 512 / kBlock)
   }
   __shared__ Normalisation<W> shared;
   if (threadIdx.x == 0)
-    shared = finish_forward<W, Vectors>(call, channel, {sums.first, sums.second}, shift);
+    shared = finish_forward<W, Vectors>(call, channel,
+                                        own_statistics(call, {sums.first, sums.second}, shift));
   __syncthreads();
   const Normalisation<W> n = shared;
 #pragma unroll
@@ -227,7 +231,7 @@ void batch_norm_forward(const BatchNormForward& call, void* scratch, Stream stre
   with_type(call.shape.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const BatchNormShape& shape = call.shape;
-    if (!call.tally && fits_block(shape, kThreads)) {
+    if (!call.tally && !call.over_ranks.data && fits_block(shape, kThreads)) {
       const unsigned blocks = blocks_for(shape.channels);
       if (fits_block(shape, kSmallBlock))
         batch_norm_small<T, kSmallBlock><<<blocks, kSmallBlock, 0, stream>>>(call);

@@ -36,24 +36,37 @@ GRADFUSE_HD void update_running(const BatchNormForward& call, int64_t c, double 
   Vectors::write(call.running_var, c, running_average(old_var, var, momentum));
 }
 
-// Writes a channel's part of call.tally.
-GRADFUSE_HD void write_tally(const BatchNormForward& call, int64_t c, ChannelSums sums,
-                             double shift) {
+// What a channel is normalised by when training.
+struct Statistics {
+  double count;
+  Moments moments;
+};
+// Those of the call's own batch, from sums of differences from `shift`.
+GRADFUSE_HD Statistics own_statistics(const BatchNormForward& call, ChannelSums sums,
+                                      double shift) {
   const double count = static_cast<double>(call.shape.count());
-  const Moments now = moments(sums, shift, count);
-  if (c == 0) call.tally[0] = count;
-  call.tally[1 + c] = now.mean;
-  call.tally[1 + call.shape.channels + c] = now.variance * count;
+  return {count, moments(sums, shift, count)};
+}
+GRADFUSE_HD Statistics statistics_over_ranks(const BatchNormForward& call, int64_t c) {
+  const Tally all = call.over_ranks.of_channel(call.shape.channels, c);
+  return {all.count, {all.mean, all.m2 / all.count}};
 }
 
-// Writes a channel's statistics and running averages, and returns its coefficients. The sums are of
-// differences from `shift`; they are used if the call trains by itself.
+// Writes a channel's part of call.tally.
+GRADFUSE_HD void write_tally(const BatchNormForward& call, int64_t c, Statistics own) {
+  if (c == 0) call.tally[0] = own.count;
+  call.tally[1 + c] = own.moments.mean;
+  call.tally[1 + call.shape.channels + c] = own.moments.variance * own.count;
+}
+
+// Writes a channel's statistics and running averages, and returns its coefficients. `batch` is used
+// if the call trains.
 #ifdef __CUDACC__
 #pragma nv_exec_check_disable
 #endif
 template <class F, class Vectors>
 GRADFUSE_HD Normalisation<F> finish_forward(const BatchNormForward& call, int64_t c,
-                                            ChannelSums sums, double shift) {
+                                            Statistics batch) {
   const int64_t channels = call.shape.channels;
   const double weight = Vectors::read(call.weight, c, 1.0);
   const double bias = Vectors::read(call.bias, c, 0.0);
@@ -62,13 +75,7 @@ GRADFUSE_HD Normalisation<F> finish_forward(const BatchNormForward& call, int64_
   if (!call.training)
     return normalisation<F>(keep_statistics<F>(call.stats, channels, c, mean, var, call.eps),
                             weight, bias);
-  double count = static_cast<double>(call.shape.count());
-  Moments now = moments(sums, shift, count);
-  if (call.over_ranks.data) {
-    const Tally all = call.over_ranks.of_channel(channels, c);
-    count = all.count;
-    now = {all.mean, all.m2 / count};
-  }
+  const Moments now = batch.moments;
   const KeptStatistics kept =
       keep_statistics<F>(call.stats, channels, c, now.mean, now.variance, call.eps);
   Correction correction = {1.0, 0.0};
@@ -77,8 +84,8 @@ GRADFUSE_HD Normalisation<F> finish_forward(const BatchNormForward& call, int64_
     correction = keep_correction<F>(call.stats, channels, c,
                                     renormalisation(call.renorm, step, kept, mean, var, call.eps));
   }
-  if (call.running_mean.data && count > 0.0)  // NaN if a rank refused its input
-    update_running<Vectors>(call, c, now.mean, unbiased(now.variance, count));
+  if (call.running_mean.data && batch.count > 0.0)  // NaN if a rank refused its input
+    update_running<Vectors>(call, c, now.mean, unbiased(now.variance, batch.count));
   return normalisation<F>(kept, correction.weight(weight), correction.bias(weight, bias));
 }
 
