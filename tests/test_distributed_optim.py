@@ -336,6 +336,19 @@ def own_grad_scaler_sends_nothing_more(rank: int, folder: str) -> None:
 
 
 @case
+def inf_that_a_scaler_found_on_one_rank(rank: int, folder: str) -> None:
+    """Stops all, although no gradient shows it."""
+    for clip in (0.5, Norm(0.5, exact=True)):
+        model = sharded()
+        optimizer = AdamW(model.parameters(), clip=clip, nonfinite="error")
+        model(batch(0)[0]).sum().backward()
+        optimizer.found_inf = torch.tensor(float(rank == 1)) if rank else 0  # as torch's may be
+        optimizer.step()
+        assert optimizer.skipped_steps == 1
+        assert_as(model, net())
+
+
+@case
 def scaler_where_one_rank_refuses(rank: int, folder: str) -> None:
     model = sharded()
     optimizer = AdamW(model.parameters(), clip=0.5)
