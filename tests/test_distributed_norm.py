@@ -504,6 +504,25 @@ def policies_over_a_group(rank: int) -> Any:
     return own.clip_().total_norm, refused
 
 
+class Rewriting(gradfuse.policies.Policy):
+    """Raises between two norms on one rank."""
+
+    def rewrite(self, parameters: Sequence[Tensor], scale: Tensor | None) -> None:
+        if dist.get_rank() == 1:
+            raise ValueError("no such gradient")
+
+
+@case
+def rewrites_that_raise_on_one_rank(rank: int) -> Any:
+    p = Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    clipper = gradfuse.GradClipper([p], Rewriting(), replicated_over=dist.group.WORLD)
+    optimizer = gradfuse.optim.SGD([p], lr=0.1, clip=Rewriting(), replicated_over=dist.group.WORLD)
+    before = p.detach().clone()
+    errors = [_error(clipper.clip_), _error(optimizer.step)]
+    return errors, torch.equal(p.detach(), before)
+
+
 def _bad_copy(rank: int) -> Any:
     """A NaN on a rank that counts no plain gradient, as the gathered report has it."""
     own = gradfuse.GradClipper(with_nan(rank, in_copy=True), math.inf)
@@ -707,6 +726,13 @@ def test_nothing_is_written_below_the_bound(found):
 
 def test_scaling_and_clamping_need_no_collective(found):
     assert on_all_ranks(found, "without_a_collective") == [(0, True)] * SIZE
+
+
+def test_a_rewrite_that_raises_on_one_rank_raises_on_all(found):
+    for rank, (errors, same) in enumerate(on_all_ranks(found, "rewrites_that_raise_on_one_rank")):
+        for error in errors:
+            assert ("no such gradient" if rank == 1 else "rank 1 of 4 refused") in error
+        assert same
 
 
 @pytest.mark.parametrize(

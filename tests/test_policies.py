@@ -484,7 +484,9 @@ def test_no_decision_waits_for_the_device(make, skips):
     merged = Merged(ClipResult(*measured), None, None)
     policy = make()
     for _ in range(3):
-        step = plan_with_policy(policy, lambda max_norm: merged, lambda: [], measured[0], skips)
+        step = plan_with_policy(
+            policy, lambda max_norm, error: merged, lambda: [], measured[0], skips
+        )
         policy.keep(step.state)
     assert step.plan.is_meta
     assert step.reported.plan.is_meta

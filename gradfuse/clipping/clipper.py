@@ -221,7 +221,9 @@ class GradClipper:
         code = CLIP_NONFINITE[self._nonfinite]
         exact = self._exact or policy.exact
 
-        def measure(max_norm: float) -> Merged:
+        def measure(max_norm: float, error: Exception | None) -> Merged:
+            if error is not None:
+                raise error
             result = self._list.measure(max_norm, self._norm_type, code, exact)
             return Merged(ClipResult(*result), None, None)
 
@@ -243,9 +245,10 @@ class GradClipper:
         except TypeError as error:
             shares = replace(shares, refusal=error)
 
-        def measure(max_norm: float) -> Merged:
+        def measure(max_norm: float, error: Exception | None) -> Merged:
+            given = shares if error is None else replace(shares, refusal=error)
             merged = measured_over_ranks(
-                op, shares, max_norm, 2.0, code, True, exact, wanted=wanted_by(policy)
+                op, given, max_norm, 2.0, code, True, exact, wanted=wanted_by(policy)
             )
             stats = shares.tabled(merged.result.stats)
             return merged._replace(result=merged.result._replace(stats=stats))

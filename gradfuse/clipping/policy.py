@@ -246,7 +246,7 @@ def refuse_by_parameter(op: str, name: str, policy: Policy) -> None:
 
 def plan_with_policy(
     policy: Policy,
-    measure: Callable[[float], Merged],
+    measure: Callable[[float, Exception | None], Merged],
     parameters: Callable[[], Sequence[Tensor]],
     scale: Tensor | None,
     skips: bool,
@@ -255,7 +255,8 @@ def plan_with_policy(
 
     Args:
         measure: what came of measuring for a plan with this max_norm; over ranks with what
-            wanted_by(policy) says, which then holds for all of them.
+            wanted_by(policy) says, which then holds for all of them. Raises an error that it is
+            given, over ranks on all of them.
         parameters: those that were measured.
         scale: the loss scale that the gradients carry, or None.
         skips: whether a step can be left out.
@@ -264,7 +265,7 @@ def plan_with_policy(
         ValueError: the policy decided what cannot be done.
     """
     decides = type(policy).decide is not Policy.decide
-    merged = measure(math.inf if decides else policy.max_norm)
+    merged = measure(math.inf if decides else policy.max_norm, None)
     norm, plan, stats = merged.result
     seen, beyond = TensorStats.of(stats), merged.beyond
     coefficients, state = None, policy.state
@@ -276,8 +277,12 @@ def plan_with_policy(
         beyond = (seen.largest > policy.bound).any() if beyond is None else beyond
         reported = _clamped(ClipPlan.of(plan), beyond)
     if type(policy).rewrite is not Policy.rewrite:
-        policy.rewrite(parameters(), scale)
-        after = ClipPlan.of(measure(math.inf).result.plan).norm
+        error = None
+        try:
+            policy.rewrite(parameters(), scale)
+        except Exception as raised:  # other ranks wait in the next norm
+            error = raised
+        after = ClipPlan.of(measure(math.inf, error).result.plan).norm
         reported = _rewritten(ClipPlan.of(reported), ClipPlan.of(plan), after)
     return PlannedStep(norm, plan, coefficients, ClipResult(norm, reported, stats), state)
 

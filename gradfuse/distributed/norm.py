@@ -243,7 +243,7 @@ def _device(shares: Shares, results: Sequence[ClipResult | RankLimbs]) -> torch.
     """Where the collective runs: with this rank's gradients, or where the group works."""
     if shares.all and results:
         return results[0 if shares.counted else 1].stats.device
-    return default_device(shares.ranks)
+    return shares.device or default_device(shares.ranks)
 
 
 def _rows(ranks: Ranks, row: list[Tensor], device: torch.device) -> Tensor:

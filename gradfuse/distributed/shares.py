@@ -27,6 +27,7 @@ class Shares:
         counted: those that this rank counts.
         copies: those that another rank counts.
         wide: whether any rank may have float64 gradients; the same on all of them.
+        device: of this rank's tensors, whether or not they have gradients; None without any.
         refusal: what is wrong with one of them; plan_over_ranks raises it after its collective.
     """
 
@@ -35,6 +36,7 @@ class Shares:
     counted: list[Tensor]
     copies: list[Tensor]
     wide: bool
+    device: torch.device | None
     refusal: Exception | None = None
 
     @property
@@ -86,7 +88,10 @@ def shares_of(
     # Ranks of a mesh have the same parameters, those of a group may have any.
     is_grouped = group is not None or replicated_over is not None
     wide = is_grouped or any(t.dtype in _WIDE for t in owners)
-    return Shares(ranks, rows, [t for _, t in counted], [t for _, t in copies], wide, refusal)
+    device = local_of(owners[0]).device if owners else None
+    return Shares(
+        ranks, rows, [t for _, t in counted], [t for _, t in copies], wide, device, refusal
+    )
 
 
 def _refusal(op: str, tensors: Sequence[Tensor | None]) -> ValueError | None:

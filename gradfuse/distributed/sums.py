@@ -22,10 +22,11 @@ def refused_elsewhere(op: str, rank: int, size: int) -> RuntimeError:
 
 
 def default_device(ranks: Ranks) -> torch.device:
-    """Where the group of these ranks works."""
-    if ranks.group is None:
+    """Where the group of these ranks works; on a GPU if it can."""
+    kinds = [] if ranks.group is None else [d.type for d in ranks.group._device_types]
+    if "cuda" not in kinds or not torch.cuda.is_available():
         return torch.device("cpu")
-    return dist.distributed_c10d._get_pg_default_device(ranks.group)
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def summed(

@@ -96,11 +96,13 @@ class Part:
         given = self.clip is not None or call.scale is not None or call.found_inf is not None
         return given or bool(call.code)
 
-    def measure(self, max_norm: float, call: StepCall) -> Merged:
+    def measure(self, max_norm: float, call: StepCall, error: Exception | None = None) -> Merged:
         """Norm, plan and statistics of the gradients. Over ranks collective, and the same plan on
-        all of them."""
+        all of them. Raises the given error, over ranks on all of them."""
         if self.shards is not None:
-            return self._measure_over_ranks(self.shards, max_norm, call)
+            return self._measure_over_ranks(self.shards, max_norm, call, error)
+        if error is not None:
+            raise error
         if isinstance(self.clip, Policy):
             check_real(self.clip, self.stepper.parameters())
         result = self.stepper.measure(
@@ -111,8 +113,10 @@ class Part:
     def _is_exact(self) -> bool:
         return isinstance(self.clip, Policy) and self.clip.exact
 
-    def _measure_over_ranks(self, shards: Shards, max_norm: float, call: StepCall) -> Merged:
-        shares = shards.shares(self._refusal(shards))
+    def _measure_over_ranks(
+        self, shards: Shards, max_norm: float, call: StepCall, error: Exception | None
+    ) -> Merged:
+        shares = shards.shares(error or self._refusal(shards))
         merged = measured_over_ranks(
             shards.op,
             shares,
@@ -147,7 +151,7 @@ class Part:
         if isinstance(clip, Policy):
             return plan_with_policy(
                 clip,
-                lambda max_norm: self.measure(max_norm, call),
+                lambda max_norm, error: self.measure(max_norm, call, error),
                 lambda: self.stepper.parameters() if shards is None else shards.owners,
                 call.scale,
                 skips=True,
