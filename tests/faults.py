@@ -1308,6 +1308,22 @@ FAULTS = [
         "tests/test_distributed_optim.py",
     ),
     Fault(
+        "what a scaler found stays on its rank",
+        "gradfuse/optim",
+        "if self._left or optimizer._is_over_ranks:",
+        "if self._left:",
+        "after unscale_ or a hook, the scales of the ranks part",
+        "tests/test_distributed_optim.py",
+    ),
+    Fault(
+        "another scaler leads a step over a group",
+        "gradfuse/optim",
+        "if self._group_of_ranks is None or self._has_own_scaler or not is_led:",
+        "if True:",
+        "the scales of the ranks part",
+        "tests/test_distributed_optim.py",
+    ),
+    Fault(
         "a copy counts in its unit's norms",
         "gradfuse/distributed",
         "if grad is not None and ranks.counted[cut.param]:",

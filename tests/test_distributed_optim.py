@@ -348,6 +348,81 @@ def inf_that_a_scaler_found_on_one_rank(rank: int, folder: str) -> None:
         assert_as(model, net())
 
 
+def _keep(*_: object) -> None:
+    """A hook that makes a scaler look for inf by itself."""
+
+
+def _repair(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad.nan_to_num_(posinf=0.0)
+
+
+@case
+def scale_of_a_group_stays_one(rank: int, folder: str) -> None:
+    """An inf on rank 0 halves it on both, whoever finds it, and although a hook puts it right."""
+    for exact_norm in (False, True):
+        for way in ("itself", "hook", "repair", "unscale_", "cleared"):
+            p = nn.Parameter(torch.ones(3))
+            optimizer = SGD([p], lr=0.1, clip=Norm(1.0, exact=exact_norm), group=dist.group.WORLD)
+            if way in ("hook", "repair"):
+                optimizer.register_step_pre_hook(_repair if way == "repair" else _keep)
+            scaler = GradScaler("cpu", init_scale=8.0)
+            scales = []
+            for step in range(3):
+                optimizer.zero_grad()
+                bad = rank == 0 and step == 1
+                scaler.scale((p * (float("inf") if bad else 1.0)).sum()).backward()
+                if way in ("unscale_", "cleared"):
+                    scaler.unscale_(optimizer)
+                if way == "cleared":
+                    _repair(optimizer)
+                scaler.step(optimizer)
+                scaler.update()
+                scales.append(scaler.get_scale())
+            assert scales == [8.0, 4.0, 4.0], (way, scales)
+            assert optimizer.skipped_steps == 1
+            assert optimizer.report.total_norm == pytest.approx(6**0.5)
+            torch.testing.assert_close(p.detach(), torch.full((3,), 1.0 - 0.2 / 6**0.5))
+
+
+@case
+def scaler_that_looks_where_there_is_no_gradient(rank: int, folder: str) -> None:
+    for way in ("hook", "unscale_"):
+        for inf in (False, True):
+            p = nn.Parameter(torch.ones(3))
+            optimizer = SGD([p], lr=0.1, clip=1.0, group=dist.group.WORLD)
+            if way == "hook":
+                optimizer.register_step_pre_hook(_keep)
+            scaler = GradScaler("cpu", init_scale=8.0)
+            scaler.scale(torch.zeros(()))
+            p.grad = torch.full((3,), float("inf") if inf else 8.0) if rank else None
+            if way == "unscale_":
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            assert scaler.get_scale() == (4.0 if inf else 8.0)
+            assert optimizer.skipped_steps == inf
+
+
+@case
+def torchs_scaler_over_a_group(rank: int, folder: str) -> None:
+    """Is refused on all ranks, and leaves nothing behind."""
+    for who in ((0, 1), (1,)):
+        p = nn.Parameter(torch.ones(3))
+        optimizer = SGD([p], lr=0.1, clip=1.0, group=dist.group.WORLD)
+        scaler = (torch.amp.GradScaler if rank in who else GradScaler)("cpu", init_scale=8.0)
+        scaler.scale(p.sum()).backward()
+        match = "expected gradfuse.optim.GradScaler" if rank in who else "rank 1 of 2 refused"
+        with pytest.raises(RuntimeError, match=match):
+            scaler.step(optimizer)
+        assert torch.equal(p, torch.ones(3))
+        assert rank not in who or not hasattr(optimizer, "grad_scale")
+    scaler = GradScaler("cpu", init_scale=8.0, enabled=False)
+    optimizer = SGD([p], lr=0.1, group=dist.group.WORLD)
+    scaler.step(optimizer), scaler.update()
+    torch.testing.assert_close(p.detach(), torch.full((3,), 0.2))
+
+
 @case
 def scaler_where_one_rank_refuses(rank: int, folder: str) -> None:
     model = sharded()
@@ -572,33 +647,28 @@ def zero_redundancy_with_a_clip(rank: int, folder: str) -> None:
 def over_a_group(rank: int, folder: str) -> None:
     """Disjoint parameters, whose number differs; a rank may have none."""
     world = dist.group.WORLD
-    for make in (GradScaler, torch.amp.GradScaler):
-        whole = list(net().parameters())
-        mine = [nn.Parameter(p.detach().clone()) for p in whole] if rank == 0 else []
-        ours = AdamW([{"params": mine}], lr=0.05, clip=0.5, group=world)
-        other = AdamW(whole, lr=0.05, clip=0.5)
-        scaler, alone = (make("cpu", init_scale=4.0) for _ in range(2))
-        for step in range(4):
-            scale = scaler.get_scale()
-            scaler.scale(torch.zeros(()))
-            alone.scale(torch.zeros(()))
-            for p in (*mine, *whole):
-                p.grad = torch.full_like(p, scale * (step + 1.0))
-            if step == 2 and make is GradScaler:
-                for ps in (mine, whole):
-                    for p in ps[:1]:
-                        p.grad[0, 0] = float("inf")
-            if mine or make is GradScaler:
-                scaler.step(ours), scaler.update()
-            else:  # torch's finds no gradient to look at
-                ours.grad_scale, ours.found_inf = torch.tensor(scale), torch.zeros(())
-                ours.step()
-            alone.step(other), alone.update()
-            assert scaler.get_scale() == alone.get_scale()
-        assert ours.skipped_steps == other.skipped_steps == (make is GradScaler)
-        assert ours.report.total_norm == other.report.total_norm
-        for p, q in zip(mine, whole, strict=False):
-            assert torch.equal(p, q)
+    whole = list(net().parameters())
+    mine = [nn.Parameter(p.detach().clone()) for p in whole] if rank == 0 else []
+    ours = AdamW([{"params": mine}], lr=0.05, clip=0.5, group=world)
+    other = AdamW(whole, lr=0.05, clip=0.5)
+    scaler, alone = (GradScaler("cpu", init_scale=4.0) for _ in range(2))
+    for step in range(4):
+        scale = scaler.get_scale()
+        scaler.scale(torch.zeros(()))
+        alone.scale(torch.zeros(()))
+        for p in (*mine, *whole):
+            p.grad = torch.full_like(p, scale * (step + 1.0))
+        if step == 2:
+            for ps in (mine, whole):
+                for p in ps[:1]:
+                    p.grad[0, 0] = float("inf")
+        scaler.step(ours), scaler.update()
+        alone.step(other), alone.update()
+        assert scaler.get_scale() == alone.get_scale()
+    assert ours.skipped_steps == other.skipped_steps == 1
+    assert ours.report.total_norm == other.report.total_norm
+    for p, q in zip(mine, whole, strict=False):
+        assert torch.equal(p, q)
     ps = [nn.Parameter(torch.full((2,), rank + 1.0))]
     ps[0].grad = torch.full((2,), 3.0)
     copies = SGD(ps, lr=1.0, clip=1.0, replicated_over=world)

@@ -36,6 +36,7 @@ from gradfuse.distributed.sums import default_device, refused_elsewhere
 __all__ = ["Merged", "Wanted", "measured_over_ranks", "plan_over_ranks"]
 
 _FIELDS = 4  # of a row: sum, its exponent, found_inf, refused; csrc/math/clip.h has the same
+_FOUND, _REFUSED = 2, 3
 _WIDE = (torch.float64, torch.complex128)
 
 T = TypeVar("T")
@@ -57,6 +58,7 @@ class Merged(NamedTuple):
     result: ClipResult  # with the statistics of `shares.all`, of this rank
     norms: Tensor | None  # [the caller's tensors] float64, 0 where there is none
     beyond: Tensor | None  # [] bool, whether an element is beyond Wanted.bound
+    found: Tensor | None = None  # [] bool, whether a loss scaler found inf, on any rank
 
 
 def plan_over_ranks(
@@ -118,7 +120,7 @@ def measured_over_ranks(
     )
     refused = []
     if device.type == "cpu":
-        refused = [r for r, row in enumerate(rows.tolist()) if row[3]]
+        refused = [r for r, row in enumerate(rows.tolist()) if row[_REFUSED]]
     _raise_refusals(op, error, refused, ranks)
     wide = any(t.dtype in _WIDE for t in shares.all)
     norm, plan = _native.backend.plan_of_sums(op, rows, wide, max_norm, norm_type, nonfinite, scale)
@@ -126,6 +128,7 @@ def measured_over_ranks(
         ClipResult(norm, plan, torch.cat(stats)),
         norms_from(rest[0], 2.0, slots_of(2.0, shares.wide)) if wanted.norms else None,
         rest[-1].sum() > 0.0 if wanted.bound < math.inf else None,
+        None if found_inf is None else rows[:, _FOUND].any(),
     )
 
 
@@ -164,6 +167,7 @@ def _exact_over_ranks(
         ClipResult(norm, plan, torch.cat(stats)),
         norms_from(powers[0], 2.0, slots_of(2.0, wide)) if powers else None,
         rest[-1].sum() > 0 if beyond else None,
+        rest[0].any() if found else None,
     )
 
 

@@ -45,6 +45,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
     """What the optimizers share: a step that measures, decides and updates."""
 
     _leaves_check = False  # our GradScaler sets it during a step, which then skips for NaN and inf
+    _has_own_scaler = False  # our GradScaler, during a step over ranks, whose outcome it takes
     _rule: ClassVar[Rule]
     # Options that not every optimizer has.
     _update_clip = _eps_follows_clip = _atan2 = False
@@ -89,6 +90,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
         self._apart: dict[int, Part] = {}  # the others, by their number
         self._is_over_ranks = self._is_over_given  # whether a step decides with other ranks
         self._reports: list[GradReport] = []  # of the last step
+        self._found: Tensor | None = None  # whether a scaler found inf, on any rank of that step
         self._skips = SkipCounter(type(self).__name__)
         self._step_name = f"{type(self).__name__}.step"
 
@@ -202,7 +204,8 @@ class ClippedOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: nonfinite="error" and a gradient is NaN or inf; nothing was written. Or a
                 gradient is sparse (SGD takes them), a tracer is recording, a CUDA graph is captured
-                while lr is a number, or ScheduleFreeAdamW is in eval().
+                while lr is a number, or ScheduleFreeAdamW is in eval(), or another GradScaler than
+                gradfuse.optim's leads a step with group=.
             ValueError: a gradient has another shape or dtype than its parameter.
             TypeError: a gradient or parameter is an integer or on an unsupported device.
         """
@@ -229,6 +232,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
         if self._skips.is_on_gpu and torch.cuda.is_current_stream_capturing():
             self._refuse_numbers()
         call = self._call()
+        refusal = refusal or self._scaler_refusal()
         groups = [self._group(group, as_number(group["lr"])) for group in self.param_groups]
         if torch._C._current_graph_task_id() != -1:
             self._warn_in_backward(parts)
@@ -240,6 +244,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
             plan = step_apart(parts, [[groups[i] for i in part.indices] for part in parts], call)
         if plan is not None:
             reports = [part.report for part in parts if part.report is not None]
+            self._found = parts[0].found
             self._reports = reports  # which another thread's step may replace
             self._skips.count(plan, reports)
 
@@ -268,6 +273,19 @@ class ClippedOptimizer(torch.optim.Optimizer):
             self._atan2,
             self._stochastic,
             self._materialize,
+        )
+
+    def _scaler_refusal(self) -> Exception | None:
+        """Why another scaler than ours must not lead a step over a group: its scale would follow
+        what this rank found, and the gradients of the ranks would no longer have the same."""
+        is_led = getattr(self, "found_inf", None) is not None
+        if self._group_of_ranks is None or self._has_own_scaler or not is_led:
+            return None
+        for name in ("grad_scale", "found_inf"):  # torch leaves them where a step raises
+            self.__dict__.pop(name, None)
+        return RuntimeError(
+            f"{self._step_name}: expected gradfuse.optim.GradScaler with group=, got found_inf of "
+            "another scaler, whose scale would follow what this rank alone has found"
         )
 
     def _check_ready(self) -> None:

@@ -34,7 +34,7 @@ class GradScaler(torch.amp.GradScaler):
     another way.
 
     Over ranks the outcome is that of the step's norm: NaN or inf on one rank skips the step on all,
-    and halves the scale on all.
+    and halves the scale on all, whoever looked for them. A rank without gradients takes part.
 
     Takes the arguments of torch.amp.GradScaler.
     """
@@ -44,27 +44,34 @@ class GradScaler(torch.amp.GradScaler):
 
     def step(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         """As torch.amp.GradScaler.step."""
-        if args or kwargs or not _checks_itself(optimizer) or not _torch_is_as_known():
+        if kwargs or not self._enabled or unwrapped_step(optimizer) is not _OWN_STEP:
             return super().step(optimizer, *args, **kwargs)
-        return self._step_of(optimizer)
+        leaves = not args and not _has_pre_hooks(optimizer) and _torch_is_as_known()
+        return self._step_of(optimizer, leaves, *args)
 
-    def _step_of(self, optimizer: Any) -> Any:
-        """Runs a step that checks for itself, if torch asks _check_inf_per_device for the check."""
+    def _step_of(self, optimizer: Any, leaves: bool, *args: Any) -> Any:
+        """Runs a step of gradfuse.
+
+        Args:
+            leaves: whether it checks for itself, if torch asks _check_inf_per_device for the check.
+        """
         before = optimizer._reports
-        self._stepping = optimizer
+        self._stepping = optimizer if leaves else None
+        optimizer._has_own_scaler = True
         try:
-            result = super().step(optimizer)
+            result = super().step(optimizer, *args)
         except BaseException:
             # Over ranks that check may be collective, and not all have got as far.
             if self._left and not optimizer._is_over_ranks:
                 super()._check_inf_per_device(optimizer)
             raise
         else:
-            if self._left:
+            if self._left or optimizer._is_over_ranks:
                 self._record(optimizer, before)
             return result
         finally:
             self._stepping, self._left, optimizer._leaves_check = None, False, False
+            optimizer._has_own_scaler = False
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[Any, Tensor]:
         if self._stepping is not optimizer or not _may_have_gradients(optimizer):
@@ -81,8 +88,11 @@ class GradScaler(torch.amp.GradScaler):
         if not reports or reports is before:
             super()._check_inf_per_device(optimizer)
             return
-        # No sum of finite gradients is infinite, because it has an exponent of its own.
-        bad = [~ClipPlan.of(report._plan).sum.isfinite() for report in reports]
+        # Over ranks, what torch's check found on any of them; it looks at this one alone.
+        bad = [] if optimizer._found is None else [optimizer._found]
+        if self._left:
+            # No sum of finite gradients is infinite, because it has an exponent of its own.
+            bad += [~ClipPlan.of(report._plan).sum.isfinite() for report in reports]
         device = bad[0].device
         self._put(optimizer, torch.stack([b.to(device) for b in bad]).any().float())
 
@@ -92,12 +102,12 @@ class GradScaler(torch.amp.GradScaler):
         return found
 
 
-def _checks_itself(optimizer: Any) -> bool:
-    """Whether the step is gradfuse's own and begins with the gradients that the scaler has."""
+def _has_pre_hooks(optimizer: Any) -> bool:
+    """Whether a step may begin with other gradients than the scaler has."""
     hooks = getattr(optimizer, "_optimizer_step_pre_hooks", True) or getattr(
         torch_optimizer, "_global_optimizer_pre_hooks", True
     )
-    return unwrapped_step(optimizer) is _OWN_STEP and not hooks
+    return bool(hooks)
 
 
 def _may_have_gradients(optimizer: Any) -> bool:
@@ -126,7 +136,7 @@ def _torch_is_as_known() -> bool:
         outcomes = []
         for gradient in (float("inf"), 1.0):
             p.grad = torch.full_like(p, gradient)
-            scaler._step_of(optimizer)
+            scaler._step_of(optimizer, leaves=True)
             scaler.update()
             outcomes.append((p.item(), p.grad.item(), scaler.get_scale()))
     except Exception:

@@ -69,6 +69,7 @@ class Part:
         self.report: GradReport | None = None  # of the last step
         self.shards: Shards | None = None  # if a parameter is a DTensor
         self.ranks: Ranks | None = None  # who took part in the last norm, if it was over ranks
+        self.found: Tensor | None = None  # whether a scaler found inf on any of them
 
     def step(self, groups: Groups, call: StepCall) -> Tensor | None:
         """A whole step. Returns the plan that decided on it, or None if nothing was measured."""
@@ -129,7 +130,7 @@ class Part:
             call.found_inf,
             wanted_by(self.clip) if isinstance(self.clip, Policy) else Wanted(),
         )
-        self.ranks = shares.reporting()
+        self.ranks, self.found = shares.reporting(), merged.found
         stats = shares.tabled(merged.result.stats)
         return merged._replace(result=merged.result._replace(stats=stats))
 
