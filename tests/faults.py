@@ -932,8 +932,8 @@ FAULTS = [
     Fault(
         "the scaler trusts a step that raised",
         "gradfuse/optim",
-        "if self._left and not optimizer._is_over_ranks:",
-        "if not self._left and not optimizer._is_over_ranks:",
+        "elif self._left:",
+        "elif not self._left:",
         "an inf is missed where the step raises",
         "tests/test_optim_amp.py",
     ),
@@ -1313,6 +1313,14 @@ FAULTS = [
         "if self._left or optimizer._is_over_ranks:",
         "if self._left:",
         "after unscale_ or a hook, the scales of the ranks part",
+        "tests/test_distributed_optim.py",
+    ),
+    Fault(
+        "a scale grows after a step over ranks that raised",
+        "gradfuse/optim",
+        "self._put(optimizer, torch.ones_like(self._scale))",
+        "self._put(optimizer, torch.zeros_like(self._scale))",
+        "a refused step counts as a good one",
         "tests/test_distributed_optim.py",
     ),
     Fault(

@@ -425,20 +425,40 @@ def torchs_scaler_over_a_group(rank: int, folder: str) -> None:
 
 @case
 def scaler_where_one_rank_refuses(rank: int, folder: str) -> None:
+    """Backs off on both, as where NaN or inf was found, and does not grow."""
     model = sharded()
     optimizer = AdamW(model.parameters(), clip=0.5)
-    scaler = GradScaler("cpu", init_scale=4.0)
+    scaler = GradScaler("cpu", init_scale=4.0, growth_interval=1)
     scaler.scale(model(batch(0)[0]).sum()).backward()
     if rank == 1:
         _wide(next(iter(model.parameters())))
     with pytest.raises((RuntimeError, ValueError), match=r"of its dtype or|rank 1 of 2 refused"):
         scaler.step(optimizer)
     scaler.update()
-    assert scaler.get_scale() == 4.0
+    assert scaler.get_scale() == 2.0
     model.zero_grad()
     scaler.scale(model(batch(0)[0]).sum()).backward()
     scaler.step(optimizer)
     assert optimizer.skipped_steps == 0
+    with pytest.raises(RuntimeError, match="already been called"):
+        scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 4.0
+    for way in ("itself", "hook", "unscale_"):
+        p = nn.Parameter(torch.ones(3))
+        optimizer = SGD([p], lr=0.1, clip=1.0, group=dist.group.WORLD)
+        if way == "hook":
+            optimizer.register_step_pre_hook(_keep)
+        scaler = GradScaler("cpu", init_scale=8.0, growth_interval=1)
+        scaler.scale(p.sum()).backward()
+        if way == "unscale_":
+            scaler.unscale_(optimizer)
+        if rank == 0:
+            p.grad = torch.ones(1).expand(3)
+        with pytest.raises(RuntimeError, match=r"memory location|rank 0 of 2 refused"):
+            scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == 4.0, way
 
 
 @case

@@ -46,6 +46,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
 
     _leaves_check = False  # our GradScaler sets it during a step, which then skips for NaN and inf
     _has_own_scaler = False  # our GradScaler, during a step over ranks, whose outcome it takes
+    _scaler_error: Exception | None = None  # what its check raised on this rank
     _rule: ClassVar[Rule]
     # Options that not every optimizer has.
     _update_clip = _eps_follows_clip = _atan2 = False
@@ -276,8 +277,10 @@ class ClippedOptimizer(torch.optim.Optimizer):
         )
 
     def _scaler_refusal(self) -> Exception | None:
-        """Why another scaler than ours must not lead a step over a group: its scale would follow
-        what this rank found, and the gradients of the ranks would no longer have the same."""
+        """What our scaler raised on this rank; or why another than ours must not lead a step over a
+        group: its scale would follow what this rank found, and the ranks' scales would part."""
+        if self._scaler_error is not None:
+            return self._scaler_error
         is_led = getattr(self, "found_inf", None) is not None
         if self._group_of_ranks is None or self._has_own_scaler or not is_led:
             return None

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import OptState
 from torch.optim import optimizer as torch_optimizer
 
+from gradfuse._codes import Action
 from gradfuse._records import ClipPlan
 from gradfuse.clipping.report import GradReport
 from gradfuse.distributed import is_dtensor
@@ -35,6 +37,7 @@ class GradScaler(torch.amp.GradScaler):
 
     Over ranks the outcome is that of the step's norm: NaN or inf on one rank skips the step on all,
     and halves the scale on all, whoever looked for them. A rank without gradients takes part.
+    A step that raises counts as one with inf.
 
     Takes the arguments of torch.amp.GradScaler.
     """
@@ -61,8 +64,9 @@ class GradScaler(torch.amp.GradScaler):
         try:
             result = super().step(optimizer, *args)
         except BaseException:
-            # Over ranks that check may be collective, and not all have got as far.
-            if self._left and not optimizer._is_over_ranks:
+            if optimizer._is_over_ranks:
+                self._record_failure(optimizer, before)
+            elif self._left:
                 super()._check_inf_per_device(optimizer)
             raise
         else:
@@ -71,16 +75,27 @@ class GradScaler(torch.amp.GradScaler):
             return result
         finally:
             self._stepping, self._left, optimizer._leaves_check = None, False, False
-            optimizer._has_own_scaler = False
+            optimizer._has_own_scaler, optimizer._scaler_error = False, None
 
     def _check_inf_per_device(self, optimizer: torch.optim.Optimizer) -> dict[Any, Tensor]:
         if self._stepping is not optimizer or not _may_have_gradients(optimizer):
-            checked: dict[Any, Tensor] = super()._check_inf_per_device(optimizer)
-            return checked
+            return self._checked_by_torch(optimizer)
         self._left = optimizer._leaves_check = True
         scale = self._get_scale_async()
         assert scale is not None
         return self._put(optimizer, torch.zeros_like(scale))
+
+    def _checked_by_torch(self, optimizer: Any) -> dict[Any, Tensor]:
+        """torch's check. What it raises on one of several ranks, the step then raises on all."""
+        try:
+            checked: dict[Any, Tensor] = super()._check_inf_per_device(optimizer)
+            return checked
+        except (RuntimeError, TypeError, ValueError) as error:
+            if not (getattr(optimizer, "_has_own_scaler", False) and optimizer._is_over_given):
+                raise
+            optimizer._scaler_error = error
+            assert self._scale is not None
+            return self._put(optimizer, torch.ones_like(self._scale))
 
     def _record(self, optimizer: Any, before: list[GradReport]) -> None:
         """Stores what the step found, without waiting for the device."""
@@ -88,13 +103,30 @@ class GradScaler(torch.amp.GradScaler):
         if not reports or reports is before:
             super()._check_inf_per_device(optimizer)
             return
+        plans = [ClipPlan.of(report._plan) for report in reports]
         # Over ranks, what torch's check found on any of them; it looks at this one alone.
         bad = [] if optimizer._found is None else [optimizer._found]
         if self._left:
             # No sum of finite gradients is infinite, because it has an exponent of its own.
-            bad += [~ClipPlan.of(report._plan).sum.isfinite() for report in reports]
+            bad += [~plan.sum.isfinite() for plan in plans]
+        if optimizer._is_over_ranks:  # on CUDA a refusal elsewhere raises nothing here
+            bad += [plan.action == Action.REFUSE for plan in plans]
         device = bad[0].device
         self._put(optimizer, torch.stack([b.to(device) for b in bad]).any().float())
+
+    def _record_failure(self, optimizer: Any, before: list[GradReport]) -> None:
+        """Stores inf for a step over ranks that raised, as all ranks do: the scale must not grow.
+
+        torch's check may be collective, and not all ranks have got as far.
+        """
+        reports = optimizer._reports
+        if reports and reports is not before:  # a hook raised after the step
+            self._record(optimizer, before)
+        elif (
+            self._scale is not None
+            and self._per_optimizer_states[id(optimizer)]["stage"] is not OptState.STEPPED
+        ):
+            self._put(optimizer, torch.ones_like(self._scale))
 
     def _put(self, optimizer: Any, found_inf: Tensor) -> dict[Any, Tensor]:
         found = {found_inf.device: found_inf}
