@@ -1324,6 +1324,14 @@ FAULTS = [
         "tests/test_distributed_optim.py",
     ),
     Fault(
+        "a rank in eval() raises before the norm",
+        "gradfuse/optim",
+        "if unready is not None and not (self._is_over_ranks or has_dtensor(self._parameters())):",
+        "if unready is not None:",
+        "the other ranks wait",
+        "tests/test_distributed_optim.py",
+    ),
+    Fault(
         "another scaler leads a step over a group",
         "gradfuse/optim",
         "if self._group_of_ranks is None or self._has_own_scaler or not is_led:",

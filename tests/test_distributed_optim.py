@@ -424,6 +424,28 @@ def torchs_scaler_over_a_group(rank: int, folder: str) -> None:
 
 
 @case
+def schedule_free_that_one_rank_evaluates(rank: int, folder: str) -> None:
+    for make in (lambda: [nn.Parameter(torch.ones(3))], lambda: [*sharded().parameters()]):
+        ps = make()
+        group = None if len(ps) > 1 else dist.group.WORLD
+        optimizer = ScheduleFreeAdamW(ps, lr=0.1, clip=1.0, group=group)
+        for p in ps:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        before = [full(p).clone() for p in ps]
+        if rank == 1:
+            optimizer.eval()
+        match = "call train" if rank == 1 else "rank 1 of 2 refused"
+        with pytest.raises(RuntimeError, match=match):
+            optimizer.step()
+        if rank == 1:
+            optimizer.train()
+        for p, old in zip(ps, before, strict=True):
+            torch.testing.assert_close(full(p), old)
+        optimizer.step()
+
+
+@case
 def scaler_where_one_rank_refuses(rank: int, folder: str) -> None:
     """Backs off on both, as where NaN or inf was found, and does not grow."""
     model = sharded()

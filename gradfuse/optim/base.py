@@ -210,7 +210,9 @@ class ClippedOptimizer(torch.optim.Optimizer):
             ValueError: a gradient has another shape or dtype than its parameter.
             TypeError: a gradient or parameter is an integer or on an unsupported device.
         """
-        self._check_ready()
+        unready = self._unready()
+        if unready is not None and not (self._is_over_ranks or has_dtensor(self._parameters())):
+            raise unready  # over ranks together with the others, who may evaluate and measure
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -233,7 +235,7 @@ class ClippedOptimizer(torch.optim.Optimizer):
         if self._skips.is_on_gpu and torch.cuda.is_current_stream_capturing():
             self._refuse_numbers()
         call = self._call()
-        refusal = refusal or self._scaler_refusal()
+        refusal = self._unready() or refusal or self._scaler_refusal()
         groups = [self._group(group, as_number(group["lr"])) for group in self.param_groups]
         if torch._C._current_graph_task_id() != -1:
             self._warn_in_backward(parts)
@@ -291,8 +293,9 @@ class ClippedOptimizer(torch.optim.Optimizer):
             "another scaler, whose scale would follow what this rank alone has found"
         )
 
-    def _check_ready(self) -> None:
-        """Raises where a step would be one on the wrong values."""
+    def _unready(self) -> Exception | None:
+        """Why a step would be one on the wrong values."""
+        return None
 
     def _lr_scale(self) -> LrScale:
         return LrScale.UPDATE_CLIP if self._update_clip else LrScale.NONE

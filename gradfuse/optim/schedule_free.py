@@ -118,12 +118,13 @@ class ScheduleFreeAdamW(OptionsOfGroups, ClippedOptimizer):
                 f"mean, got {group['betas']!r}"
             )
 
-    def _check_ready(self) -> None:
-        if not all(group["train_mode"] for group in self.param_groups):
-            raise RuntimeError(
-                "ScheduleFreeAdamW.step: parameters hold the mean; call train() of the optimizer "
-                "before a step"
-            )
+    def _unready(self) -> Exception | None:
+        if all(group["train_mode"] for group in self.param_groups):
+            return None
+        return RuntimeError(
+            "ScheduleFreeAdamW.step: parameters hold the mean; call train() of the optimizer "
+            "before a step"
+        )
 
     @torch.no_grad()
     def eval(self) -> None:
