@@ -1318,8 +1318,8 @@ FAULTS = [
     Fault(
         "a scale grows after a step over ranks that raised",
         "gradfuse/optim",
-        "self._put(optimizer, torch.ones_like(self._scale))",
-        "self._put(optimizer, torch.zeros_like(self._scale))",
+        "            self._put(optimizer, torch.ones_like(self._scale))",
+        "            self._put(optimizer, torch.zeros_like(self._scale))",
         "a refused step counts as a good one",
         "tests/test_distributed_optim.py",
     ),
