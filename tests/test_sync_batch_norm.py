@@ -392,7 +392,7 @@ def adapted(rank: int) -> Any:
 def message_of(call: Callable[[], Any]) -> str:
     try:
         call()
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return "none"
 
@@ -405,6 +405,14 @@ BAD: dict[str, tuple[int, dict[str, Any], str]] = {
     "residual": (2, {"residual": torch.ones(7, 7)}, "ValueError.*residual must broadcast"),
     "activation": (0, {"activation": "swish"}, "ValueError.*activation must be None, 'relu'"),
     "transformed": (1, {"func": True}, "TypeError.*outside of torch.func"),
+}
+
+# Of a module without parameters and buffers: the input alone has a number of channels.
+BAD_OF_BARE: dict[str, tuple[int, Any, str]] = {
+    "bare, dimensions": (0, torch.ones(4, 5, 3), r"ValueError.*expected 4D input \(got 3D input\)"),
+    "bare, channels": (2, torch.ones(2, 5, 3, 3), "ValueError: Sync.*must have num_features=3 ch"),
+    "bare, no tensor": (3, None, "AttributeError: 'NoneType' object has no attribute 'dim'"),
+    "bare, meta": (1, torch.ones(2, 3, 4, 4, device="meta"), "TypeError.*on the CPU or CUDA"),
 }
 
 
@@ -438,6 +446,10 @@ def errors_on_one_rank(rank: int) -> Any:
     channels = 5 if rank == 3 else 3
     wrong = message_of(lambda: bn(torch.ones(2, channels, 4, 4)))
     found["channels"] = wrong, int(bn.num_batches_tracked) == 0
+    bare = SyncBatchNormAct2d(3, affine=False, track_running_stats=False)
+    for name, (where, input, _) in BAD_OF_BARE.items():
+        x = input if rank == where else torch.ones(2, 3, 4, 4)
+        found[name] = message_of(lambda x=x: bare(x)), True
     bn(part(random(16, 3, 4, 4), rank))  # all are still in step
     found["after"] = bn.running_mean.clone()
     return found
@@ -640,13 +652,13 @@ def test_adapted_to_the_data_of_all_ranks(found):
 
 
 @over_ranks
-@pytest.mark.parametrize("name", [*BAD, "dimensions", "channels"])
+@pytest.mark.parametrize("name", [*BAD, *BAD_OF_BARE, "dimensions", "channels"])
 def test_an_error_on_one_rank_is_one_on_all(name, found):
-    where, _, match = BAD.get(name, (None, None, None))
+    where, _, match = (BAD | BAD_OF_BARE).get(name, (None, None, None))
     if name == "dimensions":
         where, match = 1, r"ValueError.*expected 4D input \(got 2D input\)"
     elif name == "channels":
-        where, match = 3, "ValueError.*must have one element per channel, .5., got"
+        where, match = 3, r"ValueError.*must have num_features=3 channels, got \[2, 5, 4, 4\]"
     for rank, results in enumerate(on_all_ranks(found, "errors_on_one_rank")):
         message, untouched = results[name]
         expected = match if rank == where else f"RuntimeError.*that rank {where} of 4 refused"

@@ -70,13 +70,22 @@ class _SyncBatchNormAct(_BatchNormAct):
 
         def call() -> Tensor:
             self._check_input_dim(input)
+            if ranks is not None:  # which gather rows of as many channels
+                self._check_channels(input)
             return normalise(
                 self, input, residual, self.activation, self.negative_slope, drop_path=drop_path,
                 ranks=ranks,
             )  # fmt: skip
 
         vectors = (self.running_mean, self.running_var, self.weight, self.bias)
-        return together(ranks, (*vectors, input), call)
+        return together(ranks, (*vectors, input), call, self.num_features)
+
+    def _check_channels(self, input: Tensor) -> None:
+        if input.shape[1] != self.num_features:
+            raise ValueError(
+                f"{type(self).__name__}: input must have num_features={self.num_features} "
+                f"channels, got {list(input.shape)}"
+            )
 
     def _ranks(self) -> Ranks | None:
         group = self.process_group
@@ -105,8 +114,9 @@ class SyncBatchNormAct1d(_SyncBatchNormAct, BatchNormAct1d):
 
     Raises:
         TypeError: process_group is no ProcessGroup.
-        ValueError, RuntimeError: those of BatchNormAct1d, on all ranks if on one; on CUDA the
-            others get NaN. All ranks must have the same num_features.
+        ValueError, RuntimeError: those of BatchNormAct1d, and of an input without num_features
+            channels, on all ranks if on one; on CUDA the others get NaN. All ranks must have the
+            same num_features.
 
     Source: Ioffe, Szegedy 2015, algorithm 1; Chan, Golub, LeVeque 1983, equation 1.5.
     """

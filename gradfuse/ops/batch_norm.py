@@ -146,8 +146,9 @@ def batch_norm_act(
         drift: [4, C] Tensor, at first of zeros, that sets momentum from how the batches differ from
             the running statistics, and is updated with them (docs/batch_norm.md has the rule).
         process_group: ranks that train with the statistics of all their samples: each gives its own
-            part, of any size, also 0. All of them call this, and the backward where input needs a
-            gradient. Gradients of weight and bias are this rank's. Only a first derivative.
+            part, of any size, also 0, and of as many channels as the others'. All of them call
+            this, and the backward where input needs a gradient. Gradients of weight and bias are
+            this rank's. Only a first derivative.
 
     Returns:
         Tensor of input's shape and memory format, of input's dtype or the wider one of

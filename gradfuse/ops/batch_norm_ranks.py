@@ -44,6 +44,7 @@ class Ranks:
 
     def __init__(self, op: str, process_group: ProcessGroup) -> None:
         self.op = op
+        self.group = process_group
         self.name = process_group.group_name
         self.size = dist.get_world_size(process_group)
         self.has_told = False
@@ -70,11 +71,14 @@ class Ranks:
         self.has_told = True
         return call._replace(gathered=self._gather(row), group=self.name)
 
-    def refuse(self, channels: int, device: torch.device) -> None:
-        """Tells the others, unless this rank has told them of its batch, that it takes no part."""
+    def refuse(self, channels: int, device: torch.device | None) -> None:
+        """Tells the others, unless this rank has told them of its batch, that it takes no part. By
+        default on the device where the group works."""
         if self.has_told:
             return
         self.has_told = True
+        if device is None:
+            device = dist.distributed_c10d._get_pg_default_device(self.group)
         self._gather(torch.full((1 + 2 * channels,), torch.nan, dtype=torch.float64, device=device))
 
     def _gather(self, row: Tensor) -> Tensor:
@@ -98,13 +102,16 @@ class Ranks:
 
 
 def together(
-    ranks: Ranks | None, given: Iterable[Tensor | None], call: Callable[[], Tensor]
+    ranks: Ranks | None,
+    given: Iterable[Tensor | None],
+    call: Callable[[], Tensor],
+    channels: int | None = None,
 ) -> Tensor:
     """call(), whose error is raised on the other ranks as well if they would wait for this one.
 
     Args:
-        given: the call's input [N, C, ...] and vectors [C], one of which may be what is wrong: most
-            of them tell the number of channels, the first of as many.
+        given: the call's input [N, C, ...] and vectors [C], one of which may be what is wrong.
+        channels: of the other ranks. Default: what most of `given` have, the first of as many.
     """
     if ranks is None or torch.compiler.is_compiling():  # shapes are checked as a graph is made
         return call()
@@ -112,9 +119,11 @@ def together(
         return call()
     except Exception:
         there = [t for t in given if isinstance(t, Tensor) and t.ndim and (t.is_cpu or t.is_cuda)]
-        if there:
-            channels = Counter(t.shape[0 if t.ndim == 1 else 1] for t in there)
-            ranks.refuse(channels.most_common(1)[0][0], there[0].device)
+        if channels is None and there:
+            found = Counter(t.shape[0 if t.ndim == 1 else 1] for t in there)
+            channels = found.most_common(1)[0][0]
+        if channels is not None:
+            ranks.refuse(channels, there[0].device if there else None)
         raise
 
 
