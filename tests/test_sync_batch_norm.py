@@ -405,6 +405,7 @@ BAD: dict[str, tuple[int, dict[str, Any], str]] = {
     "residual": (2, {"residual": torch.ones(7, 7)}, "ValueError.*residual must broadcast"),
     "activation": (0, {"activation": "swish"}, "ValueError.*activation must be None, 'relu'"),
     "transformed": (1, {"func": True}, "TypeError.*outside of torch.func"),
+    "ghost_size": (2, {"ghost_size": 2}, "ValueError.*ghost_size must be None with a process_gr"),
 }
 
 # Of a module without parameters and buffers: the input alone has a number of channels.
@@ -721,8 +722,9 @@ def test_what_is_no_process_group(group):
 def test_ghost_batches_are_refused():
     with pytest.raises(ValueError, match="ghost_size must be None with a process_group"):
         gradfuse.batch_norm_act(
-            random(4, 3), None, None, training=True, ghost_size=2, process_group=object()
-        )
+            random(4, 3), None, None, training=True, ghost_size=2,
+            process_group=dist.ProcessGroup(0, 1),
+        )  # fmt: skip
     with pytest.raises(TypeError, match="ghost_size"):
         SyncBatchNormAct1d(3, ghost_size=2)
     model = nn.Sequential(BatchNormAct1d(3), nn.Sequential(BatchNormAct1d(3, ghost_size=2)))

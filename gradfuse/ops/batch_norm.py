@@ -173,23 +173,23 @@ def batch_norm_act(
     algorithm 1, for ghost batches; Chan, Golub, LeVeque 1983, equation 1.5, over ranks.
     """
     if process_group is not None and not isinstance(process_group, Ranks):
-        if ghost_size is not None:
-            raise ValueError(
-                f"{_OP}: ghost_size must be None with a process_group, because a ghost batch is a "
-                f"part of one rank's batch, got {ghost_size}"
-            )
         ranks = Ranks.of(_OP, process_group, training)
-        return together(
-            ranks,
-            (running_mean, running_var, input, weight, bias),
-            lambda: batch_norm_act(
+
+        def on_this_rank() -> Tensor:
+            if ghost_size is not None:
+                raise ValueError(
+                    f"{_OP}: ghost_size must be None with a process_group, because a ghost batch "
+                    f"is a part of one rank's batch, got {ghost_size}"
+                )
+            return batch_norm_act(
                 input, running_mean, running_var, weight, bias, residual=residual,
                 activation=activation, training=training, momentum=momentum, eps=eps,
                 negative_slope=negative_slope, save=save, p=p, drop_path=drop_path,
                 drop_mode=drop_mode, generator=generator, renorm=renorm, step=step, drift=drift,
                 process_group=ranks,
-            ),
-        )  # fmt: skip
+            )  # fmt: skip
+
+        return together(ranks, (running_mean, running_var, input, weight, bias), on_this_rank)
     code = check_activation(_OP, activation)
     if save != "bitmask":
         _check_save(save, activation, negative_slope)
