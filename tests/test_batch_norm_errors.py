@@ -31,6 +31,28 @@ def test_statistics_stay_when_a_later_argument_is_wrong(backend):
     assert var.eq(1).all()
 
 
+@pytest.mark.parametrize("drop", ["p", "drop_path"])
+@pytest.mark.parametrize("wrong", ["generator", 1.5])
+def test_statistics_stay_when_nothing_can_be_drawn(drop, wrong):
+    mean, var = torch.zeros(3), torch.ones(3)
+    options = {drop: 0.5, "generator": "x"} if wrong == "generator" else {drop: wrong}
+    with pytest.raises((TypeError, ValueError), match=f"generator|{drop} must lie between 0 and 1"):
+        call(mean=mean, var=var, **options)
+    assert not mean.any()
+    assert var.eq(1).all()
+
+
+@HOST_BACKENDS
+def test_a_dropout_draws_as_one_after_the_norm(backend):
+    x, r = random(4, 3, 5), random(4, 3, 5, seed=1)
+    one, two = (torch.Generator().manual_seed(7) for _ in range(2))
+    fused = call(x, residual=r, activation=None, p=0.5, generator=one)
+    turns = gradfuse.dropout_add(call(x, activation=None), r, 0.5, generator=two)
+    assert torch.equal(fused == r, turns == r)  # dropped
+    torch.testing.assert_close(fused, turns)
+    assert torch.equal(one.get_state(), two.get_state())
+
+
 @pytest.mark.parametrize(
     ("mean", "var", "message"),
     [

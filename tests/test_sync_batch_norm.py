@@ -405,6 +405,7 @@ BAD: dict[str, tuple[int, dict[str, Any], str]] = {
     "residual": (2, {"residual": torch.ones(7, 7)}, "ValueError.*residual must broadcast"),
     "activation": (0, {"activation": "swish"}, "ValueError.*activation must be None, 'relu'"),
     "transformed": (1, {"func": True}, "TypeError.*outside of torch.func"),
+    "generator": (0, {"p": 0.5, "generator": "x"}, "TypeError.*generator"),
     "ghost_size": (2, {"ghost_size": 2}, "ValueError.*ghost_size must be None with a process_gr"),
 }
 

@@ -275,12 +275,14 @@ def _in_turn(
         dtype = _sum_of(residual, input)[0]
     if dtype.is_floating_point:  # else batch_norm_act refuses it
         input = input.to(torch.promote_types(dtype, torch.float32))
+    seed = None
+    if p:  # before the norm, so that a generator's error leaves running statistics as they are
+        scale, seed = dropout(_OP, input, p, True, scale, generator)
     normalised = batch_norm_act(
         input, running_mean, running_var, weight, bias, activation=None, training=True,
         momentum=momentum, eps=eps, **modes.arguments(), process_group=ranks,
     )  # fmt: skip
     if p:
-        scale, seed = dropout(_OP, normalised, p, True, scale, generator)
         _, dropped = run(
             RowNorm.DROPOUT_ADD, normalised, None, None, None, scale, seed, normalised.shape[-1:],
             p, 0.0, 0.0, normalised.dtype, True,
