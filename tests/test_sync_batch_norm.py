@@ -8,6 +8,7 @@ function of the rank.
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 import time
 import traceback
@@ -224,6 +225,30 @@ def group_of_two(rank: int) -> Any:
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     bn = SyncBatchNormAct2d(6, process_group=pairs[rank // 2])
     return module_outcome(bn, part(random(16, 6, 5, 7), rank))
+
+
+@case
+def copies(rank: int) -> Any:
+    """A module with a group, what copy.deepcopy and AveragedModel make of it, and their pickle."""
+    pair = [dist.new_group([0, 1]), dist.new_group([2, 3])][rank // 2]
+    bn = SyncBatchNormAct2d(6, momentum="auto", process_group=pair)
+    bn.register_forward_hook(noop)
+    twice = copy.deepcopy(nn.ModuleList([bn, nn.Sequential(bn, bn)]))
+    averaged = torch.optim.swa_utils.AveragedModel(nn.Sequential(bn))
+    found: dict[str, Any] = {
+        "shared": twice[0] is twice[1][0] is twice[1][1],
+        "groups": [m.process_group is pair for m in (twice[0], averaged.module[0])],
+        "attributes": bn.__dict__.keys() == twice[0].__dict__.keys(),
+        "pickled": message_of(lambda: pickle.dumps(bn)),
+    }
+    own = {t.data_ptr() for t in bn.state_dict().values()}
+    found["tensors"] = [t.data_ptr() in own for t in twice.state_dict().values()]
+    x = part(random(16, 6, 5, 7), rank)
+    found["outcomes"] = [bits(module_outcome(m, x)) for m in (bn, twice[0], averaged.module[0])]
+    return found
+
+
+def noop(*_: Any) -> None: ...
 
 
 @case
@@ -577,6 +602,17 @@ def test_a_group_of_some_ranks(found):
         for rank in pair:
             assert_near(rank[2], mean)
             assert_near(rank[3], var)
+
+
+@over_ranks
+def test_a_copy_shares_the_group_and_nothing_else(found):
+    for rank in on_all_ranks(found, "copies"):
+        assert rank["shared"]
+        assert rank["groups"] == [True, True]
+        assert rank["attributes"]
+        assert not any(rank["tensors"])
+        assert rank["outcomes"][1:] == rank["outcomes"][:1] * 2
+        assert rank["pickled"].startswith("TypeError")
 
 
 @over_ranks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -87,6 +88,12 @@ class _SyncBatchNormAct(_BatchNormAct):
                 f"channels, got {list(input.shape)}"
             )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _SyncBatchNormAct:
+        memo[id(self.process_group)] = self.process_group  # shared: a group has no copies
+        copied = memo[id(self)] = self.__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return copied
+
     def _ranks(self) -> Ranks | None:
         group = self.process_group
         if group is None and dist.is_available() and dist.is_initialized():
@@ -105,7 +112,8 @@ class SyncBatchNormAct1d(_SyncBatchNormAct, BatchNormAct1d):
 
     Args:
         process_group: the ranks that share statistics. Default: all, of those that are there when
-            the module is called.
+            the module is called. `copy.deepcopy` shares a group that is given; it cannot be
+            pickled, nor the module with it, whose state_dict can.
 
     The other arguments, parameters, buffers and state_dict are those of BatchNormAct1d, but for
     `ghost_size`: a ghost batch is a part of one rank's batch. With `momentum="auto"` and `renorm`
