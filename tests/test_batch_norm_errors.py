@@ -42,6 +42,15 @@ def test_statistics_stay_when_nothing_can_be_drawn(drop, wrong):
     assert var.eq(1).all()
 
 
+@pytest.mark.parametrize("options", [{"p": 0.5}, {"residual": torch.ones(2, 1, 1, 5)}])
+def test_statistics_stay_when_a_later_activation_is_wrong(options):
+    mean, var = torch.zeros(3), torch.ones(3)
+    with pytest.raises(TypeError, match="negative_slope must be a number, got 'x'"):
+        call(mean=mean, var=var, activation="leaky_relu", negative_slope="x", **options)
+    assert not mean.any()
+    assert var.eq(1).all()
+
+
 @HOST_BACKENDS
 def test_a_dropout_draws_as_one_after_the_norm(backend):
     x, r = random(4, 3, 5), random(4, 3, 5, seed=1)

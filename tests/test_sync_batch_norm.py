@@ -431,6 +431,7 @@ BAD: dict[str, tuple[int, dict[str, Any], str]] = {
     "activation": (0, {"activation": "swish"}, "ValueError.*activation must be None, 'relu'"),
     "transformed": (1, {"func": True}, "TypeError.*outside of torch.func"),
     "generator": (0, {"p": 0.5, "generator": "x"}, "TypeError.*generator"),
+    "slope": (1, {"p": 0.5, "activation": "leaky_relu", "negative_slope": None}, "TypeError.*slo"),
     "ghost_size": (2, {"ghost_size": 2}, "ValueError.*ghost_size must be None with a process_gr"),
 }
 

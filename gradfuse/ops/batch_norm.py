@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +41,7 @@ ACTIVATIONS = tuple(name for name in reference.ACTIVATIONS if name is not None)
 _CODES = dict(zip(reference.ACTIVATIONS, Activation, strict=True))
 _OP = "batch_norm_act"
 _PLAIN = (Tensor, torch.nn.Parameter)
+_NUMBERS = (Real, Tensor, torch.SymInt, torch.SymFloat)
 _NO_MOMENTUM: tuple[type, ...] = (type(None), str)  # which modules have
 _MASK = BatchNormCall._fields.index("wants_mask")
 # The last inputs of the registered op, which torch leaves out where they are the default.
@@ -221,6 +223,7 @@ def batch_norm_act(
         if residual.dtype != input.dtype or residual.shape != input.shape:
             dtype, shape = _sum_of(residual, input)
             if shape != input.shape:
+                _check_slope(activation, negative_slope)
                 normalised = batch_norm_act(
                     input.to(dtype), running_mean, running_var, weight, bias, activation=None,
                     training=training, momentum=momentum, eps=eps, **modes.arguments(),
@@ -270,6 +273,7 @@ def _in_turn(
 ) -> Tensor:
     """Norm, dropout, add and activation one after the other, when training. Rounds once."""
     dtype = input.dtype
+    _check_slope(activation, negative_slope)
     if residual is not None:
         _check_tensor("residual", residual)
         dtype = _sum_of(residual, input)[0]
@@ -317,6 +321,12 @@ def _check_save(save: str, activation: str | None, negative_slope: float) -> Non
             f"{_OP}: negative_slope must be >= 0 with save='output', which tells the sign of the "
             f"input no more, got {negative_slope}"
         )
+
+
+def _check_slope(activation: str | None, negative_slope: object) -> None:
+    """Where torch's own activation comes after the norm, too late for an error."""
+    if activation == "leaky_relu" and not isinstance(negative_slope, _NUMBERS):
+        raise TypeError(f"{_OP}: negative_slope must be a number, got {negative_slope!r}")
 
 
 def _check_tensor(name: str, value: object) -> None:
