@@ -220,7 +220,7 @@ void check_gathered(const BatchNormForwardCall& call) {
                                 "] of Double, when training without ghost batches, got ",
                                 gathered.sizes(), " of ", gathered.scalar_type());
   if (!input.is_cpu() && values_per_channel(input) > 1) return;
-  const at::Tensor counts = on_host(gathered.select(1, 0)).contiguous();
+  const at::Tensor counts = on_host(gathered.select(1, 0).contiguous());
   const double* count = counts.const_data_ptr<double>();
   double all = 0.0;
   for (int64_t r = 0; r < counts.numel(); ++r) {
