@@ -5,7 +5,8 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,23 @@ def on_ranks(size: int, function: Callable[[int, str], Any], folder: Path) -> li
                 process.kill()
             process.join()
     return [torch.load(folder / f"{size}-{rank}", weights_only=False) for rank in range(size)]
+
+
+def outcomes(rank: int, cases: Iterable[Callable[[int], Any]]) -> dict[str, Any]:
+    """What each case returns on this rank, by its name; the traceback where it raises."""
+    results = {}
+    for function in cases:
+        try:
+            results[function.__name__] = function(rank)
+        except Exception:
+            results[function.__name__] = traceback.format_exc()
+        torch.distributed.barrier()
+    return results
+
+
+def by_case(ranks: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    """The outcomes of all ranks: a list for each case."""
+    return {name: [rank[name] for rank in ranks] for name in ranks[0]}
 
 
 def _run(rank: int, size: int, function: Callable[[int, str], Any], folder: str) -> None:

@@ -7,7 +7,6 @@ function of the rank and returns plain Python values.
 from __future__ import annotations
 
 import math
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import SANITIZED
-from processes import on_ranks
+from processes import by_case, on_ranks, outcomes
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import Parameter
@@ -589,21 +588,12 @@ def refused(rank: int) -> Any:
 
 
 def run_all(rank: int, folder: str) -> dict[str, Any]:
-    """What each case returns; the traceback, a string, where it raises."""
-    results = {}
-    for function in CASES:
-        try:
-            results[function.__name__] = function(rank)
-        except Exception:
-            results[function.__name__] = traceback.format_exc()
-        dist.barrier()
-    return results
+    return outcomes(rank, CASES)
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    ranks = on_ranks(SIZE, run_all, tmp_path_factory.mktemp("ranks"))
-    return {name: [rank[name] for rank in ranks] for name in ranks[0]}
+    return by_case(on_ranks(SIZE, run_all, tmp_path_factory.mktemp("ranks")))
 
 
 def on_all_ranks(found: dict[str, list[Any]], name: str) -> list[Any]:

@@ -5,7 +5,6 @@ One run of four processes does all cases, as in test_distributed_norm.py.
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import SANITIZED
-from processes import on_ranks
+from processes import by_case, on_ranks, outcomes
 from test_distributed_norm import Counted, full, of_mesh, plain, sharded
 from torch import Tensor
 from torch.nn import Parameter
@@ -126,14 +125,7 @@ def errors(rank: int) -> dict[str, str]:
 
 
 def run_all(rank: int, folder: str) -> dict[str, Any]:
-    results = {}
-    for function in (by_meshes, by_hand, of_a_step, errors):
-        try:
-            results[function.__name__] = function(rank)
-        except Exception:
-            results[function.__name__] = traceback.format_exc()
-        dist.barrier()
-    return results
+    return outcomes(rank, (by_meshes, by_hand, of_a_step, errors))
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +134,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     for rank in ranks:
         for value in rank.values():
             assert not isinstance(value, str), value
-    return {name: [rank[name] for rank in ranks] for name in ranks[0]}
+    return by_case(ranks)
 
 
 @pytest.mark.parametrize("name", ["shard", "replicate", "hybrid", "plain beside", "float64"])

@@ -11,7 +11,6 @@ import copy
 import pickle
 import re
 import time
-import traceback
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import SANITIZED, bits, random
-from processes import on_ranks
+from processes import by_case, on_ranks, outcomes
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -458,10 +457,13 @@ def errors_on_one_rank(rank: int) -> Any:
 
         def call(given=given, func=func, mean=mean, var=var) -> Any:
             x, w = given.pop("input"), given.pop("weight")
-            function = lambda x: gradfuse.batch_norm_act(  # noqa: E731
-                x, mean, var, w, training=True, process_group=dist.group.WORLD, **given
-            )
-            return torch.func.vjp(function, x) if func else function(x)
+
+            def norm(x: Tensor) -> Tensor:
+                return gradfuse.batch_norm_act(
+                    x, mean, var, w, training=True, process_group=dist.group.WORLD, **given
+                )
+
+            return torch.func.vjp(norm, x) if func else norm(x)
 
         message = message_of(call)
         found[name] = message, mean is None or bool((mean == 0).all() and (var == 1).all())
@@ -506,20 +508,12 @@ def second_derivatives(rank: int) -> str:
 
 
 def run_all(rank: int, folder: str) -> dict[str, Any]:
-    results = {}
-    for function in CASES:
-        try:
-            results[function.__name__] = function(rank)
-        except Exception:
-            results[function.__name__] = traceback.format_exc()
-        dist.barrier()
-    return results
+    return outcomes(rank, CASES)
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    ranks = on_ranks(WORLD, run_all, tmp_path_factory.mktemp("ranks"))
-    return {name: [rank[name] for rank in ranks] for name in ranks[0]}
+    return by_case(on_ranks(WORLD, run_all, tmp_path_factory.mktemp("ranks")))
 
 
 def on_all_ranks(found: dict[str, list[Any]], name: str) -> list[Any]:
